@@ -1,0 +1,35 @@
+# Each target makes its own virtual environment when there is none.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+.DEFAULT_GOAL := test
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+.types: pyproject.toml
+	mkdir -p .types/caesura
+	for p in lang runtime scheduler; do ln -sfn ../../$$p .types/caesura/$$p; done
+	touch .types
+
+demo: $(VENV)/.installed
+	$(BIN)/caesura demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed .types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p caesura
+	$(BIN)/lint-imports --no-cache
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) .types build dist *.egg-info
