@@ -33,7 +33,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
-    """``freed`` pages are free now, ``pending`` when their copy is acknowledged. ``action`` may be weaker than asked."""
+    """``freed`` pages are free now, ``pending`` ones when their copy ends. ``action`` may be weaker than asked."""
 
     freed: int
     pending: int
@@ -58,6 +58,10 @@ class Ledger(Protocol):
     @property
     def evictable_pages(self) -> int:
         """Device pages that nobody holds: cached, and free for the taking."""
+
+    @property
+    def paused_pages(self) -> int:
+        """Device pages of whole runs that paused contexts alone hold."""
 
     @property
     def pending_pages(self) -> int:
@@ -90,6 +94,9 @@ class Ledger(Protocol):
 
     def shortfall(self, context: ContextId, num_tokens: int) -> int:
         """Pages that ``extend`` would lack."""
+
+    def lacking_now(self, context: ContextId, num_tokens: int) -> int:
+        """Pages that ``extend`` would lack if it could not wait for copies in flight."""
 
     def table(self, context: ContextId) -> tuple[PageId, ...]: ...
 

@@ -1,0 +1,82 @@
+"""A context: tokens that outlive requests, and the life they lead. The thing that pauses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from caesura.scheduler.types import Action, ContextId, Phase
+
+TRANSITIONS: dict[Phase, frozenset[Phase]] = {
+    Phase.QUEUED: frozenset({Phase.RUNNING, Phase.PAUSED, Phase.FINISHED}),
+    Phase.RUNNING: frozenset({Phase.QUEUED, Phase.PAUSED, Phase.FINISHED}),
+    Phase.PAUSED: frozenset({Phase.QUEUED, Phase.FINISHED}),
+    Phase.FINISHED: frozenset(),
+}
+
+
+class IllegalTransition(AssertionError):
+    """A phase change that the table does not have: a bug of the caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One tool call a context waits for. ``expected_s`` is the program's hint, None when it gave none."""
+
+    tool: str
+    expected_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Why a context waits, since when (seconds on the engine's clock), and for how long at most.
+
+    No calls at all means the program itself is thinking: an idle moment between two requests.
+    """
+
+    since: float
+    calls: tuple[Call, ...] = ()
+    wait_any: bool = False
+    deadline_at: float | None = None
+
+    @property
+    def tool(self) -> str:
+        return "+".join(call.tool for call in self.calls)
+
+
+@dataclass(slots=True, eq=False)
+class Context:
+    """Bookkeeping of one context. Its KV is the ledger's business alone.
+
+    The catch-up rule: a step lets the computed tokens catch up with ``tokens``; prefill, prefix hits, recompute after a
+    discard and resume after a tool are all that one thing.
+    """
+
+    id: ContextId
+    arrival: float
+    tokens: list[int] = field(default_factory=list)
+    phase: Phase = Phase.PAUSED
+    pause: Pause = field(default_factory=lambda: Pause(0.0))
+    requeued: float = 0.0  # when it last joined the queue; `arrival` never changes
+    samples: bool = False  # a token is to be sampled on catching up
+    recompute_from: int | None = None  # rows from here on are wanted again although their KV exists (scoring)
+    high_water_tokens: int = 0  # most tokens ever computed: below it, computing is recomputing
+    cached_tokens: int = 0  # found computed at the last admission
+    deadline_at: float | None = None
+    decided: Action | None = None  # the last decision of this pause
+    num_preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def reuse_limit(self) -> int:
+        """Tokens whose KV may come from elsewhere: sampling needs the last row computed, scoring more."""
+        limit = self.num_tokens - 1 if self.samples else self.num_tokens
+        return limit if self.recompute_from is None else min(limit, self.recompute_from)
+
+    def become(self, phase: Phase) -> None:
+        """The one place where a phase changes."""
+        if phase not in TRANSITIONS[self.phase]:
+            raise IllegalTransition(f"context {self.id}: {self.phase} -> {phase}")
+        self.phase = phase

@@ -1,0 +1,225 @@
+"""Where memory comes from: what the policy gives up, what a queued context holds, whom to preempt."""
+
+from __future__ import annotations
+
+from caesura.scheduler.context import Context
+from caesura.scheduler.ledger import Ledger, Segment
+from caesura.scheduler.policies.base import Choice, PausedContext, PausePolicy, Take, View, leaf_first
+from caesura.scheduler.profile import CostProfile
+from caesura.scheduler.types import Action, ActionCosts, ContextId, PauseDecision, Phase
+
+
+class MemoryDesk:
+    """Carries out the policy's decisions on the ledger and writes each down. One instance, begun anew per step."""
+
+    def __init__(
+        self, ledger: Ledger, policy: PausePolicy, profile: CostProfile, contexts: dict[ContextId, Context]
+    ) -> None:
+        self._ledger = ledger
+        self._policy = policy
+        self._profile = profile
+        self._contexts = contexts
+        self.begin(0.0, 0)
+
+    def begin(self, now: float, number: int) -> None:
+        """Start a step."""
+        self._now = now
+        self.decisions: list[PauseDecision] = []
+        self.preempted: list[ContextId] = []
+        self.contended = False  # someone wanted memory that was not free
+
+    # -- what the policy decides ------------------------------------------------------------------------------
+
+    def review(self) -> None:
+        """Let the policy look at the paused contexts it may want to act on now."""
+        waiting = [
+            state
+            for state in self._contexts.values()
+            if state.phase is Phase.PAUSED and state.decided in (None, Action.PRESERVE)
+        ]
+        if not waiting:
+            return
+        for choice in self._policy.review(self._view(waiting)):
+            self._carry_out(choice)
+
+    def _carry_out(self, choice: Choice) -> None:
+        state = self._contexts[choice.context]
+        first_time = state.decided is not choice.action
+        held = self._ledger.exclusive_tokens(choice.context)
+        action = choice.action
+        if action is Action.DISCARD:
+            self._ledger.discard(choice.context)
+        elif action is Action.RELEASE:
+            self._ledger.release(choice.context)
+        elif action is Action.SWAP:
+            action = self._swap(choice.context)
+        state.decided = action
+        if first_time and (state.pause.calls or action is not Action.RELEASE):
+            self._write_down(choice.context, action, choice.costs, choice.reason, held)
+
+    def _swap(self, context: ContextId) -> Action:
+        """Copy out and drop everything only this context holds; what the host has no room for is discarded."""
+        mine = [segment for segment in self._ledger.segments() if segment.holders == (context,)]
+        done = Action.SWAP
+        for segment in leaf_first(mine, lambda run: -run.start):
+            reclaimed = self._ledger.reclaim(segment.id, segment.num_pages, Action.SWAP)
+            if segment.id >= 0 and reclaimed.action is Action.DISCARD:
+                done = Action.DISCARD
+        return done
+
+    def copy_ahead(self) -> None:
+        """Write likely victims to the host while the link is idle."""
+        if not self._ledger.num_host_pages or self._ledger.copying_pages:
+            return
+        view = self._view()
+        for segment in self._policy.copy_ahead(view):
+            self._ledger.copy_out(segment.id)
+
+    # -- where pages come from --------------------------------------------------------------------------------
+
+    def secure(self, context: ContextId, num_tokens: int) -> bool:
+        """Make room for a queued context; False: not now (no room, or the copies that make it are in flight)."""
+        lacking = self._ledger.shortfall(context, num_tokens)
+        if lacking:
+            self.contended = True
+            busy = any(state.phase is Phase.RUNNING for state in self._contexts.values())
+            if self._policy.on_demand or not (busy or self._ledger.copying_pages):
+                lacking -= self._reclaim(lacking)
+            if lacking > 0:
+                lacking -= self._reclaim_queued(context, lacking)
+        return lacking <= 0 and self._ledger.lacking_now(context, num_tokens) <= 0
+
+    def make_room(self, context: ContextId, num_tokens: int, *, before_preempting: bool) -> bool:
+        """For a running context: did anything become free (or begin to leave)?"""
+        self.contended = True
+        lacking = self._ledger.shortfall(context, num_tokens)
+        if not lacking:
+            return False  # enough is on its way out; wait for the copies
+        if self._policy.on_demand or not before_preempting:
+            taken = self._reclaim(lacking)
+            if taken:
+                return True
+        return self._reclaim_queued(context, lacking) > 0
+
+    def preempt(self, state: Context) -> None:
+        """Back to the queue. What it holds stays, revocably, so memory is taken only as far as it is needed."""
+        state.become(Phase.QUEUED)
+        state.num_preemptions += 1
+        self._ledger.pause(state.id)
+        self.preempted.append(state.id)
+
+    def _reclaim(self, wanted: int) -> int:
+        """Take pages from paused contexts as the policy orders; returns pages freed or on their way."""
+        got = 0
+        for take in self._policy.reclaim(self._view(), wanted):
+            got += self._take(take, wanted - got)
+            if got >= wanted:
+                break
+        return got
+
+    def _take(self, take: Take, wanted: int) -> int:
+        pages = min(take.num_pages, wanted) if take.segment.id >= 0 else take.num_pages
+        done = self._ledger.reclaim(take.segment.id, pages, take.action)
+        got = done.freed + done.pending
+        if got and take.segment.id >= 0:
+            for holder in take.segment.holders:
+                state = self._contexts[holder]
+                if state.decided is not done.action:
+                    state.decided = done.action
+                    tokens = min(take.segment.num_tokens, pages * self._ledger.page_size)
+                    self._write_down(holder, done.action, take.costs, take.reason, tokens, take.remaining_s)
+        return got
+
+    def _reclaim_queued(self, context: ContextId, wanted: int) -> int:
+        """Take from contexts that queue behind ``context`` (preempted ones among them), the last one first."""
+        key = self._policy.order_key
+        mine = key(self._contexts[context])
+        behind = {
+            state.id: key(state)
+            for state in self._contexts.values()
+            if state.phase is Phase.QUEUED and state.id != context and key(state) > mine
+        }
+        action = Action.SWAP if self._policy.uses_host and self._ledger.num_host_pages else Action.DISCARD
+        segments = [s for s in self._ledger.segments() if any(holder in behind for holder in s.holders)]
+        segments = [s for s in segments if all(h in behind or self._is_paused(h) for h in s.holders)]
+        got = 0
+        for segment in leaf_first(segments, lambda run: -min(behind.get(h, mine)[0] for h in run.holders)):
+            if got >= wanted:
+                break
+            done = self._ledger.reclaim(segment.id, min(segment.num_pages, wanted - got), action)
+            got += done.freed + done.pending
+        return got
+
+    def _is_paused(self, context: ContextId) -> bool:
+        return self._contexts[context].phase is Phase.PAUSED
+
+    # -- what the policy sees ---------------------------------------------------------------------------------
+
+    def _view(self, states: list[Context] | None = None) -> View:
+        ledger = self._ledger
+        paused = [state for state in self._contexts.values() if state.phase is Phase.PAUSED]
+        running = [state for state in self._contexts.values() if state.phase is Phase.RUNNING]
+        ids = {state.id for state in paused}
+        shown = paused if states is None else states
+        return View(
+            now=self._now,
+            paused=tuple(self._show(state) for state in sorted(shown, key=lambda state: (state.arrival, state.id))),
+            segments=lambda: _closed_downwards(ledger.segments(), ids),
+            profile=self._profile,
+            batch_tokens=sum(ledger.computed(state.id) for state in running),
+            query_tokens=sum(max(1, state.num_tokens - ledger.computed(state.id)) for state in running),
+            free_pages=ledger.free_pages + ledger.evictable_pages,
+            num_pages=ledger.num_device_pages,
+            page_size=ledger.page_size,
+            copying_pages=ledger.copying_pages,
+            has_host=ledger.num_host_pages > 0,
+        )
+
+    def _show(self, state: Context) -> PausedContext:
+        return PausedContext(
+            id=state.id,
+            arrival=state.arrival,
+            tool=state.pause.tool,
+            since=state.pause.since,
+            elapsed_s=max(0.0, self._now - state.pause.since),
+            remaining_s=self._policy.estimator.remaining_s(state.pause, self._now),
+            held_tokens=self._ledger.held_tokens(state.id),
+            exclusive_tokens=self._ledger.exclusive_tokens(state.id),
+            decided=state.decided,
+        )
+
+    def _write_down(
+        self,
+        context: ContextId,
+        action: Action,
+        costs: ActionCosts,
+        reason: str,
+        tokens: int,
+        remaining_s: float | None = None,
+    ) -> None:
+        state = self._contexts[context]
+        running = [other for other in self._contexts.values() if other.phase is Phase.RUNNING]
+        if remaining_s is None:
+            remaining_s = self._policy.estimator.remaining_s(state.pause, self._now)
+        self.decisions.append(
+            PauseDecision(
+                context_id=context,
+                now=self._now,
+                policy=self._policy.name,
+                action=action,
+                tool=state.pause.tool,
+                reason=reason,
+                costs=costs,
+                context_tokens=state.num_tokens,
+                affected_tokens=tokens,
+                elapsed_s=max(0.0, self._now - state.pause.since),
+                expected_remaining_s=remaining_s,
+                batch_tokens=sum(self._ledger.computed(other.id) for other in running),
+                free_pages=self._ledger.free_pages,
+            )
+        )
+
+
+def _closed_downwards(segments: list[Segment], ids: set[ContextId]) -> list[Segment]:
+    """Segments held by these contexts alone: a run above somebody else's is never among them."""
+    return [segment for segment in segments if all(holder in ids for holder in segment.holders)]

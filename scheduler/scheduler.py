@@ -1,0 +1,277 @@
+"""Plan and commit. What runs in this step, and what becomes of paused contexts' KV.
+
+``plan(now)`` moves pages through the ledger's verbs as it goes and returns a frozen record for the executor;
+``commit(plan, result)`` takes in what came of it. No I/O, clock, random number, torch or thread.
+
+Order: running, then queued; each by the policy's key (original arrival unless it says otherwise). Liveness: the
+first context in order can always take what it needs, since everything but running contexts ahead of it is revocable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from caesura.scheduler.context import Call, Context, Pause
+from caesura.scheduler.ledger import Ledger
+from caesura.scheduler.memory import MemoryDesk
+from caesura.scheduler.meter import WasteMeter
+from caesura.scheduler.policies.base import PausePolicy
+from caesura.scheduler.profile import CostProfile
+from caesura.scheduler.types import ContextId, Phase, Slice, StepPlan, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one step: query tokens, and contexts running at once."""
+
+    max_step_tokens: int = 512
+    max_running: int = 64
+
+
+class Scheduler:
+    """Owns the contexts. The ledger owns where their KV lies; the policy owns what a pause means for it."""
+
+    def __init__(self, ledger: Ledger, policy: PausePolicy, profile: CostProfile, config: SchedulerConfig) -> None:
+        self.ledger = ledger
+        self.policy = policy
+        self.profile = profile
+        self.config = config
+        self.contexts: dict[ContextId, Context] = {}
+        self.meter = WasteMeter(ledger.page_size)
+        self._memory = MemoryDesk(ledger, policy, profile, self.contexts)
+        self._number = 0
+
+    # -- what callers ask -------------------------------------------------------------------------------------
+
+    def open(self, context: ContextId, namespace: str, now: float, deadline_at: float | None = None) -> None:
+        """A new context, empty and idle."""
+        self.ledger.open(context, namespace)
+        self.contexts[context] = Context(context, now, pause=Pause(now), deadline_at=deadline_at)
+
+    def append(self, context: ContextId, tokens: Sequence[int]) -> None:
+        """Tokens to catch up with; nothing is computed before a ``submit``."""
+        self.contexts[context].tokens.extend(tokens)
+
+    def submit(self, context: ContextId, now: float, *, samples: bool, recompute_from: int | None = None) -> None:
+        """Queue a context: compute what is missing and, if ``samples``, go on generating."""
+        state = self.contexts[context]
+        self.resume(context, now)
+        state.samples, state.recompute_from, state.requeued = samples, recompute_from, now
+        if self.ledger.computed(context) > state.reuse_limit:
+            self.ledger.truncate(context, state.reuse_limit)
+        state.become(Phase.QUEUED)
+        state.cached_tokens = -1
+
+    def pause(
+        self,
+        context: ContextId,
+        now: float,
+        calls: Sequence[Call],
+        *,
+        wait_any: bool = False,
+        deadline_at: float | None = None,
+    ) -> None:
+        """An idle context waits for tools from now on."""
+        state = self.contexts[context]
+        if state.phase is not Phase.PAUSED:
+            self.stop(context, now)
+        self._begin_pause(state, Pause(now, tuple(calls), wait_any, deadline_at))
+
+    def resume(self, context: ContextId, now: float) -> None:
+        """The tools have answered (or the program goes on): the pause becomes a known duration. Idempotent."""
+        state = self.contexts[context]
+        if state.phase is not Phase.PAUSED:
+            return
+        elapsed = now - state.pause.since
+        if state.pause.calls:
+            for call in state.pause.calls:
+                self.policy.estimator.observe(call.tool, elapsed)
+        else:
+            self.policy.estimator.observe("", elapsed)
+        state.pause, state.decided = Pause(now), None
+
+    def stop(self, context: ContextId, now: float) -> None:
+        """End a generation where it is; the context is idle again."""
+        state = self.contexts[context]
+        if state.phase in (Phase.QUEUED, Phase.RUNNING):
+            self._rest(state, now)
+
+    def fork(self, parent: ContextId, child: ContextId, now: float) -> None:
+        """A child with the parent's tokens, sharing its KV (an unfinished page by copy-on-write)."""
+        source = self.contexts[parent]
+        self.open(child, "", now, source.deadline_at)
+        self.ledger.fork(parent, child)
+        state = self.contexts[child]
+        state.arrival = source.arrival  # a branch is the same program: it keeps the program's place
+        state.tokens = list(source.tokens)
+        state.high_water_tokens = self.ledger.computed(child)
+
+    def truncate(self, context: ContextId, num_tokens: int, now: float) -> None:
+        """Roll a context back to its first ``num_tokens`` tokens."""
+        self.stop(context, now)
+        state = self.contexts[context]
+        del state.tokens[num_tokens:]
+        self.ledger.truncate(context, num_tokens)
+        state.high_water_tokens = min(state.high_water_tokens, num_tokens)
+
+    def close(self, context: ContextId, *, keep_cached: bool = True) -> None:
+        """Forget a context in whatever state it is; its cached prefix may serve others."""
+        state = self.contexts.pop(context)
+        state.become(Phase.FINISHED)
+        self.ledger.close(context, keep_cached=keep_cached)
+
+    # -- the step ---------------------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> StepPlan:
+        """Decide one step."""
+        self._number += 1
+        self.ledger.advance(self._number)
+        expired = self._expired(now)
+        self._memory.begin(now, self._number)
+        self._memory.review()
+        draft = self._draft()
+        self._memory.copy_ahead()
+        return StepPlan(
+            number=self._number,
+            now=now,
+            slices=tuple(draft.values()),
+            copies=self.ledger.take_copies(),
+            moves=self.ledger.take_moves(),
+            decisions=tuple(self._memory.decisions),
+            preempted=tuple(self._memory.preempted),
+            expired=expired,
+            evicted_pages=self.ledger.take_evicted(),
+        )
+
+    def commit(self, plan: StepPlan, result: StepResult) -> None:
+        """Take in computed tokens, sampled tokens and acknowledged copies of a step."""
+        end = plan.now + result.duration_s
+        self.meter.record(plan, result, self.ledger, self._memory.contended, self.contexts)
+        for move in result.moves_done:
+            self.ledger.acknowledge(move)
+        for piece in plan.slices:
+            state = self.contexts.get(piece.context_id)
+            if state is None:
+                continue
+            computed = piece.start + piece.num_tokens
+            self.ledger.commit(piece.context_id, state.tokens, computed)
+            state.high_water_tokens = max(state.high_water_tokens, computed)
+            if state.recompute_from is not None:
+                state.recompute_from = max(state.recompute_from, computed)
+            if piece.samples:
+                token = result.tokens.get(piece.context_id)
+                if token is not None:
+                    state.tokens.append(token)
+            if piece.context_id in result.finished or (not state.samples and computed == state.num_tokens):
+                self._rest(state, end)
+
+    @property
+    def has_work(self) -> bool:
+        """Some context is queued or running."""
+        return any(state.phase in (Phase.QUEUED, Phase.RUNNING) for state in self.contexts.values())
+
+    # -- parts ------------------------------------------------------------------------------------------------
+
+    def _rest(self, state: Context, now: float) -> None:
+        state.become(Phase.PAUSED)
+        state.samples, state.recompute_from = False, None
+        self._begin_pause(state, Pause(now))
+
+    def _begin_pause(self, state: Context, pause: Pause) -> None:
+        state.pause, state.decided = pause, None
+        self.ledger.pause(state.id)
+        if self.policy.writes_through and (pause.calls or self.policy.releases_idle):
+            self.ledger.write_back(state.id)
+
+    def _expired(self, now: float) -> tuple[ContextId, ...]:
+        """Contexts past their own or their pause's deadline. The engine closes them and tells their owner."""
+        return tuple(
+            state.id
+            for state in self.contexts.values()
+            if (state.deadline_at is not None and now >= state.deadline_at)
+            or (state.phase is Phase.PAUSED and state.pause.deadline_at is not None and now >= state.pause.deadline_at)
+        )
+
+    def _in_order(self, phase: Phase) -> list[Context]:
+        found = [state for state in self.contexts.values() if state.phase is phase]
+        found.sort(key=self.policy.order_key)
+        return found
+
+    def _draft(self) -> dict[ContextId, Slice]:
+        """Running contexts first: single tokens, then chunks; then queued ones until memory or budget ends."""
+        draft: dict[ContextId, Slice] = {}
+        running = self._in_order(Phase.RUNNING)
+        single = [state for state in running if state.num_tokens - self.ledger.computed(state.id) == 1]
+        chunks = [state for state in running if state.num_tokens - self.ledger.computed(state.id) != 1]
+        budget = self.config.max_step_tokens
+        for state in single + chunks:
+            if budget <= 0:
+                break
+            if state.phase is Phase.RUNNING:
+                self._grant(state, budget, running, draft)
+                budget = self.config.max_step_tokens - sum(piece.num_tokens for piece in draft.values())
+        count = sum(state.phase is Phase.RUNNING for state in running)
+        for state in self._in_order(Phase.QUEUED):
+            if budget <= 0 or count >= self.config.max_running or self._memory.preempted:
+                break
+            admitted = self._admit(state)
+            if admitted is None:
+                break
+            if admitted:
+                count += 1
+                budget -= self._grant(state, budget, [], draft)
+        return draft
+
+    def _admit(self, state: Context) -> bool | None:
+        """True: running now. False: its KV is on the way in. None: no memory, so nobody behind it either."""
+        ledger, tokens = self.ledger, state.tokens
+        if ledger.is_loading(state.id):
+            return False
+        computed = ledger.acquire(state.id, tokens, state.reuse_limit)
+        wanted = ledger.host_tokens(state.id, tokens, state.reuse_limit)
+        if wanted and self.profile.copy_s(wanted) < self.profile.recompute_s(computed, wanted):
+            if not self._memory.secure(state.id, state.num_tokens):
+                self.ledger.pause(state.id)  # what it holds stays revocable while it queues
+                return None
+            if ledger.load(state.id, tokens, state.reuse_limit):
+                self._note_cached(state, computed + wanted)
+                return False
+        if not self._memory.secure(state.id, state.num_tokens):
+            self.ledger.pause(state.id)
+            return None
+        self._note_cached(state, computed)
+        state.become(Phase.RUNNING)
+        return True
+
+    @staticmethod
+    def _note_cached(state: Context, computed: int) -> None:
+        if state.cached_tokens < 0:
+            state.cached_tokens = computed
+
+    def _grant(self, state: Context, budget: int, running: list[Context], draft: dict[ContextId, Slice]) -> int:
+        """Give a running context up to ``budget`` rows, taking memory as needed; returns the rows granted."""
+        start = self.ledger.computed(state.id)
+        rows = min(budget, state.num_tokens - start)
+        while not self.ledger.extend(state.id, start + rows):
+            victims = [other for other in running if other.phase is Phase.RUNNING and other is not state]
+            later = [other for other in victims if self.policy.order_key(other) > self.policy.order_key(state)]
+            if self._memory.make_room(state.id, start + rows, before_preempting=bool(later)):
+                continue
+            if later:
+                self._memory.preempt(later[-1])
+                draft.pop(later[-1].id, None)
+                continue
+            if not self.ledger.copying_pages:
+                self._memory.preempt(state)
+            return 0
+        end = start + rows
+        draft[state.id] = Slice(
+            context_id=state.id,
+            start=start,
+            num_tokens=rows,
+            pages=self.ledger.table(state.id),
+            samples=state.samples and end == state.num_tokens,
+            num_recomputed_tokens=max(0, min(end, state.high_water_tokens) - start),
+        )
+        return rows
