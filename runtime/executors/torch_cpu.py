@@ -1,0 +1,156 @@
+"""The executor on a CPU: torch computes the slices, a background thread moves the pages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+import torch
+from caesura.runtime.errors import BrokenInvariant
+from caesura.runtime.executors.base import ExecOutput, SampledToken, SliceInput, SliceOutput
+from caesura.runtime.kv.arena import KvArena
+from caesura.runtime.model.batch import Batch, build_batch
+from caesura.runtime.model.sampler import SampleFailure, sample
+from caesura.runtime.model.transformer import Decoder
+from caesura.runtime.model.weights import Model
+from caesura.scheduler.types import Move, MoveId
+from torch import Tensor
+
+_SCORE_ROWS = 128  # logits held at once while scoring long prompts
+_NOT_FINITE = "the model produced hidden states that are not finite numbers"
+
+
+class TorchExecutor:
+    """Implements :class:`caesura.runtime.executors.base.Executor` on torch for CPUs."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        page_size: int,
+        num_device_pages: int,
+        num_host_pages: int,
+        eos_ids: Iterable[int],
+        deterministic: bool = False,
+        num_threads: int | None = None,
+        vocab_limit: int | None = None,
+    ) -> None:
+        """Allocate the arenas.
+
+        ``eos_ids`` are banned until a generation's ``min_new_tokens``. ``deterministic`` makes every row's bits
+        independent of batch, chunking and page size (slower). ``vocab_limit``: ids from here on are never
+        sampled; give the tokenizer's size when the model's vocabulary is padded beyond it.
+        Raises NotEnoughMemory when the pools do not fit.
+        """
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        config = model.config
+        self.arena = KvArena(
+            num_layers=config.num_layers,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            page_size=page_size,
+            num_device_pages=num_device_pages,
+            num_host_pages=num_host_pages,
+            dtype=model.dtype,
+        )
+        self.page_size = page_size
+        self.page_bytes = self.arena.page_bytes
+        self.num_device_pages = num_device_pages
+        self.num_host_pages = num_host_pages
+        self.max_context_tokens = config.max_context_tokens
+        self._decoder = Decoder(model, deterministic=deterministic)
+        self._eos_ids = frozenset(eos_ids)
+        self._vocab_limit = min(vocab_limit or config.vocab_size, config.vocab_size)
+
+    def begin(self, moves: Sequence[Move]) -> None:
+        """See the protocol."""
+        self.arena.begin(moves)
+
+    def acknowledged(self, *, wait_s: float = 0.0) -> list[MoveId]:
+        """See the protocol."""
+        return self.arena.acknowledged(wait_s=wait_s)
+
+    def close(self) -> None:
+        """See the protocol."""
+        self.arena.close()
+
+    @torch.inference_mode()
+    def execute(self, slices: Sequence[SliceInput], copies: Sequence[Move]) -> ExecOutput:
+        """See the protocol. Raises BrokenInvariant for page tables or token ids out of range."""
+        started = time.perf_counter()
+        self.arena.copy_within(copies)
+        outputs: tuple[SliceOutput, ...] = ()
+        if slices:
+            vocab_size = self._decoder.model.config.vocab_size
+            batch = build_batch(slices, self.page_size, self.num_device_pages, vocab_size)
+            hidden = self._decoder.forward(batch, self.arena.layers)
+            broken = self._broken_slices(batch, hidden)
+            scores = self._score(slices, batch, hidden)
+            sampled = self._sample(slices, batch, hidden)
+            outputs = tuple(
+                _output(piece, sampled.get(index), scores[index], index in broken) for index, piece in enumerate(slices)
+            )
+        return ExecOutput(time.perf_counter() - started, outputs)
+
+    def _sample(
+        self, slices: Sequence[SliceInput], batch: Batch, hidden: Tensor
+    ) -> dict[int, SampledToken | SampleFailure]:
+        """Outcomes by slice index, for the slices that sample."""
+        chosen = [(index, piece.sampler) for index, piece in enumerate(slices) if piece.sampler is not None]
+        if not chosen:
+            return {}
+        rows = [batch.pieces[index].first_row + batch.pieces[index].num_rows - 1 for index, _ in chosen]
+        logits = self._decoder.logits(hidden[rows])[:, : self._vocab_limit]
+        outcomes = sample(logits, [sampler for _, sampler in chosen], self._eos_ids)
+        return {index: outcome for (index, _), outcome in zip(chosen, outcomes, strict=True)}
+
+    def _score(self, slices: Sequence[SliceInput], batch: Batch, hidden: Tensor) -> list[tuple[float, ...]]:
+        """Logprobs (temperature 1) of the slices' ``score_targets``, in their order."""
+        rows: list[int] = []
+        tokens: list[int] = []
+        for index, piece in enumerate(slices):
+            placed = batch.pieces[index]
+            for row, token in piece.score_targets:
+                if not (0 <= row < placed.num_rows and 0 <= token < self._decoder.model.config.vocab_size):
+                    raise BrokenInvariant(
+                        f"context {piece.context_id}: score target ({row}, {token}) lies outside the slice's "
+                        f"{placed.num_rows} rows or the vocabulary"
+                    )
+                rows.append(placed.first_row + row)
+                tokens.append(token)
+        values: list[float] = []
+        for first in range(0, len(rows), _SCORE_ROWS):
+            part = slice(first, first + _SCORE_ROWS)
+            logits = self._decoder.logits(hidden[rows[part]])  # [n, vocab]
+            picked = logits.gather(1, torch.tensor(tokens[part])[:, None])[:, 0]
+            values += (picked - logits.logsumexp(dim=-1)).tolist()
+        scores: list[tuple[float, ...]] = []
+        for piece in slices:
+            count = len(piece.score_targets)
+            scores.append(tuple(values[:count]))
+            values = values[count:]
+        return scores
+
+    def _broken_slices(self, batch: Batch, hidden: Tensor) -> frozenset[int]:
+        """Slices with NaN or infinity; their keys and values are zeroed, lest a page's next owner inherits them."""
+        if bool(torch.isfinite(hidden).all()):
+            return frozenset()
+        broken: set[int] = set()
+        for index, piece in enumerate(batch.pieces):
+            rows = slice(piece.first_row, piece.first_row + piece.num_rows)
+            if not bool(torch.isfinite(hidden[rows]).all()):
+                broken.add(index)
+                slots = self.arena.device.flatten(2, 3)  # [layers, 2, slots, kv_heads, head_dim]
+                slots.index_fill_(2, batch.slots[rows], 0.0)
+        return frozenset(broken)
+
+
+def _output(
+    piece: SliceInput, outcome: SampledToken | SampleFailure | None, scores: tuple[float, ...], broken: bool
+) -> SliceOutput:
+    if broken:
+        return SliceOutput(piece.context_id, None, failure=_NOT_FINITE)
+    if isinstance(outcome, SampleFailure):
+        return SliceOutput(piece.context_id, None, scores, outcome.reason)
+    return SliceOutput(piece.context_id, outcome, scores)
