@@ -129,11 +129,12 @@ class ConversationMaker:
         if system or rng.random() < 0.1:
             messages.append({"role": "system", "content": system})
         if rng.random() < NO_TOOL_SHARE:
-            task = self._tasks.make()
-            messages += [
-                {"role": "user", "content": task.question},
-                {"role": "assistant", "content": answer_text(task.answer.split(" and "))},
-            ]
+            # A few at a time: one alone would be so short that whole batches of like length were guesses.
+            for task in (self._tasks.make() for _ in range(rng.randint(2, 4))):
+                messages += [
+                    {"role": "user", "content": task.question},
+                    {"role": "assistant", "content": answer_text(task.answer.split(" and "))},
+                ]
             return messages, []
         name, argument = "calculator", "expression"
         if rng.random() < OTHER_NAME_SHARE:

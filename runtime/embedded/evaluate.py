@@ -60,6 +60,11 @@ class Chat:
     def context_tokens(self) -> int:
         return len(self._cached)
 
+    @property
+    def token_ids(self) -> list[int]:
+        """The context as computed so far: everything but the token that ended the last turn."""
+        return list(self._cached)
+
     def ask(self, question: str) -> str:
         """Answer a question; calls the calculator as often as the model asks, at most MAX_CALLS turns."""
         self.messages.append({"role": "user", "content": question})

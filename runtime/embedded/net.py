@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 INIT_STD = 0.02
@@ -222,7 +222,7 @@ def hf_config(shape: Shape, *, eos_id: int, pad_id: int) -> dict[str, Any]:
 def save_weights(model: TinyLlama, folder: Path) -> None:
     """Write ``model.safetensors``."""
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
 
 
 def load_net(folder: Path) -> TinyLlama:

@@ -5,75 +5,27 @@ Names and things of the evaluation split never occur in training.
 
 from __future__ import annotations
 
-NAMES = {
-    "train": [
-        "Mara",
-        "Jonas",
-        "Aiko",
-        "Ravi",
-        "Lena",
-        "Tom",
-        "Ines",
-        "Omar",
-        "Freya",
-        "Paul",
-        "Nadia",
-        "Hugo",
-        "Elif",
-        "Sam",
-        "Greta",
-        "Luis",
-        "Amara",
-        "Finn",
-        "Chloe",
-        "Igor",
-        "Zoe",
-        "Ben",
-        "Yara",
-        "Nils",
-        "Rosa",
-        "Kofi",
-        "Ada",
-        "Emil",
-        "Tara",
-        "Leo",
-        "Mina",
-        "Oskar",
-    ],
-    "held_out": ["Bruno", "Salma", "Viktor", "Keiko", "Dario", "Wanda", "Farid", "Signe", "Tobias", "Laila"],
+NAMES: dict[str, tuple[str, ...]] = {
+    "train": (
+        *("Mara", "Jonas", "Aiko", "Ravi", "Lena", "Tom", "Ines", "Omar", "Freya", "Paul", "Nadia"),
+        *("Hugo", "Elif", "Sam", "Greta", "Luis", "Amara", "Finn", "Chloe", "Igor", "Zoe", "Ben"),
+        *("Yara", "Nils", "Rosa", "Kofi", "Ada", "Emil", "Tara", "Leo", "Mina", "Oskar"),
+    ),
+    "held_out": ("Bruno", "Salma", "Viktor", "Keiko", "Dario", "Wanda", "Farid", "Signe", "Tobias", "Laila"),
 }
 
-THINGS = {
-    "train": [
-        "pens",
-        "apples",
-        "books",
-        "stamps",
-        "marbles",
-        "coins",
-        "stickers",
-        "cards",
-        "bricks",
-        "bottles",
-        "eggs",
-        "nails",
-        "seeds",
-        "tickets",
-        "beads",
-        "cookies",
-        "shells",
-        "screws",
-        "candles",
-        "lemons",
-        "buttons",
-        "postcards",
-    ],
-    "held_out": ["walnuts", "magnets", "ribbons", "tulips", "whistles", "pebbles", "lanterns", "muffins"],
+THINGS: dict[str, tuple[str, ...]] = {
+    "train": (
+        *("pens", "apples", "books", "stamps", "marbles", "coins", "stickers", "cards"),
+        *("bricks", "bottles", "eggs", "nails", "seeds", "tickets", "beads", "cookies"),
+        *("shells", "screws", "candles", "lemons", "buttons", "postcards"),
+    ),
+    "held_out": ("walnuts", "magnets", "ribbons", "tulips", "whistles", "pebbles", "lanterns", "muffins"),
 }
 
-HOLDERS = {
-    "train": ["boxes", "bags", "shelves", "crates", "trays", "baskets", "drawers", "packets", "jars", "cartons"],
-    "held_out": ["chests", "barrels", "folders", "sacks", "racks"],
+HOLDERS: dict[str, tuple[str, ...]] = {
+    "train": ("boxes", "bags", "shelves", "crates", "trays", "baskets", "drawers", "packets", "jars", "cartons"),
+    "held_out": ("chests", "barrels", "folders", "sacks", "racks"),
 }
 
 # A wrapper round an expression written with symbols or words.
