@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -28,6 +28,7 @@ from caesura.runtime.embedded.phrases import (
 __all__ = ["CalculatorError", "Kind", "Split", "Step", "Task", "calculate", "check", "make_tasks", "split_of"]
 
 MAX_RESULT_DIGITS = 9
+MADE_UP_SHARE = 0.3
 MAX_TASKS = 1_000_000
 _OPERATORS = ("+", "-", "*", "/")
 _DIGIT_WEIGHTS = {2: 12, 3: 30, 4: 35, 5: 23}  # mostly out of reach for mental arithmetic
@@ -50,7 +51,7 @@ class Kind(StrEnum):
     PARALLEL = "parallel"  # two calls at once
 
 
-_KIND_WEIGHTS = {Kind.PLAIN: 35, Kind.STORY: 35, Kind.TWO_STEPS: 20, Kind.PARALLEL: 10}
+_KIND_WEIGHTS = {Kind.PLAIN: 30, Kind.STORY: 35, Kind.TWO_STEPS: 25, Kind.PARALLEL: 10}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,22 @@ class TaskMaker:
     def _fill(self, template: str, **values: object) -> str:
         name, other = self._rng.sample(NAMES[self._split], 2)
         thing, holder = self._rng.choice(THINGS[self._split]), self._rng.choice(HOLDERS[self._split])
+        if self._split is Split.TRAIN:  # so that a word never seen before does not put the model off
+            name, other = (self._made_up(word, str.capitalize) for word in (name, other))
+            thing, holder = (self._made_up(word, lambda made: made + "s") for word in (thing, holder))
         return template.format(name=name, other=other, thing=thing, holder=holder, **values)
+
+    def _made_up(self, word: str, finish: Callable[[str], str]) -> str:
+        """The word itself, or in three cases of ten an invented one."""
+        if self._rng.random() >= MADE_UP_SHARE:
+            return word
+        pairs = (
+            self._rng.choice("bcdfghklmnprstvwz")
+            + self._rng.choice("aeiou")
+            + self._rng.choice(("", "", "l", "n", "r"))
+            for _ in range(self._rng.randint(1, 3))
+        )
+        return finish("".join(pairs))
 
     def _written(self, a: int, operator: str, b: int) -> str:
         sign = self._rng.choice(SYMBOLS[operator])
