@@ -137,10 +137,10 @@ class GrammarMatcher:
         target = row[: self._words] if fits else np.zeros(self._words, dtype=np.int32)
         self._matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
         if self._matcher.is_stopped() and not self._matcher.is_accepting():
-            reason = self._matcher.stop_reason()
-            if self._matcher.is_error() and not reason.startswith("NoExtension"):
+            # a dead end is an empty mask; llguidance reports it as an error and offers EOS
+            if self._matcher.is_error() and not self._matcher.get_error().startswith("NoExtension"):
                 raise GrammarError(_short(self._matcher.get_error()))
-            target[:] = 0  # a dead end; llguidance would offer EOS
+            target[:] = 0
         if not fits:
             count = min(self._words, row.shape[0])
             row[:count] = target[:count]
@@ -199,11 +199,12 @@ def _translate(constraint: Constraint) -> str:
             return str(LLMatcher.grammar_from_lark(source))
         case ConstraintKind.JSON_SCHEMA:
             schema = _parse_json(source, "json_schema")
-            if not isinstance(schema, dict | bool):
+            if schema is False:
+                raise GrammarError("json_schema cannot be satisfied: false matches nothing")
+            if not isinstance(schema, dict) and schema is not True:
                 raise GrammarError("json_schema must be an object, true or false")
-            return str(
-                LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _JSON_SPACE})
-            )
+            text = json.dumps({} if schema is True else schema)
+            return str(LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _JSON_SPACE}))
         case ConstraintKind.CHOICES:
             return str(LLMatcher.grammar_from_lark(_choices(_parse_json(source, "choices"))))
 
