@@ -1,0 +1,137 @@
+"""Caesura's language: programs that generate, choose, fork, and pause at tool calls.
+
+Light to import: no torch, no pydantic; the engine is loaded when an `Engine` is made.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from caesura.lang.backend import Backend, Capabilities, ChatFormat, Session
+from caesura.lang.backends.scripted import ScriptedBackend, ScriptedReply
+from caesura.lang.choices import (
+    ChoicesDecision,
+    ChoicesSamplingMethod,
+    greedy_token_selection,
+    token_length_normalized,
+    unconditional_likelihood_normalized,
+)
+from caesura.lang.core import Usage
+from caesura.lang.dsl import (
+    assistant,
+    assistant_begin,
+    assistant_end,
+    call_tool,
+    call_tools,
+    gen,
+    gen_int,
+    gen_string,
+    image,
+    select,
+    separate_reasoning,
+    system,
+    system_begin,
+    system_end,
+    user,
+    user_begin,
+    user_end,
+    video,
+)
+from caesura.lang.errors import (
+    BatchError,
+    BlockingCall,
+    DeadlineExceeded,
+    DefinitionError,
+    LangError,
+    NoBackend,
+    OutputError,
+    ProgramCancelled,
+    ProgramError,
+    ReplayError,
+    ScriptError,
+    StateError,
+    ToolError,
+    ToolTimeout,
+    UnknownVariable,
+    UnsupportedByBackend,
+)
+from caesura.lang.group import ProgramStateGroup
+from caesura.lang.program import Program, flush_cache, function, get_server_info, set_default_backend
+from caesura.lang.state import ProgramState, Snapshot
+from caesura.lang.tools import Tool, ToolCall, ToolResult, tool
+
+if TYPE_CHECKING:
+    from caesura.lang.backends.engine import EngineBackend
+
+
+def Engine(model: str | None = None, **options: Any) -> EngineBackend:
+    """The in-process engine as a backend. ``model``: a checkpoint folder or hub id; None for the embedded one.
+
+    ``options`` are fields of the engine's config (``policy=``, ...). Loads torch.
+    """
+    from caesura.lang.backends.engine import EngineBackend
+
+    return EngineBackend.start(model, **options)
+
+
+__all__ = [
+    "Backend",
+    "BatchError",
+    "BlockingCall",
+    "Capabilities",
+    "ChatFormat",
+    "ChoicesDecision",
+    "ChoicesSamplingMethod",
+    "DeadlineExceeded",
+    "DefinitionError",
+    "Engine",
+    "LangError",
+    "NoBackend",
+    "OutputError",
+    "Program",
+    "ProgramCancelled",
+    "ProgramError",
+    "ProgramState",
+    "ProgramStateGroup",
+    "ReplayError",
+    "ScriptError",
+    "ScriptedBackend",
+    "ScriptedReply",
+    "Session",
+    "Snapshot",
+    "StateError",
+    "Tool",
+    "ToolCall",
+    "ToolError",
+    "ToolResult",
+    "ToolTimeout",
+    "UnknownVariable",
+    "UnsupportedByBackend",
+    "Usage",
+    "assistant",
+    "assistant_begin",
+    "assistant_end",
+    "call_tool",
+    "call_tools",
+    "flush_cache",
+    "function",
+    "gen",
+    "gen_int",
+    "gen_string",
+    "get_server_info",
+    "greedy_token_selection",
+    "image",
+    "select",
+    "separate_reasoning",
+    "set_default_backend",
+    "system",
+    "system_begin",
+    "system_end",
+    "token_length_normalized",
+    "tool",
+    "unconditional_likelihood_normalized",
+    "user",
+    "user_begin",
+    "user_end",
+    "video",
+]

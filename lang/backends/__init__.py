@@ -1,0 +1,1 @@
+"""Backends: the in-process engine, and a scripted one for tests."""

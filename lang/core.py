@@ -1,0 +1,303 @@
+"""What a state has become so far: its text as a log of segments, variables, turns, and the session that holds it.
+
+Text is only sent to the backend when something needs it (`flush`), so that neighbouring pieces are tokenized as one.
+The log keeps generated parts as token ids; a session can be rebuilt from it exactly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from caesura.lang.backend import ChatFormat, Piece, Session, Tokens
+from caesura.lang.errors import StateError, UnsupportedByBackend
+
+if TYPE_CHECKING:
+    from caesura.lang.execution import Execution
+    from caesura.lang.tools import Tool, ToolCall, ToolResult
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of the context. ``opens`` is the role when the segment opens a turn."""
+
+    piece: Piece | Tokens
+    opens: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.piece.text
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvent:
+    """A piece of text as it came, the variable it belongs to, and what is known about that generation so far."""
+
+    name: str | None
+    text: str
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Totals of a program. ``tool_s`` is time spent in tools."""
+
+    generations: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    tool_calls: int = 0
+    tool_errors: int = 0
+    tool_s: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.generations + other.generations,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.tool_calls + other.tool_calls,
+            self.tool_errors + other.tool_errors,
+            self.tool_s + other.tool_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The open turn: its role, where its content starts in the log, and the text that closes it."""
+
+    role: str
+    start: int
+    closing: str
+
+
+@dataclass
+class Values:
+    """Everything that a snapshot keeps and a fork copies."""
+
+    variables: dict[str, Any] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    meta: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tool_results: dict[str, list[ToolResult]] = field(default_factory=dict)
+    tool_calls: dict[str, list[tuple[ToolCall, ToolResult]]] = field(default_factory=dict)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    scopes: dict[str, int] = field(default_factory=dict)
+    turn: Turn | None = None
+    num_turns: int = 0
+    tools: tuple[Tool, ...] = ()
+
+    def copy(self) -> Values:
+        return replace(
+            self,
+            variables=dict(self.variables),
+            texts=dict(self.texts),
+            meta=dict(self.meta),
+            tool_results=dict(self.tool_results),
+            tool_calls=dict(self.tool_calls),
+            messages=list(self.messages),
+            scopes=dict(self.scopes),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A snapshot's content."""
+
+    core: Core
+    values: Values
+    num_segments: int
+    mark: int
+    num_rebuilds: int
+
+
+class Core:
+    """One context. Touched on the loop's thread only (reads of finished values excepted)."""
+
+    def __init__(self, execution: Execution) -> None:
+        self.execution = execution
+        self.session: Session | None = None
+        self.values = Values()
+        self.log: list[Segment] = []
+        self.num_sent = 0
+        self.num_rebuilds = 0
+        self.events: list[StreamEvent] = []
+        self.usage = Usage()
+        self.forked_at = 0
+        self.forked_messages = 0
+        self._waiters: list[asyncio.Future[None]] = []
+        self._num_auto = 0
+
+    # -- waiting ------------------------------------------------------------------------------------------------
+
+    def notify(self) -> None:
+        """Wake everyone who waits for this context to change."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def change(self) -> None:
+        """Wait for the next change."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    # -- text and variables --------------------------------------------------------------------------------------
+
+    def text(self, start: int = 0) -> str:
+        """The context's text from segment ``start`` on."""
+        return "".join(segment.text for segment in self.log[start:])
+
+    def add(self, text: str, *, special: bool = False, opens: str | None = None) -> None:
+        """Append text; it is sent with the next flush."""
+        if text or opens is not None:
+            self.log.append(Segment(Piece(text, special), opens))
+            self.emit(None, text, {})
+
+    def add_generated(self, text: str, token_ids: tuple[int, ...] | None) -> None:
+        """Record what the session has appended by itself."""
+        self.log.append(Segment(Tokens(token_ids, text) if token_ids is not None else Piece(text)))
+        self.num_sent = len(self.log)
+
+    def emit(self, name: str | None, text: str, meta: dict[str, Any]) -> None:
+        """Tell streams about new text."""
+        self.events.append(StreamEvent(name, text, meta))
+        self.notify()
+
+    def set(self, name: str, value: Any, *, text: str | None = None, meta: dict[str, Any] | None = None) -> None:
+        """Set a variable."""
+        self.values.texts[name] = text if text is not None else str(value)
+        if meta is not None:
+            self.values.meta[name] = meta
+        self.values.variables[name] = value
+        self.notify()
+
+    def auto_name(self, kind: str) -> str:
+        """A name for an expression without one."""
+        self._num_auto += 1
+        return f"{kind}_{self._num_auto}"
+
+    # -- turns ---------------------------------------------------------------------------------------------------
+
+    @property
+    def chat(self) -> ChatFormat:
+        chat = self.execution.backend.chat
+        if chat is None:
+            raise UnsupportedByBackend(
+                f"backend {self.execution.backend.name!r} has no chat template, so there are no roles; write plain text"
+            )
+        return chat
+
+    def open_turn(self, role: str) -> None:
+        """Open a turn of ``role``. Raises StateError inside another turn."""
+        if self.values.turn is not None:
+            raise StateError(f"{role} opens inside the turn of {self.values.turn.role}; roles do not nest")
+        specs = [tool.spec for tool in self.values.tools] or None
+        first = self.values.num_turns == 0
+        opening, closing = self.chat.turn(role, first=first, tools=specs if first else None)
+        self.add(opening, special=True, opens=role)
+        self.values.turn = Turn(role, len(self.log), closing)
+        self.values.num_turns += 1
+
+    def close_turn(self, role: str, **extra: Any) -> None:
+        """Close the open turn. ``extra`` goes into its message. Raises StateError when another one is open."""
+        turn = self.values.turn
+        if turn is None or turn.role != role:
+            raise StateError(f"{role} ends, but {'no turn' if turn is None else 'the turn of ' + turn.role} is open")
+        content = extra.pop("content", None)
+        text = self.text(turn.start) if content is None else content
+        self.values.messages.append({"role": role, "content": text, **extra})
+        self.values.turn = None
+        self.add(turn.closing, special=True)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """All turns, the open one included; contents exactly as they were added."""
+        turn = self.values.turn
+        messages = [dict(message) for message in self.values.messages]
+        if turn is not None and (text := self.text(turn.start)):
+            messages.append({"role": turn.role, "content": text})
+        return messages
+
+    async def declare_tools(self, tools: Sequence[Tool]) -> None:
+        """Make tools known to the model. They stand in the first turn: if that is written already, rewrite it."""
+        known = {tool.name for tool in self.values.tools}
+        new = tuple(tool for tool in tools if tool.name not in known)
+        if not new:
+            return
+        self.values.tools += new
+        first = next((i for i, segment in enumerate(self.log) if segment.opens is not None), None)
+        if first is None:
+            return
+        role = self.log[first].opens or "user"
+        opening, _ = self.chat.turn(role, first=True, tools=[tool.spec for tool in self.values.tools])
+        self.log[first] = Segment(Piece(opening, special=True), role)
+        await self._rebuild()
+
+    # -- session -------------------------------------------------------------------------------------------------
+
+    async def open(self) -> Session:
+        """The session, opened at first use."""
+        if self.session is None:
+            self.session = await self.execution.open_session()
+        return self.session
+
+    async def flush(self) -> Session:
+        """Send what was added since the last flush; neighbouring plain texts go as one piece."""
+        session = await self.open()
+        if self.num_sent < len(self.log):
+            await session.append(_merged(self.log[self.num_sent :]))
+            self.num_sent = len(self.log)
+        return session
+
+    def fork(self) -> Core:
+        """A copy of everything but the session."""
+        child = Core(self.execution)
+        child.values = self.values.copy()
+        child.log = list(self.log)
+        child.num_sent = self.num_sent
+        child.num_rebuilds = self.num_rebuilds
+        child.forked_at = len(self.log)
+        child.forked_messages = len(self.values.messages)
+        child._num_auto = self._num_auto
+        return child
+
+    async def save(self) -> Saved:
+        """Take a snapshot."""
+        session = await self.flush()
+        return Saved(self, self.values.copy(), len(self.log), await session.mark(), self.num_rebuilds)
+
+    async def restore(self, saved: Saved) -> None:
+        """Return to a snapshot of this context."""
+        if saved.core is not self:
+            raise StateError("the snapshot belongs to another state; take it from the state that is rolled back")
+        session = await self.open()
+        tools = self.values.tools
+        self.values = saved.values.copy()
+        del self.log[saved.num_segments :]
+        if saved.num_rebuilds == self.num_rebuilds:
+            await session.rollback(saved.mark)
+            self.num_sent = len(self.log)
+        else:  # the tool declarations were written in between; they stay
+            self.values.tools = tools
+            await self._rebuild()
+        self.emit(None, "", {"rollback": True})
+
+    async def _rebuild(self) -> None:
+        """Start the session's context again from the log."""
+        self.num_rebuilds += 1
+        if self.session is not None and self.num_sent:
+            await self.session.rollback(0)
+        self.num_sent = 0
+
+
+def _merged(segments: Sequence[Segment]) -> list[Piece | Tokens]:
+    merged: list[Piece | Tokens] = []
+    for segment in segments:
+        piece, last = segment.piece, merged[-1] if merged else None
+        if isinstance(piece, Piece) and isinstance(last, Piece) and piece.special == last.special:
+            merged[-1] = Piece(last.text + piece.text, piece.special)
+        elif piece.text or isinstance(piece, Tokens):
+            merged.append(piece)
+    return merged

@@ -1,0 +1,214 @@
+"""One run of a program: its body, its states, its sessions, and the one way they all end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from caesura.lang.backend import Backend, Session
+from caesura.lang.core import Core, Usage
+from caesura.lang.errors import DeadlineExceeded, LangError, ProgramCancelled, ProgramError
+from caesura.lang.fibers import drive, run_in_fiber
+from caesura.lang.ir import Sampling
+from caesura.lang.runner import runner
+from caesura.lang.state import ProgramState
+
+if TYPE_CHECKING:
+    from caesura.lang.tools import Tool
+
+log = logging.getLogger("caesura.lang")
+
+CLOSE_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What one run is told besides the program's own arguments."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+    stream: bool = False
+    deadline_s: float | None = None
+    namespace: str = ""
+    tools: tuple[Tool, ...] = ()
+
+
+_current: contextvars.ContextVar[Execution | None] = contextvars.ContextVar("caesura_execution", default=None)
+
+
+def current_execution() -> Execution | None:
+    """The run that the calling code belongs to."""
+    return _current.get()
+
+
+class Execution:
+    """Runs a body over a root state. Every session it opens is closed when it ends, however it ends."""
+
+    def __init__(
+        self, program: str, body: Callable[[ProgramState], Any], backend: Backend, options: RunOptions
+    ) -> None:
+        self.program = program
+        self.backend = backend
+        self.options = options
+        self.states: list[ProgramState] = []
+        self.done = False
+        self.failure: ProgramError | None = None
+        self._body = body
+        self._sessions: list[Session] = []
+        self._nested: list[Execution] = []
+        self._task: asyncio.Task[None] | None = None
+        self._stop: LangError | None = None
+        self.root = ProgramState(self, Core(self), has_body=True)
+        self.root.core.values.tools = options.tools
+
+    def start(self) -> ProgramState:
+        """Begin in the background; returns the root state at once."""
+        outer = _current.get()
+        if outer is not None and not outer.done:
+            outer._nested.append(self)
+        context = contextvars.copy_context()
+
+        def launch() -> None:
+            self._task = runner().spawn(self._main(), context=context)
+
+        runner().call(launch)
+        return self.root
+
+    def cancel(self, reason: LangError | None = None) -> None:
+        """End the run from any thread. What was finished stays readable through `ProgramState.variables`."""
+
+        def stop() -> None:
+            if self._task is not None and not self.done and self._stop is None:
+                self._stop = reason or ProgramCancelled(f"program {self.program!r} was cancelled")
+                self._task.cancel()
+
+        runner().call(stop)
+
+    # -- on the loop ---------------------------------------------------------------------------------------------
+
+    async def _main(self) -> None:
+        _current.set(self)
+        timer: asyncio.TimerHandle | None = None
+        failure: ProgramError | None = None
+        try:
+            if self.options.deadline_s is not None:
+                late = DeadlineExceeded(
+                    f"program {self.program!r} outlasted its deadline of {self.options.deadline_s:g} s"
+                )
+                timer = asyncio.get_running_loop().call_later(self.options.deadline_s, self.cancel, late)
+            self.root.ret = await run_body(self.root, self._body, self.program)
+            self.root.body_running = False
+            await self._all_idle()
+        except asyncio.CancelledError:
+            cause = self._stop or ProgramCancelled(f"program {self.program!r} was stopped with its event loop")
+            self._stop = cause
+            failure = ProgramError.wrap(cause, self.program, self.root.position)
+        except BaseException as error:  # user code: even SystemExit must not end the loop
+            failure = self._failure_from(error)
+        finally:
+            if timer is not None:
+                timer.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._end(failure)
+        self._finish(failure)
+
+    def _failure_from(self, error: BaseException) -> ProgramError:
+        own = self.root.failure
+        if own is not None and (error is own or getattr(error, "cause", None) is own.cause):
+            return own
+        return ProgramError.wrap(error, self.program, "its body")
+
+    async def _all_idle(self) -> None:
+        """Wait for every state, forks that nobody joined included, and raise the first failure nobody has seen."""
+        while True:
+            for state in self.states:
+                if state.failure is not None and not state.failure_seen:
+                    raise state.failure
+            busy = next((state for state in self.states if not state.idle and state.failure is None), None)
+            if busy is None:
+                break
+            await busy.change()
+        if self.root.failure is not None:
+            raise self.root.failure
+
+    async def _end(self, failure: ProgramError | None) -> None:
+        """Stop what still runs and give all sessions back."""
+        if failure is not None:
+            for state in self.states:
+                if not state.idle:
+                    state.fail(failure)
+        drains = [task for state in self.states if (task := state.stop()) is not None]
+        if drains:
+            await asyncio.wait(drains, timeout=CLOSE_TIMEOUT_S)
+        if failure is not None:
+            for nested in self._nested:
+                nested.cancel(ProgramCancelled(f"program {self.program!r}, which ran this one, has ended"))
+        for state in self.states:
+            state.keep_decisions()
+        sessions, self._sessions = self._sessions, []
+        if sessions:
+            closing = [asyncio.ensure_future(close_session(session)) for session in sessions]
+            await asyncio.wait(closing, timeout=CLOSE_TIMEOUT_S)
+
+    def _finish(self, failure: ProgramError | None) -> None:
+        self.failure = failure
+        self.done = True
+        for state in self.states:
+            state.finish(failure if state is self.root else None)
+        self._nested.clear()
+
+    # -- sessions ------------------------------------------------------------------------------------------------
+
+    async def open_session(self) -> Session:
+        """Open a session that this run will close."""
+        session = await self.backend.open(namespace=self.options.namespace, deadline_s=self.options.deadline_s)
+        self._sessions.append(session)
+        return session
+
+    async def fork_session(self, session: Session, n: int) -> Sequence[Session]:
+        """Fork a session; the copies belong to this run too."""
+        copies = list(await session.fork(n))
+        self._sessions.extend(copies)
+        return copies
+
+    async def release(self, session: Session) -> None:
+        """Close a session before the run ends."""
+        if session in self._sessions:
+            self._sessions.remove(session)
+        await close_session(session)
+
+    @property
+    def usage(self) -> Usage:
+        """Totals over all states."""
+        total = Usage()
+        for core in {id(state.core_or_none): state.core_or_none for state in self.states}.values():
+            if core is not None:
+                total += core.usage
+        return total
+
+
+async def close_session(session: Session) -> None:
+    """Close, and only log what goes wrong: the program's own outcome matters more."""
+    try:
+        await session.close()
+    except Exception:
+        log.exception("closing a session failed")
+
+
+async def run_body(state: ProgramState, body: Callable[[ProgramState], Any], label: str) -> Any:
+    """Run a sync or async body in a fiber, with ``state`` marked as the one whose body this is."""
+
+    def call() -> Any:
+        result = body(state)
+        return drive(result) if inspect.iscoroutine(result) else result
+
+    with state.inside():
+        try:
+            return await run_in_fiber(call, f"program {label!r}")
+        finally:
+            state.body_running = False

@@ -1,0 +1,463 @@
+"""``s``: what a program adds expressions to and reads variables from.
+
+Adding only enqueues; each state has a drain task that executes its nodes in order. Reading waits: the fiber inside a
+program, the thread outside. After a failure every read and every further ``+=`` raises it, nothing blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import contextvars
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from caesura.lang import ir
+from caesura.lang.core import Core, Saved, Usage
+from caesura.lang.errors import ProgramError, StateError, UnknownVariable
+from caesura.lang.group import ProgramStateGroup
+from caesura.lang.interpreter import check, execute
+from caesura.lang.runner import runner
+
+if TYPE_CHECKING:
+    from caesura.lang.execution import Execution
+    from caesura.lang.tools import ToolCall, ToolResult
+
+# The states whose bodies, and whose drains, the running code is part of: they must not be waited for to end.
+_INSIDE: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("caesura_inside", default=frozenset())
+_DRAINED_BY: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("caesura_drained_by", default=frozenset())
+
+
+class Snapshot:
+    """A point to return to with `ProgramState.rollback`."""
+
+    def __init__(self) -> None:
+        self.saved: Saved | None = None
+
+
+class ProgramState:
+    """One context of a running or finished program. Safe to use from any thread."""
+
+    def __init__(self, execution: Execution, core: Core | None, *, has_body: bool = False) -> None:
+        self._execution = execution
+        self._core = core
+        self._queue: collections.deque[tuple[ir.Expr, contextvars.Context]] = collections.deque()
+        self._drain_task: asyncio.Task[None] | None = None
+        self._announced: set[str] = set()
+        self._decisions: tuple[Any, ...] | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+        self.body_running = has_body
+        self.closed: str | None = None  # why nothing can be added any more
+        self.failure: ProgramError | None = None
+        self.failure_seen = False
+        self.position = "its body"  # the node that runs, for messages
+        self.ret: Any = None
+        execution.states.append(self)
+
+    # -- adding --------------------------------------------------------------------------------------------------
+
+    def __iadd__(self, other: object) -> ProgramState:
+        self.submit(ir.as_expr(other))
+        return self
+
+    def submit(self, node: ir.Expr) -> None:
+        """Enqueue a node. Raises the state's failure, StateError after its end, and what `check` finds."""
+        self._check_open()
+        for inner in ir.walk(node):
+            check(inner, self._execution.backend)
+            name = getattr(inner, "name", None)
+            if isinstance(name, str):
+                self._announced.add(name)
+        self._queue.append((node, contextvars.copy_context()))
+        runner().call(self._kick)
+
+    def _check_open(self) -> None:
+        if self.failure is not None:
+            raise self._seen(self.failure)
+        if self.closed is not None:
+            raise StateError(f"nothing can be added to this state of {self._execution.program!r}: {self.closed}")
+
+    def _kick(self) -> None:
+        if self._drain_task is None and self._queue and self.failure is None and self._core is not None:
+            self._drain_task = runner().spawn(self._drain(), context=contextvars.copy_context())
+
+    async def _drain(self) -> None:
+        try:
+            _DRAINED_BY.set(_DRAINED_BY.get() | {id(self)})
+            while self._queue:
+                node, context = self._queue.popleft()
+                await execute(self, node, context)
+                self.notify()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # user code may raise anything
+            self.fail(ProgramError.wrap(error, self._execution.program, self.position))
+        finally:
+            self._drain_task = None
+            self.notify()
+            self._kick()
+
+    def in_drain(self) -> None:
+        """Mark the running code as part of this state's drain, in whatever context it runs."""
+        _DRAINED_BY.set(_DRAINED_BY.get() | {id(self)})
+
+    # -- life, on the loop ---------------------------------------------------------------------------------------
+
+    @property
+    def core(self) -> Core:
+        assert self._core is not None
+        return self._core
+
+    @property
+    def core_or_none(self) -> Core | None:
+        return self._core
+
+    @property
+    def execution(self) -> Execution:
+        """The run this state belongs to."""
+        return self._execution
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is enqueued and nothing runs."""
+        return self._core is not None and not self._queue and self._drain_task is None
+
+    def adopt(self, core: Core) -> None:
+        """A fork has reached this child: from now on it runs."""
+        self._core = core
+        self._kick()
+        self.notify()
+
+    def notify(self) -> None:
+        """Wake everyone who waits for this state."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        if self._core is not None:
+            self._core.notify()
+
+    async def change(self) -> None:
+        """Wait for the next change."""
+        if self._core is not None:
+            await self._core.change()
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    def fail(self, failure: ProgramError) -> None:
+        """Record the failure; children that were still to be forked fail with it."""
+        if self.failure is not None:
+            return
+        self.failure = failure
+        dropped, self._queue = self._queue, collections.deque()
+        for node, _ in dropped:
+            if isinstance(node, ir.ForkInto):
+                for child in node.children:
+                    child.fail(failure)
+                    child.failure_seen = True
+        self.notify()
+
+    def stop(self) -> asyncio.Task[None] | None:
+        """Stop draining; returns the task that is ending."""
+        self._queue.clear()
+        if self._drain_task is not None:
+            self._drain_task.cancel()
+        return self._drain_task
+
+    def finish(self, failure: ProgramError | None) -> None:
+        """The run is over."""
+        self.body_running = False
+        if self.failure is None and failure is not None:
+            self.failure = failure
+        self.closed = self.closed or "its program has ended"
+        if self._core is not None:
+            self._core.session = None
+        self.notify()
+
+    def keep_decisions(self) -> None:
+        """Remember the backend's decisions before the session goes."""
+        if self._decisions is None and self._core is not None and self._core.session is not None:
+            self._decisions = tuple(self._core.session.decisions())
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """The code within is this state's body."""
+        token = _INSIDE.set(_INSIDE.get() | {id(self)})
+        try:
+            yield
+        finally:
+            _INSIDE.reset(token)
+
+    def _seen(self, failure: ProgramError) -> ProgramError:
+        self.failure_seen = True
+        return failure.copy()
+
+    # -- waiting -------------------------------------------------------------------------------------------------
+
+    def _over(self) -> bool:
+        """Whether nothing more will come: for the body itself when the queue is empty, else when the run is done."""
+        if id(self) in _DRAINED_BY.get():
+            return True
+        if id(self) in _INSIDE.get() or not self.body_running:
+            return self.idle
+        return False
+
+    async def _settled(self) -> None:
+        while self.failure is None and not self._over():
+            await self.change()
+        if self.failure is not None:
+            raise self._seen(self.failure)
+
+    async def _value(self, name: str) -> Any:
+        while self.failure is None and not (self._core is not None and name in self._core.values.variables):
+            if self._over():
+                known = ", ".join(sorted(self._core.values.variables)) if self._core else ""
+                raise UnknownVariable(
+                    f"no variable {name!r} in program {self._execution.program!r}; there are: {known}"
+                )
+            await self.change()
+        if self.failure is not None:
+            raise self._seen(self.failure)
+        return self.core.values.variables[name]
+
+    async def _done(self) -> None:
+        if id(self) in _INSIDE.get() or id(self) in _DRAINED_BY.get() or self is not self._execution.root:
+            return await self._settled()
+        while not self._execution.done:
+            await self.change()
+        if self.failure is not None:
+            raise self._seen(self.failure)
+        return None
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a variable; waits for it. Raises UnknownVariable (a KeyError) when nothing sets it."""
+        return runner().wait(self._value(name))
+
+    def get_var(self, name: str) -> Any:
+        """As ``s[name]``."""
+        return self[name]
+
+    async def get_async(self, name: str) -> Any:
+        """As ``s[name]``, awaitable from any event loop."""
+        return await runner().wait_async(self._value(name))
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the variable is set, or an expression that sets it is enqueued. Does not wait."""
+        return name in self._announced or (self._core is not None and name in self._core.values.variables)
+
+    def set_var(self, name: str, value: Any) -> None:
+        """Set a variable, in order with what was added before."""
+        self.submit(ir.SetVar(name, value))
+
+    def _read(self, name: str, table: Callable[[Core], dict[str, Any]], what: str) -> Any:
+        async def read() -> Any:
+            await self._value(name)
+            entries = table(self.core)
+            if name not in entries:
+                raise UnknownVariable(f"variable {name!r} has no {what}")
+            return entries[name]
+
+        return runner().wait(read())
+
+    def text_of(self, name: str) -> str:
+        """The raw text behind a variable, also when its value is typed."""
+        text: str = self._read(name, lambda core: core.values.texts, "text")
+        return text
+
+    def get_meta_info(self, name: str) -> dict[str, Any]:
+        """Tokens, finish reason and, when asked for, logprobs of a generation, with SGLang's keys."""
+        return dict(self._read(name, lambda core: core.values.meta, "meta info"))
+
+    def tool_result(self, name: str) -> ToolResult:
+        """The result of ``call_tool(name, ...)``; of ``call_tools``, the first."""
+        return self.tool_results(name)[0]
+
+    def tool_results(self, name: str) -> list[ToolResult]:
+        """The results of ``call_tools(name, ...)`` in the order of the calls."""
+        return list(self._read(name, lambda core: core.values.tool_results, "tool result"))
+
+    def tool_calls(self, name: str) -> list[tuple[ToolCall, ToolResult]]:
+        """The calls that the model made in ``gen(name, tools=...)``, with their results."""
+        return list(self._read(name, lambda core: core.values.tool_calls, "tool calls"))
+
+    def text(self) -> str:
+        """All text so far (inside the program) or in the end (outside)."""
+        self.sync()
+        return self.core.text()
+
+    async def text_async(self) -> str:
+        """As `text`, awaitable."""
+        await self.wait_async()
+        return self.core.text()
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The turns as OpenAI-style messages; contents are exactly what was written."""
+        self.sync()
+        return self.core.messages()
+
+    def sync(self) -> None:
+        """Wait until everything added so far has run (inside the program) or the program is done (outside)."""
+        runner().wait(self._done())
+
+    async def wait_async(self) -> ProgramState:
+        """As `sync`, awaitable from any event loop; returns the state."""
+        await runner().wait_async(self._done())
+        return self
+
+    def error(self) -> ProgramError | None:
+        """Wait for the end and return the failure, None when there is none. Never raises it."""
+        with contextlib.suppress(ProgramError):
+            self.sync()
+        self.failure_seen = True
+        return self.failure
+
+    @property
+    def ret_value(self) -> Any:
+        """What the program's function returned; waits for the end."""
+        self.sync()
+        return self.ret
+
+    @property
+    def done(self) -> bool:
+        """Whether the program has ended. Does not wait."""
+        return self._execution.done
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What is set by now, also after a failure. Does not wait."""
+        return dict(self._core.values.variables) if self._core is not None else {}
+
+    def usage(self) -> Usage:
+        """Token and tool totals of the whole program, forks included. Does not wait."""
+        return self._execution.usage
+
+    def decisions(self) -> tuple[Any, ...]:
+        """The backend's pause decisions for this context, with their reasons."""
+        if self._decisions is not None or self._core is None or self._core.session is None:
+            return self._decisions or ()
+        return tuple(self._core.session.decisions())
+
+    def cancel(self) -> None:
+        """End the program; its sessions go back. Reads raise ProgramCancelled."""
+        self._execution.cancel()
+
+    # -- streaming -----------------------------------------------------------------------------------------------
+
+    async def _next_event(self, at: int, name: str | None) -> tuple[int, str, dict[str, Any]] | None:
+        """The next non-empty text of ``name`` (None: of anything) at or after position ``at``."""
+        while True:
+            events = self._core.events if self._core is not None else []
+            while at < len(events):
+                event = events[at]
+                at += 1
+                if (name is None or event.name == name) and (event.text or event.meta):
+                    return at, event.text, event.meta
+            if self.failure is not None:
+                raise self._seen(self.failure)
+            known = self._core is not None and name is not None and name in self._core.values.variables
+            if known or self._over():
+                if name is not None and not known:
+                    await self._value(name)
+                return None
+            await self.change()
+
+    def text_iter(self, var: str | None = None) -> Iterator[str]:
+        """Text as it is generated, of one variable or of everything. Without ``stream=True`` it comes in few pieces."""
+        at = 0
+        while (found := runner().wait(self._next_event(at, var))) is not None:
+            at, text, _ = found
+            if text:
+                yield text
+
+    async def text_async_iter(self, var: str | None = None, return_meta_data: bool = False) -> AsyncIterator[Any]:
+        """As `text_iter`, for any event loop; with ``return_meta_data`` pairs of text and metadata."""
+        at = 0
+        while (found := await runner().wait_async(self._next_event(at, var))) is not None:
+            at, text, meta = found
+            if return_meta_data:
+                yield text, meta
+            elif text:
+                yield text
+
+    # -- structure -----------------------------------------------------------------------------------------------
+
+    def fork(self, size: int = 1, position_ids_offset: list[int] | None = None) -> ProgramStateGroup:
+        """``size`` states that continue from here in parallel. ``position_ids_offset`` is accepted and not needed."""
+        if size < 1:
+            raise StateError(f"fork size is {size}; it must be at least 1")
+        self._check_open()
+        children = tuple(ProgramState(self._execution, None) for _ in range(size))
+        self.submit(ir.ForkInto(children))
+        return ProgramStateGroup(list(children), self)
+
+    @contextlib.contextmanager
+    def copy(self) -> Iterator[ProgramState]:
+        """``with s.copy() as c:`` - a single fork, joined at the end."""
+        group = self.fork(1)
+        try:
+            yield group[0]
+        finally:
+            if self.failure is None and self.closed is None:
+                group.join()
+
+    @contextlib.contextmanager
+    def var_scope(self, name: str) -> Iterator[None]:
+        """Everything added inside becomes the variable ``name``."""
+        self.submit(ir.ScopeBegin(name))
+        self._announced.add(name)
+        yield
+        self.submit(ir.ScopeEnd(name))
+
+    def role(self, role: str, expr: object = None) -> Any:
+        """Add a whole turn, or without ``expr`` give a context manager for one."""
+        if expr is not None:
+            self.submit(ir.Seq((ir.RoleBegin(role), ir.as_expr(expr), ir.RoleEnd(role))))
+            return None
+        return self._role_scope(role)
+
+    @contextlib.contextmanager
+    def _role_scope(self, role: str) -> Iterator[None]:
+        self.submit(ir.RoleBegin(role))
+        try:
+            yield
+        finally:  # the turn is closed when the block raises, too
+            if self.failure is None and self.closed is None:
+                self.submit(ir.RoleEnd(role))
+
+    def system(self, expr: object = None) -> Any:
+        """A system turn; ``with s.system():`` without an argument."""
+        return self.role("system", expr)
+
+    def user(self, expr: object = None) -> Any:
+        """A user turn; ``with s.user():`` without an argument."""
+        return self.role("user", expr)
+
+    def assistant(self, expr: object = None) -> Any:
+        """An assistant turn; ``with s.assistant():`` without an argument."""
+        return self.role("assistant", expr)
+
+    def snapshot(self) -> Snapshot:
+        """Remember this point, with text, variables and turns."""
+        snapshot = Snapshot()
+        self.submit(ir.TakeSnapshot(snapshot))
+        return snapshot
+
+    def rollback(self, snapshot: Snapshot) -> None:
+        """Return to a snapshot. A failed state works again, if the snapshot was reached before the failure."""
+        if self.failure is not None and snapshot.saved is not None and self.closed is None:
+            self.failure = None
+        self.submit(ir.RollbackTo(snapshot))
+
+    def __repr__(self) -> str:
+        phase = "failed" if self.failure else "done" if self._execution.done else "running"
+        return f"<ProgramState of {self._execution.program!r}: {phase}, variables {sorted(self.variables)}>"
+
+    def _repr_html_(self) -> str:
+        from caesura.lang.display import state_html
+
+        return state_html(self)

@@ -1,0 +1,103 @@
+"""Model-driven tool calls: generate, run what the model called, append the results, generate again."""
+
+from __future__ import annotations
+
+import json
+
+from caesura.lang import ir
+from caesura.lang.backend import ToolCallRequest, ToolUse
+from caesura.lang.calls import check_raise, count, paused, pending
+from caesura.lang.core import Core
+from caesura.lang.errors import StateError
+from caesura.lang.generate import Output, meta_of, request_of, stream
+from caesura.lang.toolrun import failure, run_tools
+from caesura.lang.tools import Tool, ToolCall, ToolResult
+
+
+async def generate_with_tools(core: Core, node: ir.Gen) -> None:
+    """Run a ``gen(tools=...)``: at most ``max_tool_rounds`` rounds of calls, then an answer without tools."""
+    name = node.name or core.auto_name("gen")
+    turn = core.values.turn
+    if turn is None or turn.role != "assistant":
+        where = "outside of any turn" if turn is None else f"in a turn of {turn.role}"
+        raise StateError(f"gen({name!r}, tools=...) stands {where}; write s += assistant(gen({name!r}, tools=...))")
+    await core.declare_tools(node.tools)
+    tools = {tool.name: tool for tool in node.tools}
+    history: list[tuple[ToolCall, ToolResult]] = []
+    for number in range(node.max_tool_rounds + 1):
+        choice = node.tool_choice if number == 0 else "auto"
+        if number == node.max_tool_rounds:
+            choice = "none"
+        use = ToolUse(tuple(tool.spec for tool in node.tools), choice, node.parallel_tool_calls)
+        session = await core.flush()
+        request = request_of(core, node, name, use)
+        output = await stream(core, session, request)
+        if output.finish.reason != "tool_calls" or not output.finish.tool_calls or choice == "none":
+            break
+        history += await _round(core, name, tools, node, output, number)
+    content = output.finish.content
+    text = output.text if content is None else content
+    core.values.tool_calls[name] = history
+    value = node.output.parse(text) if node.output is not None else text
+    core.set(name, value, text=text, meta={**meta_of(output, request, node, ()), "tool_rounds": number})
+
+
+async def _round(
+    core: Core, name: str, tools: dict[str, Tool], node: ir.Gen, output: Output, number: int
+) -> list[tuple[ToolCall, ToolResult]]:
+    """One round: close the turn that calls, run the calls at once, append results, open the next turn."""
+    wanted = output.finish.tool_calls
+    if not node.parallel_tool_calls:
+        wanted = wanted[:1]
+    calls = [ToolCall(call.name, call.arguments, f"{name}-{number}-{i}") for i, call in enumerate(wanted)]
+    prepared = [_prepare(tools, call) for call in wanted]
+    content = output.finish.content
+    core.close_turn("assistant", content=output.text if content is None else content, tool_calls=_shown(calls))
+    session = await core.flush()
+    runnable = [call for call in prepared if isinstance(call, ir.ToolInvocation)]
+    async with paused(session, pending(f"{name}-{number}", runnable)):
+        ran = iter(await run_tools(runnable))
+        results = [next(ran) if isinstance(call, ir.ToolInvocation) else call for call in prepared]
+        done = [result for result in results if result is not None]
+        count(core, done)
+        for call, result in zip(prepared, done, strict=True):
+            if isinstance(call, ir.ToolInvocation):
+                check_raise(call, result)
+        _append_results(core, calls, done)
+        core.open_turn("assistant")
+        await core.flush()
+    return list(zip(calls, done, strict=True))
+
+
+def _prepare(tools: dict[str, Tool], call: ToolCallRequest) -> ir.ToolInvocation | ToolResult:
+    """The call with checked arguments, or what to tell the model instead."""
+    tool = tools.get(call.name)
+    if tool is None:
+        return failure(f"there is no tool {call.name!r}; there are: {', '.join(sorted(tools))}")
+    try:
+        return ir.ToolInvocation(tool, kwargs=tool.parse_arguments(call.arguments))
+    except ValueError as error:
+        return failure(f"invalid arguments for {call.name}: {error}")
+
+
+def _append_results(core: Core, calls: list[ToolCall], results: list[ToolResult]) -> None:
+    pairs = [(call.tool, result.text) for call, result in zip(calls, results, strict=True)]
+    for piece in core.chat.tool_results(pairs):
+        core.add(piece.text, special=piece.special)
+    for call, result in zip(calls, results, strict=True):
+        message = {"role": "tool", "name": call.tool, "tool_call_id": call.id, "content": result.text}
+        core.values.messages.append(message)
+
+
+def _shown(calls: list[ToolCall]) -> list[dict[str, object]]:
+    return [
+        {"id": call.id, "type": "function", "function": {"name": call.tool, "arguments": _compact(call.arguments)}}
+        for call in calls
+    ]
+
+
+def _compact(arguments: str) -> str:
+    try:
+        return json.dumps(json.loads(arguments), ensure_ascii=False)
+    except ValueError:
+        return arguments

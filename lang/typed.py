@@ -1,0 +1,97 @@
+"""Typed outputs: a Python type becomes a grammar for the model and a parser for its text."""
+
+from __future__ import annotations
+
+import enum
+import json
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from caesura.lang.backend import Constraint
+from caesura.lang.errors import DefinitionError, OutputError
+
+# The patterns SGLang uses for ``dtype``; values stay strings.
+DTYPE_REGEX: dict[type, str] = {
+    int: r"[-+]?[0-9]+[ \n]*",
+    float: r"[-+]?[0-9]*\.?[0-9]+[ \n]*",
+    bool: r"(True|False)",
+    str: r"\"[\w\d\s]*\"",
+}
+DTYPE_STOP: dict[type, tuple[str, ...]] = {int: (" ", "\n"), float: (" ", "\n")}
+
+_INT = r"-?(0|[1-9][0-9]{0,17})"
+_FLOAT = r"-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?([eE][-+]?[0-9]{1,3})?"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputType:
+    """What ``gen(type=...)`` asks for: the grammar, and how the text becomes a value."""
+
+    name: str
+    constraint: Constraint | None
+    parse: Callable[[str], Any]
+
+
+def output_type(kind: Any) -> OutputType:
+    """The output type for ``kind``: int, float, bool, str, an Enum, a Literal, or anything pydantic has a schema for.
+
+    Raises DefinitionError for types without a JSON schema.
+    """
+    name = getattr(kind, "__name__", None) or str(kind)
+    if kind is str:
+        return OutputType("str", None, lambda text: text)
+    if kind is int:
+        return OutputType("int", Constraint("regex", _INT), _guarded("int", lambda text: int(text.strip())))
+    if kind is float:
+        return OutputType("float", Constraint("regex", _FLOAT), _guarded("float", lambda text: float(text.strip())))
+    if kind is bool:
+        return _options("bool", {"true": True, "false": False})
+    if isinstance(kind, enum.EnumMeta):
+        members: dict[str, Any] = {str(member.value): member for member in kind.__members__.values()}
+        if len(members) != len(kind.__members__):
+            raise DefinitionError(f"the values of {name} are not distinct as text: {sorted(members)}")
+        return _options(name, members)
+    if typing.get_origin(kind) is Literal:
+        return _options(name, {str(value): value for value in typing.get_args(kind)})
+    return _schema_type(name, kind)
+
+
+def _schema_type(name: str, kind: Any) -> OutputType:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        adapter = TypeAdapter(kind)
+        schema = adapter.json_schema()
+    except Exception as error:
+        raise DefinitionError(f"type={name} has no JSON schema: {error}") from error
+
+    def parse(text: str) -> Any:
+        try:
+            return adapter.validate_json(text.strip())
+        except ValidationError as error:
+            raise OutputError(f"the generated text is no {name}: {error}; it is {_shown(text)}") from error
+
+    return OutputType(name, Constraint("json_schema", json.dumps(schema)), parse)
+
+
+def _options(name: str, values: dict[str, Any]) -> OutputType:
+    if not values or any(not text for text in values):
+        raise DefinitionError(f"type={name} needs at least one value, and none that is empty as text")
+    constraint = Constraint("choices", json.dumps(list(values)))
+    return OutputType(name, constraint, _guarded(name, lambda text: values[text.strip()]))
+
+
+def _guarded(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def guarded(text: str) -> Any:
+        try:
+            return parse(text)
+        except (ValueError, KeyError) as error:
+            raise OutputError(f"the generated text is no {name}: {_shown(text)}") from error
+
+    return guarded
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 200 else text[:200] + "...")
