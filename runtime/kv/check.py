@@ -1,4 +1,4 @@
-"""Recompute every counter of the ledger from scratch and compare. For tests, and for a doctor's look at a server."""
+"""Recompute every counter of the ledger from scratch and compare; draw the tree. For tests and a doctor's look."""
 
 from __future__ import annotations
 
@@ -6,78 +6,143 @@ from collections import Counter
 
 from caesura.runtime.errors import BrokenInvariant
 from caesura.runtime.kv.ledger import KVLedger
-from caesura.runtime.kv.node import Hold, Node
-from caesura.runtime.kv.pages import PageState, row
+from caesura.runtime.kv.node import Hold, Node, PrefixLease
+from caesura.runtime.kv.order import device_evictable, host_evictable
+from caesura.runtime.kv.pages import Handle, PagePool, PageState, row
 from caesura.scheduler.types import MoveKind
 
 
 def check(ledger: KVLedger) -> None:
-    """Raise BrokenInvariant when any two facts of the ledger disagree."""
-    ledger.device.check()
-    ledger.host.check()
-    device: Counter[int] = Counter()
-    host: Counter[int] = Counter()
-    seen: set[int] = set()
-    for root in ledger.tree.roots().values():
-        for node in root.subtree():
-            seen.add(node.id)
-            _check_node(ledger, node)
-            device.update(row(handle) for handle in node.device)
-            host.update(row(handle) for handle in node.host)
-    _require(seen == set(ledger.tree.nodes), f"nodes {seen ^ set(ledger.tree.nodes)} are not reachable")
-    for context, holding in ledger.holdings.items():
-        device.update(row(handle) for handle in holding.tail)
-        _check_holding(ledger, context, holding.leased)
-    device.update(row(handle) for handle in ledger._copied)
-    for pool, found in ((ledger.device, device), (ledger.host, host)):
-        expected = {page: count for page, count in enumerate(pool.references()) if count}
-        _require(dict(found) == expected, f"{pool.name} references {expected}, found {dict(found)}")
-    unheld = sum(len(node.device) for node in ledger.tree.nodes.values() if not node.held)
-    _require(unheld == ledger.tree.unheld_pages, f"unheld {ledger.tree.unheld_pages}, found {unheld}")
+    """Raise BrokenInvariant when any two facts of the ledger disagree. O(pages + nodes + leases)."""
+    tiers, tree = ledger.tiers, ledger.tree
+    nodes = [node for root in tree.roots().values() for node in root.subtree()]
+    found = {node.id for node in nodes}
+    _require(found == set(tree.nodes), f"nodes {found ^ set(tree.nodes)} are not reachable")
+    for node in reversed(nodes):  # children before parents
+        _check_node(ledger, node)
+    for lease in ledger.leases.values():
+        _check_lease(ledger, lease)
+    anchored = {holder for node in nodes for holder in node.leases}
+    _require(anchored == set(ledger.leases), f"contexts {anchored ^ set(ledger.leases)} lease nothing")
+    tails = [page for lease in ledger.leases.values() for page in lease.tail]
+    copies = [source for _, source in tiers.copies.values()]
+    tree_pages = [page for node in nodes for page in node.device]
+    _check_pool(tiers.device, tree_pages + tails + copies + tiers.step_pages)
+    _check_pool(tiers.host, [page for node in nodes for page in node.host])
+    references = tiers.device.references()
+    for page in tree_pages:
+        _require(references[row(page)] == 1, f"page {row(page)} is in the tree and has {references[row(page)]} owners")
+    for name, total, part in (
+        ("evictable", tree.evictable_pages, [node.shares().evictable for node in nodes]),
+        ("paused", tree.paused_pages, [node.shares().paused for node in nodes]),
+        ("blocked", tree.blocked_pages, [node.shares().blocked for node in nodes]),
+        ("spare host", tree.spare_host_pages, [node.shares().spare_host for node in nodes]),
+    ):
+        _require(total == sum(part), f"{name} pages {total}, the tree says {sum(part)}")
+    _check_order(ledger, nodes)
+    for move, transfer in tiers.transfers.items():
+        _require(move == transfer.id, f"transfer {transfer.id} filed under {move}")
+        _require(all(node.transfer is transfer for node in transfer.nodes), f"transfer {move} lost a node")
+
+
+def _check_pool(pool: PagePool, owners: list[Handle]) -> None:
+    """Conservation: every page is free or has exactly the owners that can be found."""
+    pool.check()
+    found = Counter(row(handle) for handle in owners)
+    expected = {page: count for page, count in enumerate(pool.references()) if count}
+    _require(dict(found) == expected, f"{pool.name} references {expected}, found {dict(found)}")
+    for handle in owners:
+        pool.state(handle)  # raises for a stale handle
 
 
 def _check_node(ledger: KVLedger, node: Node) -> None:
-    size = ledger.page_size
-    subtree = node.subtree()
-    leases = [lease for below in subtree for lease in below.leases]
-    running = sum(lease.hold is Hold.RUNNING for lease in leases)
+    children = node.children.values()
+    mine = list(node.leases.values())
+    running = sum(lease.hold is Hold.RUNNING for lease in mine) + sum(child.running for child in children)
+    paused = sum(lease.hold is Hold.PAUSED for lease in mine) + sum(child.paused for child in children)
+    moving = (node.transfer is not None) + sum(child.moving for child in children)
+    on_device = sum(bool(child.device) for child in children)
     _require(node.running == running, f"node {node.id}: running {node.running}, leases say {running}")
-    _require(node.paused == len(leases) - running, f"node {node.id}: paused {node.paused} of {len(leases)}")
-    for lease in node.leases:
-        _require(lease.node is node and not lease.released, f"node {node.id} lists a lease that is elsewhere")
-        _require(lease.holder in ledger.holdings, f"lease of unknown context {lease.holder}")
-    on_device = sum(bool(child.device) for child in node.children.values())
+    _require(node.paused == paused, f"node {node.id}: paused {node.paused}, leases say {paused}")
+    _require(node.moving == moving, f"node {node.id}: moving {node.moving}, transfers say {moving}")
     _require(node.device_children == on_device, f"node {node.id}: {node.device_children} device children")
+    _require(node.share == node.shares(), f"node {node.id}: counted {node.share}, is {node.shares()}")
+    for holder, lease in node.leases.items():
+        _require(lease.holder == holder and lease.node is node and not lease.released, f"lease of {holder} is astray")
     for key, child in node.children.items():
         _require(child.parent is node and child.start == node.end, f"node {child.id} hangs wrong")
-        _require(key == tuple(child.tokens[:size]), f"node {child.id} under a wrong key")
+        _require(key == tuple(child.tokens[: ledger.page_size]), f"node {child.id} under a wrong key")
         _require(bool(child.device or child.host), f"node {child.id} lies nowhere")
         _require(not child.device or bool(node.device) or node.parent is None, f"hole above node {child.id}")
         _require(child.tick <= node.tick, f"node {child.id} is newer than its parent")
     for tier in (node.device, node.host):
-        _require(not tier or len(tier) * size == len(node.tokens), f"node {node.id}: {len(tier)} pages")
+        _require(not tier or len(tier) * ledger.page_size == len(node.tokens), f"node {node.id}: {len(tier)} pages")
+    _check_transfer(ledger, node)
+
+
+def _check_transfer(ledger: KVLedger, node: Node) -> None:
     transfer = node.transfer
-    if transfer is not None:
-        _require(transfer.id in ledger.transfers and node in transfer.nodes, f"node {node.id}: stray transfer")
-    out = transfer is not None and transfer.kind is MoveKind.OUT
-    busy = {False: PageState.USED, True: PageState.COPYING_OUT if out else PageState.COPYING_IN}
-    _require(
-        all(ledger.device.state(page) is busy[transfer is not None] for page in node.device),
-        f"node {node.id}: page state does not fit its transfer",
-    )
+    device = host = PageState.USED
+    if transfer is None:
+        _require(not node.leaving, f"node {node.id} is leaving, but nothing moves it")
+    else:
+        out = transfer.kind is MoveKind.OUT
+        device, host = (PageState.COPYING_OUT, PageState.COPYING_IN)[:: 1 if out else -1]
+        known = ledger.tiers.transfers.get(transfer.id) is transfer and node in transfer.nodes
+        _require(known and bool(node.device and node.host), f"node {node.id}: stray transfer {transfer.id}")
+    pools = ledger.tiers.device, ledger.tiers.host
+    for pool, pages, state in zip(pools, (node.device, node.host), (device, host), strict=True):
+        states = {pool.state(page) for page in pages}
+        _require(states <= {state}, f"node {node.id}: {pool.name} pages are {states}, should be {state.name}")
 
 
-def _check_holding(ledger: KVLedger, context: int, leased: int) -> None:
-    holding = ledger.holdings[context]  # type: ignore[index]
-    size = ledger.page_size
-    if holding.lease is None:
-        _require(not holding.tail and not holding.computed, f"context {context} has pages without a lease")
-        return
-    _require(leased + len(holding.tail) * size >= holding.computed, f"context {context} computed too much")
-    if holding.computed >= leased:
-        on_device = [page for node in holding.lease.node.path() for page in node.device]
-        table = [row(handle) for handle in on_device + holding.tail]
-        _require(holding.table == table, f"context {context}: table {holding.table}, pages {table}")
+def _check_lease(ledger: KVLedger, lease: PrefixLease) -> None:
+    size, who = ledger.page_size, f"context {lease.holder}"
+    _require(lease.holder in ledger.namespaces, f"{who} has a lease, but is not open")
+    root = lease.node
+    while root.parent is not None:
+        root = root.parent
+    namespace = ledger.namespaces[lease.holder]
+    _require(ledger.tree.roots().get(namespace) is root, f"{who} leases outside its namespace {namespace!r}")
+    _require(0 <= lease.ahead <= len(lease.tail) * size, f"{who}: {lease.ahead} tokens in {len(lease.tail)} pages")
+    ready = lease.node.frontier() is lease.node
+    _require(ready or not lease.tail, f"{who} has a tail that hangs in the air")
+    if lease.rows is not None:
+        on_device = [row(page) for node in lease.node.path() for page in node.device]
+        table = on_device + [row(page) for page in lease.tail]
+        _require(ready and lease.hold is Hold.RUNNING, f"{who} keeps a page table that may change")
+        _require(lease.rows == table, f"{who}: table {lease.rows}, pages {table}")
+
+
+def _check_order(ledger: KVLedger, nodes: list[Node]) -> None:
+    """The next victims are there, and are the ones used longest ago."""
+    tree = ledger.tree
+    for name, evictable, victim in (
+        ("device", device_evictable, tree.next_device_victim()),
+        ("host", host_evictable, tree.next_host_victim()),
+    ):
+        oldest = min((node.tick for node in nodes if evictable(node)), default=None)
+        _require((victim.tick if victim is not None else None) == oldest, f"{name} victim is not the oldest: {oldest}")
+
+
+def dump(ledger: KVLedger) -> str:
+    """The tree as text: one line a node with its span, tiers, holders and age."""
+    lines: list[str] = []
+
+    def draw(node: Node, depth: int) -> None:
+        tiers = f"device {len(node.device)} host {len(node.host)}"
+        moving = f" {node.transfer.kind.value}" if node.transfer is not None else ""
+        leaving = " leaving" if node.leaving else ""
+        holders = " ".join(f"{lease.holder}:{lease.hold.value}" for lease in node.leases.values())
+        span = f"[{node.start}, {node.end})"
+        lines.append(f"{'  ' * depth}{node.id} {span} {tiers}{moving}{leaving} tick {node.tick} {holders}".rstrip())
+        for child in node.children.values():
+            draw(child, depth + 1)
+
+    for namespace, root in ledger.tree.roots().items():
+        lines.append(f"namespace {namespace!r}")
+        draw(root, 1)
+    return "\n".join(lines)
 
 
 def _require(fact: bool, message: str) -> None:

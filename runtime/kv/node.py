@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
-from caesura.runtime.kv.pages import Handle
-from caesura.scheduler.types import MoveId, MoveKind
+from caesura.runtime.kv.pages import Handle, row
+from caesura.scheduler.types import ContextId, MoveId, MoveKind, PageId
 
 
 class Hold(StrEnum):
@@ -16,6 +17,18 @@ class Hold(StrEnum):
     PAUSED = "paused"  # remembered, and revocable from the tail
 
 
+class Share(NamedTuple):
+    """One node's part of the tree's totals, in pages."""
+
+    evictable: int  # on the device, and nobody's
+    paused: int  # on the device, and held by paused leases alone
+    blocked: int  # the same, but a copy at or below the node must end first
+    spare_host: int  # host pages that may go: second copies, and runs that nobody holds
+
+
+NO_SHARE = Share(0, 0, 0, 0)
+
+
 @dataclass(slots=True, eq=False)
 class Transfer:
     """A copy between the tiers in flight. A split adds the new upper half to ``nodes``."""
@@ -23,14 +36,14 @@ class Transfer:
     id: MoveId
     kind: MoveKind
     nodes: list[Node]
-    drop_device: bool = False  # free the device pages when the copy-out is acknowledged
 
 
 @dataclass(slots=True, eq=False)
 class Node:
     """A run of whole pages. ``device`` and ``host`` are empty when the run is not on that tier.
 
-    ``running`` and ``paused`` count the leases anchored here or below, so a node nobody needs has both at 0.
+    ``running``, ``paused`` and ``moving`` count the leases and transfers here *or below*, so a node that nobody
+    needs has all three at 0, and with it everything under it. Children are keyed by their first page's tokens.
     """
 
     id: int
@@ -40,12 +53,15 @@ class Node:
     device: list[Handle] = field(default_factory=list)
     host: list[Handle] = field(default_factory=list)
     children: dict[tuple[int, ...], Node] = field(default_factory=dict)
-    leases: set[PrefixLease] = field(default_factory=set)
+    leases: dict[ContextId, PrefixLease] = field(default_factory=dict)
     transfer: Transfer | None = None
+    leaving: bool = False  # the device pages go when the transfer is acknowledged, unless someone runs on them
     running: int = 0
     paused: int = 0
+    moving: int = 0
     device_children: int = 0
     tick: int = 0
+    share: Share = NO_SHARE
 
     @property
     def end(self) -> int:
@@ -64,6 +80,19 @@ class Node:
     def held(self) -> bool:
         return self.running + self.paused > 0
 
+    @property
+    def pinned(self) -> bool:
+        return self.running + self.paused + self.moving > 0
+
+    def frontier(self) -> Node:
+        """The deepest node on the path down to here above which (and with which) all is usable on the device."""
+        ready = node = self
+        while node.parent is not None:
+            if not node.device_ready:
+                ready = node.parent
+            node = node.parent
+        return ready
+
     def path(self) -> list[Node]:
         """Root to this node, the root left out."""
         nodes = []
@@ -81,16 +110,51 @@ class Node:
             found.extend(node.children.values())
         return found
 
+    def shares(self) -> Share:
+        """What this node adds to the tree's totals as it is now."""
+        pages = len(self.device)
+        spare = self.transfer is None and (pages or not self.pinned)
+        return Share(
+            0 if self.pinned else pages,
+            pages if self.paused and not self.running else 0,
+            pages if self.moving and not self.held else 0,
+            len(self.host) if spare else 0,
+        )
+
 
 @dataclass(slots=True, eq=False)
 class PrefixLease:
-    """A context's claim on the path from the root to ``node``. Released once; a second release raises."""
+    """A context's claim: the path from the root to ``node``, and the ``tail`` pages after it.
 
-    holder: int
+    The path may lie on the device only down to the node's frontier; a tail exists only when all of it does.
+    Released once; a second release raises.
+    """
+
+    holder: ContextId
     node: Node
     hold: Hold
+    tail: list[Handle] = field(default_factory=list)
+    ahead: int = 0  # computed tokens in the tail
+    reserved: int = 0  # the step being planned will compute up to here
+    awaits: set[MoveId] = field(default_factory=set)  # ids of finished moves may linger
+    rows: list[PageId] | None = None  # the page table, kept while RUNNING with everything on the device
     released: bool = False
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the path, wherever they lie."""
         return self.node.end
+
+    @property
+    def computed(self) -> int:
+        """Leading tokens whose KV is usable on the device."""
+        frontier = self.node.frontier()
+        return frontier.end + self.ahead if frontier is self.node else frontier.end
+
+    def table(self) -> list[PageId]:
+        """Rows of the usable pages in order, the tail's included."""
+        if self.rows is not None:
+            return self.rows
+        frontier = self.node.frontier()
+        found = [row(handle) for node in frontier.path() for handle in node.device]
+        return found + [row(handle) for handle in self.tail]

@@ -6,13 +6,14 @@ union of both tiers. On a split the old node stays the deeper half, so leases an
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from caesura.runtime.errors import BrokenInvariant
-from caesura.runtime.kv.node import Hold, Node, PrefixLease
+from caesura.runtime.kv.node import Hold, Node, PrefixLease, Transfer
+from caesura.runtime.kv.order import EvictionOrder, device_evictable, host_evictable
 from caesura.runtime.kv.pages import Handle
+from caesura.scheduler.types import ContextId
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,51 +34,56 @@ class Published:
 
 
 class RadixTree:
-    """Prefix tree with leases and LRU eviction. Callers own the pages; the tree only says which to free."""
+    """Prefix tree with leases and LRU order. Callers own the pages; the tree only says which may go."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self.nodes: dict[int, Node] = {}
+        self.evictable_pages = 0  # these four are the sums of all nodes' shares
+        self.paused_pages = 0
+        self.blocked_pages = 0
+        self.spare_host_pages = 0
         self._roots: dict[str, Node] = {}
-        self.unheld_pages = 0  # device pages of nodes without a lease, kept as a running sum
+        self._names: dict[int, str] = {}  # root id to namespace
         self._next_id = 0
-        self._device_order: list[tuple[int, int]] = []  # (tick, node id); stale entries are skipped when met
-        self._host_order: list[tuple[int, int]] = []
+        self._device_order = EvictionOrder(device_evictable)
+        self._host_order = EvictionOrder(host_evictable)
 
     # -- reading ----------------------------------------------------------------------------------------------
 
+    def roots(self) -> dict[str, Node]:
+        """Namespace to root, for checks and pictures."""
+        return dict(self._roots)
+
     def probe(self, namespace: str, tokens: Sequence[int], limit: int | None = None) -> Match:
         """How many leading tokens are resident, without changing anything. Whole pages only."""
+        root = self._roots.get(namespace)
+        if root is None:
+            return Match(0, 0)
         device = host = 0
-        on_device = True
-        for node, length in self._walk(namespace, tokens, limit):
-            on_device = on_device and node.device_ready
-            if on_device:
+        for node, length in self.walk(root, tokens, limit):
+            if node.device_ready and not host:
                 device += length
-            elif node.host_ready or node.device:
-                host += length
             else:
-                break
+                host += length
         return Match(device, host)
 
-    def walk(self, namespace: str, tokens: Sequence[int], limit: int | None = None) -> list[tuple[Node, int]]:
-        """Nodes matched in order, with the matched length of each."""
-        return list(self._walk(namespace, tokens, limit))
+    def walk(self, node: Node, tokens: Sequence[int], limit: int | None = None) -> Iterator[tuple[Node, int]]:
+        """Nodes below ``node`` that continue it along ``tokens[:limit]``, each with its matched length.
 
-    def _walk(self, namespace: str, tokens: Sequence[int], limit: int | None) -> Iterator[tuple[Node, int]]:
-        node = self._roots.get(namespace)
+        Only the last may match in part, and then by whole pages. ``tokens`` starts at the root.
+        """
         size = self.page_size
         end = len(tokens) if limit is None else min(limit, len(tokens))
         end -= end % size
-        position = 0
-        while node is not None and position < end:
+        position, whole = node.end, True
+        while whole and position < end:
             child = node.children.get(tuple(tokens[position : position + size]))
             if child is None:
                 return
             length = self._common(child.tokens, tokens, position, end)
+            whole = length == len(child.tokens)
             yield child, length
-            if length < len(child.tokens):
-                return
             position += length
             node = child
 
@@ -85,89 +91,99 @@ class RadixTree:
         """Length of the common prefix in whole pages, by bisection over equal slices."""
         size = self.page_size
         high = min(len(run), end - position) // size
-        if run[: high * size] == list(tokens[position : position + high * size]):
+
+        def same(start: int, stop: int) -> bool:
+            mine = run if stop - start == len(run) else run[start:stop]
+            theirs = tokens[position + start : position + stop]
+            return mine == (theirs if isinstance(theirs, list) else list(theirs))
+
+        if same(0, high * size):
             return high * size
         low = 1  # the first page is the child's key
         while low < high - 1:
             middle = (low + high) // 2
-            if run[low * size : middle * size] == list(tokens[position + low * size : position + middle * size]):
+            if same(low * size, middle * size):
                 low = middle
             else:
                 high = middle
         return low * size
 
     def exclusive_pages(self, lease: PrefixLease) -> int:
-        """Device pages that only this lease holds."""
-        return sum(len(node.device) for node in lease.node.path() if node.running + node.paused == 1)
+        """Device pages in the tree that only this lease holds."""
+        pages = 0
+        node = lease.node
+        while node.parent is not None and node.running + node.paused == 1:
+            pages += len(node.device)
+            node = node.parent
+        return pages
 
     # -- leases -----------------------------------------------------------------------------------------------
 
-    def lease_root(self, namespace: str, holder: int, hold: Hold) -> PrefixLease:
-        """A lease on nothing yet."""
+    def lease(self, holder: ContextId, hold: Hold, node: Node) -> PrefixLease:
+        """A lease on the path down to ``node``."""
+        lease = PrefixLease(holder, node, hold)
+        node.leases[holder] = lease
+        self._count(node, hold, +1)
+        return lease
+
+    def root(self, namespace: str) -> Node:
+        """The namespace's root, made when there is none."""
         root = self._roots.get(namespace)
         if root is None:
             root = self._roots[namespace] = self._new_node(None, 0, [])
-        lease = PrefixLease(holder, root, hold)
-        root.leases.add(lease)
-        self._count(root, hold, +1)
-        return lease
+            self._names[root.id] = namespace
+        return root
 
     def release(self, lease: PrefixLease, tick: int) -> None:
-        """Give a lease back."""
+        """Give a lease back. Its pages become evictable when it was the last."""
         if lease.released:
             raise BrokenInvariant(f"lease of context {lease.holder} released twice")
         lease.released = True
         node = lease.node
-        node.leases.discard(lease)
-        self._count(node, lease.hold, -1)
+        del node.leases[lease.holder]
         self.touch(node, tick)
-        self._prune_roots(node)
+        self._count(node, lease.hold, -1)
+        self._prune_root(node)
 
     def set_hold(self, lease: PrefixLease, hold: Hold) -> None:
         """Switch a lease between RUNNING and PAUSED."""
         if lease.hold is not hold:
+            self._count(lease.node, hold, +1)
             self._count(lease.node, lease.hold, -1)
             lease.hold = hold
-            self._count(lease.node, hold, +1)
 
     def move_lease(self, lease: PrefixLease, node: Node, tick: int) -> None:
         """Anchor a lease at another node of the same namespace."""
         old = lease.node
+        self.touch(node, tick)
         if old is node:
             return
         self._count(node, lease.hold, +1)
         self._count(old, lease.hold, -1)
-        old.leases.discard(lease)
-        node.leases.add(lease)
+        del old.leases[lease.holder]
+        node.leases[lease.holder] = lease
         lease.node = node
-        self.touch(old, 0)
-        self.touch(node, tick)
-
-    def deepen(self, lease: PrefixLease, namespace: str, tokens: Sequence[int], limit: int, tick: int) -> int:
-        """Move a lease to the deepest device-ready match of ``tokens[:limit]``; returns its length."""
-        node = lease.node
-        while node.parent is not None:
-            node = node.parent
-        for child, length in self.walk(namespace, tokens, limit):
-            if not child.device_ready:
-                break
-            node = child if length == len(child.tokens) else self.split(child, length)
-        if node.end > lease.num_tokens:
-            self.move_lease(lease, node, tick)
-        return lease.num_tokens
 
     def _count(self, node: Node | None, hold: Hold, by: int) -> None:
         while node is not None:
-            was_held = node.held
             if hold is Hold.RUNNING:
                 node.running += by
             else:
                 node.paused += by
             if node.running < 0 or node.paused < 0:
                 raise BrokenInvariant(f"node {node.id}: {node.running} running, {node.paused} paused")
-            if was_held != node.held:
-                self.unheld_pages += -len(node.device) if node.held else len(node.device)
+            self._refresh(node)
             node = node.parent
+
+    def set_transfer(self, node: Node, transfer: Transfer | None) -> None:
+        """A copy of this node's run begins, or (None) has ended. Pins the path above."""
+        node.transfer = transfer
+        by = -1 if transfer is None else 1
+        above: Node | None = node
+        while above is not None:
+            above.moving += by
+            self._refresh(above)
+            above = above.parent
 
     # -- growing ----------------------------------------------------------------------------------------------
 
@@ -186,41 +202,43 @@ class RadixTree:
         while position < len(tokens):
             child = node.children.get(tuple(tokens[position : position + size]))
             if child is None:
-                node = self._add(node, tokens[position:], pages[position // size :])
-                kept.extend(pages[position // size :])
+                rest = pages[position // size :]
+                node = self._add(lease, node, tokens[position:], rest)
+                kept.extend(rest)
                 position = len(tokens)
                 break
-            length = self._common(child.tokens, tokens, position, len(tokens))
             if child.device and not child.device_ready:
                 break
+            length = self._common(child.tokens, tokens, position, len(tokens))
             if length < len(child.tokens):
                 child = self.split(child, length)
             mine = pages[position // size : (position + length) // size]
             if child.device:
                 surplus.extend(mine)
             else:
-                self.set_device(child, list(mine))
+                self.set_device(child, mine)
             kept.extend(child.device)
             node, position = child, position + length
         self.move_lease(lease, node, tick)
         return Published(position, kept, surplus)
 
-    def _add(self, parent: Node, tokens: Sequence[int], pages: list[Handle]) -> Node:
-        """A new leaf, or more of ``parent`` itself where only the publisher holds it and nothing hangs below."""
-        grows = (
-            parent.parent is not None
+    def _add(self, lease: PrefixLease, parent: Node, tokens: Sequence[int], pages: list[Handle]) -> Node:
+        """A new leaf, or more of the lease's own node where nobody else has it and nothing hangs below."""
+        if (
+            parent is lease.node
+            and parent.parent is not None
+            and parent.running + parent.paused == 1
             and not parent.children
             and not parent.host
             and parent.transfer is None
-            and parent.running + parent.paused == 1
-        )
-        if grows:
+        ):
             parent.tokens.extend(tokens)
             parent.device.extend(pages)
             return parent
         node = self._new_node(parent, parent.end, list(tokens))
         parent.children[tuple(tokens[: self.page_size])] = node
-        self.set_device(node, list(pages))
+        self.set_device(node, pages)
+        self._refresh(parent)
         return node
 
     def _new_node(self, parent: Node | None, start: int, tokens: list[int]) -> Node:
@@ -228,6 +246,8 @@ class RadixTree:
         self._next_id += 1
         self.nodes[node.id] = node
         return node
+
+    # -- shape ------------------------------------------------------------------------------------------------
 
     def split(self, node: Node, length: int) -> Node:
         """Cut ``node`` after ``length`` tokens; returns the new upper half. The old node stays the deeper one."""
@@ -238,129 +258,131 @@ class RadixTree:
         upper = self._new_node(node.parent, node.start, node.tokens[:length])
         upper.device, node.device = node.device[:cut], node.device[cut:]
         upper.host, node.host = node.host[:cut], node.host[cut:]
-        upper.running, upper.paused, upper.tick = node.running, node.paused, node.tick
+        upper.running, upper.paused, upper.moving = node.running, node.paused, node.moving
+        upper.tick, upper.leaving = node.tick, node.leaving
         upper.device_children = 1 if node.device else 0
         node.parent.children[tuple(node.tokens[:size])] = upper
         node.tokens = node.tokens[length:]
         node.start += length
         node.parent = upper
         upper.children[tuple(node.tokens[:size])] = node
+        self._refresh(node)
+        self._refresh(upper)
         if node.transfer is not None:
-            upper.transfer = node.transfer
             node.transfer.nodes.append(upper)
-        self._offer(upper)
-        self._offer(node)
+            self.set_transfer(upper, node.transfer)
         return upper
 
-    # -- residency --------------------------------------------------------------------------------------------
+    def merge(self, node: Node) -> None:
+        """Undo splits above ``node`` that nothing needs any more: it absorbs its parent, and so on upwards.
 
-    def set_device(self, node: Node, pages: list[Handle]) -> list[Handle]:
-        """Put a node on the device (or take it off with ``[]``); returns the pages it had there."""
-        old, node.device = node.device, pages
-        if not node.held:
-            self.unheld_pages += len(pages) - len(old)
-        if bool(old) != bool(pages) and node.parent is not None:
-            node.parent.device_children += 1 if pages else -1
-            self._offer(node.parent)
-        self._offer(node)
-        return old
+        Without this a run that is swapped out page by page would stay a chain of one-page nodes for good.
+        """
+        parent = node.parent
+        while parent is not None and parent.parent is not None and self._one_run(parent, node):
+            node.tokens = parent.tokens + node.tokens
+            node.device = parent.device + node.device
+            node.host = parent.host + node.host
+            node.start, node.tick, node.parent = parent.start, parent.tick, parent.parent
+            parent.parent.children[tuple(node.tokens[: self.page_size])] = node
+            self._drop(parent)
+            self._refresh(node)
+            parent = node.parent
 
-    def set_host(self, node: Node, pages: list[Handle]) -> list[Handle]:
-        """The same for the host tier."""
-        old, node.host = node.host, pages
-        self._offer(node)
-        return old
+    @staticmethod
+    def _one_run(parent: Node, node: Node) -> bool:
+        return (
+            len(parent.children) == 1
+            and not parent.leases
+            and parent.transfer is None
+            and node.transfer is None
+            and bool(parent.device) == bool(node.device)
+            and bool(parent.host) == bool(node.host)
+        )
 
     def remove(self, node: Node) -> list[Handle]:
         """Take a node and all below it out of the tree; returns the host pages that go with it."""
         host: list[Handle] = []
         for gone in node.subtree():
-            if gone.device or gone.transfer is not None or gone.held:
+            if gone.device or gone.pinned:
                 raise BrokenInvariant(
-                    f"node {gone.id} removed with {len(gone.device)} device pages, {gone.running}+{gone.paused}"
+                    f"node {gone.id} removed with {len(gone.device)} device pages, {gone.running} running, "
+                    f"{gone.paused} paused, {gone.moving} moving"
                 )
             host.extend(gone.host)
-            del self.nodes[gone.id]
+            self._drop(gone)
         parent = node.parent
         if parent is not None:
             del parent.children[tuple(node.tokens[: self.page_size])]
-            self._offer(parent)
-            self._prune_roots(parent)
+            self._refresh(parent)
+            self._prune_root(parent)
         return host
 
     def trim(self, node: Node, pages: int) -> list[Handle]:
         """Cut the last device pages off a plain leaf (no host copy, nothing below, nobody's)."""
         keep = len(node.device) - pages
+        if node.host or node.children or node.pinned or keep < 1:
+            raise BrokenInvariant(f"node {node.id} trimmed by {pages} of {len(node.device)} pages")
         freed = node.device[keep:]
         del node.device[keep:]
         del node.tokens[keep * self.page_size :]
-        self.unheld_pages -= pages
-        self._offer(node)
+        self._refresh(node)
         return freed
 
-    def _prune_roots(self, node: Node) -> None:
+    def _drop(self, node: Node) -> None:
+        node.device, node.host = [], []
+        self._refresh(node)
+        self._device_order.forget(node)
+        self._host_order.forget(node)
+        del self.nodes[node.id]
+
+    def _prune_root(self, node: Node) -> None:
         while node.parent is not None:
             node = node.parent
-        if node.children or node.leases:
-            return
-        for namespace, root in self._roots.items():
-            if root is node:
-                del self._roots[namespace]
-                del self.nodes[node.id]
-                return
+        if not node.children and not node.leases and node.id in self._names:
+            del self._roots[self._names.pop(node.id)]
+            self._drop(node)
 
-    # -- order of eviction ------------------------------------------------------------------------------------
+    # -- residency and order ----------------------------------------------------------------------------------
+
+    def set_device(self, node: Node, pages: list[Handle]) -> list[Handle]:
+        """Put a node on the device (or take it off with ``[]``); returns the pages it had there."""
+        old, node.device = node.device, list(pages)
+        self._refresh(node)
+        if bool(old) != bool(pages) and node.parent is not None:
+            node.parent.device_children += 1 if pages else -1
+            self._refresh(node.parent)
+        return old
+
+    def set_host(self, node: Node, pages: list[Handle]) -> list[Handle]:
+        """The same for the host tier."""
+        old, node.host = node.host, list(pages)
+        self._refresh(node)
+        return old
 
     def touch(self, node: Node | None, tick: int) -> None:
         """Mark a path as just used. A parent is never older than its child."""
-        while node is not None:
-            node.tick = max(node.tick, tick)
-            self._offer(node)
+        while node is not None and node.tick < tick:
+            node.tick = tick
+            self._refresh(node)
             node = node.parent
 
-    def _offer(self, node: Node) -> None:
-        if device_evictable(node):
-            self._push(self._device_order, node)
-        if host_evictable(node):
-            self._push(self._host_order, node)
-
-    def _push(self, order: list[tuple[int, int]], node: Node) -> None:
-        heapq.heappush(order, (node.tick, node.id))
-        if len(order) > 4 * len(self.nodes) + 64:  # mostly stale by now; amortised O(1) per push
-            live = {(n.tick, n.id) for _, i in order if (n := self.nodes.get(i)) is not None}
-            order[:] = sorted(live)
+    def _refresh(self, node: Node) -> None:
+        """Bring the totals and the eviction order up to date after a change of ``node``."""
+        old, new = node.share, node.shares()
+        if old != new:
+            self.evictable_pages += new.evictable - old.evictable
+            self.paused_pages += new.paused - old.paused
+            self.blocked_pages += new.blocked - old.blocked
+            self.spare_host_pages += new.spare_host - old.spare_host
+            node.share = new
+        self._device_order.offer(node)
+        self._host_order.offer(node)
 
     def next_device_victim(self) -> Node | None:
-        """The least recently used node that may leave the device, or None. Amortised O(log nodes)."""
-        return self._next(self._device_order, device_evictable)
+        """The least recently used node that may leave the device, or None."""
+        return self._device_order.first(self.nodes)
 
     def next_host_victim(self) -> Node | None:
         """The least recently used node whose host copy may go, or None."""
-        return self._next(self._host_order, host_evictable)
-
-    def _next(self, order: list[tuple[int, int]], evictable: Callable[[Node], bool]) -> Node | None:
-        while order:
-            tick, node_id = order[0]
-            node = self.nodes.get(node_id)
-            if node is not None and node.tick == tick and evictable(node):
-                return node
-            heapq.heappop(order)
-        return None
-
-    # -- looking ----------------------------------------------------------------------------------------------
-
-    def roots(self) -> dict[str, Node]:
-        """Namespace to root, for checks and pictures."""
-        return dict(self._roots)
-
-
-def device_evictable(node: Node) -> bool:
-    """Nobody's, nothing below it on the device, and no copy in flight."""
-    return bool(node.device) and not node.device_children and not node.held and node.transfer is None
-
-
-def host_evictable(node: Node) -> bool:
-    """A second copy, or a leaf that nobody holds."""
-    if not node.host or node.transfer is not None:
-        return False
-    return bool(node.device) or (not node.held and not node.children)
+        return self._host_order.first(self.nodes)
