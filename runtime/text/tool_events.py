@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NoReturn
 
 MAX_ARGUMENT_CHARS = 1 << 18
 MAX_CALLS = 128
 MAX_HELD_BLANKS = 64
+
+
+class ToolFormat(StrEnum):
+    """How a model writes calls."""
+
+    HERMES = "hermes"  # <tool_call>{"name": ..., "arguments": {...}}</tool_call>
+    LLAMA3_JSON = "llama3_json"  # {"name": ..., "parameters": {...}}
+    PYTHONIC = "pythonic"  # [f(a=1), g()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ and the time is linear in the text.
 from __future__ import annotations
 
 from collections.abc import Collection
-from enum import StrEnum
 
 from caesura.runtime.text.tool_events import (
     CallArguments,
@@ -16,8 +15,10 @@ from caesura.runtime.text.tool_events import (
     ContentDelta,
     Event,
     ParsedCall,
+    ToolFormat,
 )
 from caesura.runtime.text.tool_formats import HermesMachine, Llama3Machine, PythonicMachine
+from caesura.runtime.text.tool_grammar import tool_grammar
 
 __all__ = [
     "CallArguments",
@@ -28,17 +29,11 @@ __all__ = [
     "ParsedCall",
     "ToolCallParser",
     "ToolFormat",
+    "collect",
     "detect_format",
     "parse",
+    "tool_grammar",
 ]
-
-
-class ToolFormat(StrEnum):
-    """How a model writes calls."""
-
-    HERMES = "hermes"  # <tool_call>{"name": ..., "arguments": {...}}</tool_call>
-    LLAMA3_JSON = "llama3_json"  # {"name": ..., "parameters": {...}}
-    PYTHONIC = "pythonic"  # [f(a=1), g()]
 
 
 _MACHINES: dict[ToolFormat, type[HermesMachine] | type[Llama3Machine] | type[PythonicMachine]] = {
