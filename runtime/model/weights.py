@@ -81,7 +81,11 @@ def load(source: str | Path, *, dtype: str, load_format: str, seed: int, revisio
             tensor: Tensor = files[file].get_tensor(name)
             return tensor
 
-        return _assemble(config, DTYPES[dtype], fetch, _prefixed(entries))
+        rename = _prefixed(entries)
+        head, embeddings = "lm_head.weight", rename("model.embed_tokens.weight")
+        if config.tie_embeddings and head in entries and not torch.equal(fetch(head), fetch(embeddings)):
+            raise BrokenCheckpoint("tie_word_embeddings is true, but lm_head.weight differs from the embeddings")
+        return _assemble(config, DTYPES[dtype], fetch, rename)
 
 
 def dummy_model(config: ModelConfig, *, dtype: str = "float32", seed: int = 0) -> Model:
