@@ -9,7 +9,6 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-
 from caesura.runtime.errors import InvalidRequest
 
 

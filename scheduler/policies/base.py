@@ -122,18 +122,18 @@ def segment_costs(view: View, segment: Segment, remaining_s: float) -> ActionCos
 
 def leaf_first(segments: Sequence[Segment], key: Callable[[Segment], float]) -> Iterator[Segment]:
     """Smallest ``key`` first among the segments that no other one hangs from; a parent follows its last child."""
-    below: dict[int, int] = {}
-    for segment in segments:
-        if segment.parent is not None:
-            below[segment.parent] = below.get(segment.parent, 0) + 1
     by_id = {segment.id: segment for segment in segments}
-    ready = [(key(segment), segment.id) for segment in segments if not below.get(segment.id)]
+    below = dict.fromkeys(by_id, 0)
+    for segment in segments:
+        if segment.parent in below:
+            below[segment.parent] += 1
+    ready = [(key(segment), segment.id) for segment in segments if not below[segment.id]]
     heapq.heapify(ready)
     while ready:
         segment = by_id[heapq.heappop(ready)[1]]
         yield segment
-        if segment.parent is not None:
-            below[segment.parent] -= 1
-            if not below[segment.parent]:
-                parent = by_id[segment.parent]
+        parent = by_id.get(segment.parent) if segment.parent is not None else None
+        if parent is not None:
+            below[parent.id] -= 1
+            if not below[parent.id]:
                 heapq.heappush(ready, (key(parent), parent.id))

@@ -1,0 +1,85 @@
+"""Wiring: an engine from its configuration. The one place where torch enters the runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from caesura.runtime.calibrate import measured
+from caesura.runtime.clock import MonotonicClock
+from caesura.runtime.config import EMBEDDED, EngineConfig
+from caesura.runtime.engine import Engine
+from caesura.runtime.text.template import ChatTemplate, load_template
+from caesura.runtime.text.tokenizer import Tokenizer, load_tokenizer
+from caesura.scheduler.policies import POLICIES, make_policy
+from caesura.scheduler.scheduler import SchedulerConfig
+
+DEFAULT_KV_BYTES = 1 << 30
+MIN_KV_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """An engine with the text layer that belongs to its model."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    model_name: str
+
+
+def build(config: EngineConfig) -> Runtime:
+    """Load the model, size the pools, measure the machine, wire the engine. Errors come before anything runs."""
+    from caesura.runtime.executors.torch_cpu import TorchExecutor
+    from caesura.runtime.model import load_model
+    from caesura.runtime.model.weights import resolve_source
+
+    folder = _embedded_folder() if config.model == EMBEDDED else resolve_source(config.model, config.revision)
+    tokenizer = load_tokenizer(folder)
+    template = load_template(folder, tokenizer)
+    model = load_model(folder, dtype=config.dtype, load_format=config.load_format, seed=config.seed)
+    token_bytes = model.config.kv_values_per_token * model.dtype.itemsize
+    device_pages, host_pages = _pool_pages(config, token_bytes)
+    executor = TorchExecutor(
+        model,
+        page_size=config.page_size,
+        num_device_pages=device_pages,
+        num_host_pages=host_pages,
+        eos_ids=tokenizer.eos_ids,
+        deterministic=config.deterministic,
+        num_threads=config.num_threads,
+    )
+    key = f"{model.config}|{config.dtype}|{config.page_size}|{config.deterministic}|{config.num_threads}"
+    profile = config.profile or measured(executor, f"{key}|{bool(host_pages)}")
+    engine = Engine(
+        executor,
+        make_policy(config.policy),
+        profile,
+        MonotonicClock(),
+        SchedulerConfig(config.max_step_tokens, config.max_running),
+        share_prefixes=config.share_prefixes,
+    )
+    return Runtime(engine, tokenizer, template, config.model)
+
+
+def _embedded_folder() -> Path:
+    from caesura.runtime.embedded import checkpoint_path
+
+    return checkpoint_path()
+
+
+def _pool_pages(config: EngineConfig, token_bytes: int) -> tuple[int, int]:
+    """Pages of the device and the host pool, checked against the memory there is."""
+    from caesura.runtime.model.memory import available_memory_bytes, require_memory
+
+    kv_tokens = config.kv_tokens
+    if kv_tokens is None:
+        free_bytes = available_memory_bytes()
+        budget = DEFAULT_KV_BYTES if free_bytes is None else min(DEFAULT_KV_BYTES, free_bytes // 4)
+        kv_tokens = max(MIN_KV_TOKENS, min(budget // token_bytes, 1 << 18))
+    host_tokens = config.host_kv_tokens
+    if host_tokens is None:
+        host_tokens = 2 * kv_tokens if POLICIES[config.policy].uses_host else 0
+    what = f"the KV pools (kv_tokens {kv_tokens}, host_kv_tokens {host_tokens})"
+    require_memory((kv_tokens + host_tokens) * token_bytes, what, "lower kv_tokens or host_kv_tokens")
+    return -(-kv_tokens // config.page_size), -(-host_tokens // config.page_size)

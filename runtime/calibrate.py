@@ -1,0 +1,112 @@
+"""Measure the cost profile of an executor: what an iteration and a copy cost here. Under 3 seconds, then cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from caesura.runtime.executors.base import Executor, SliceInput
+from caesura.scheduler.profile import CostProfile
+from caesura.scheduler.types import ContextId, Move, MoveId, MoveKind, PageId
+
+BUDGET_S = 2.0
+ROWS = (1, 4, 16, 64, 256)
+FORMAT = 1
+
+
+def measure(executor: Executor) -> CostProfile:
+    """Fit the affine cost model to a few timed iterations and copies. The pools must be idle: pages are written."""
+    size = executor.page_size
+    room = min(executor.num_device_pages * size, executor.max_context_tokens)
+    rows = [count for count in ROWS if count <= room] or [room]
+    times = {count: _timed(partial(_run, executor, 0, count), BUDGET_S / 2 / len(rows)) for count in rows}
+    step_s, token_s = _line(times)
+    depth = min(room - 1, 1024)
+    attention_s = 0.0
+    if depth >= 64:
+        deep = _timed(partial(_run, executor, depth, 1), BUDGET_S / 8)
+        attention_s = max(0.0, (deep - times[rows[0]]) / depth)
+    swap_base_s, swap_token_s = _copy_line(executor)
+    saturation = next((n for n in rows if n * token_s >= step_s), rows[-1])
+    return CostProfile(step_s, token_s, attention_s, swap_base_s, swap_token_s, max(16, saturation), "measured")
+
+
+def measured(executor: Executor, key: str) -> CostProfile:
+    """``measure``, or what an earlier process measured for the same machine, model and settings."""
+    path = _cache_dir() / f"{hashlib.sha256(f'{FORMAT}|{_machine()}|{key}'.encode()).hexdigest()[:24]}.json"
+    try:
+        return CostProfile(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        pass
+    profile = measure(executor)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_text(json.dumps(asdict(profile)))
+        partial.replace(path)
+    except OSError:
+        pass  # a read-only home only costs the next start two seconds
+    return profile
+
+
+def _run(executor: Executor, start: int, rows: int) -> None:
+    pages = range(-(-(start + rows) // executor.page_size))
+    executor.execute([SliceInput(ContextId(-1), [0] * rows, start, list(pages), None)], ())
+
+
+def _timed(action: Callable[[], None], budget_s: float) -> float:
+    """Median seconds of one call, from as many as fit the budget (at least two after one to warm up)."""
+    action()
+    samples: list[float] = []
+    begun = time.perf_counter()
+    while len(samples) < 2 or (time.perf_counter() - begun < budget_s and len(samples) < 20):
+        before = time.perf_counter()
+        action()
+        samples.append(time.perf_counter() - before)
+    return statistics.median(samples)
+
+
+def _line(times: dict[int, float]) -> tuple[float, float]:
+    """Base and slope through the smallest and the largest point; never negative."""
+    low, high = min(times), max(times)
+    slope = (times[high] - times[low]) / (high - low) if high > low else times[low] / low
+    slope = max(slope, 1e-9)
+    return max(times[low] - low * slope, 1e-6), slope
+
+
+def _copy_line(executor: Executor) -> tuple[float, float]:
+    most = min(executor.num_device_pages, executor.num_host_pages, 64)
+    if most < 2:
+        return 0.0, 0.0
+
+    def copy(count: int) -> None:
+        pages = tuple(PageId(page) for page in range(count))
+        executor.begin([Move(MoveId(-1), MoveKind.OUT, pages, pages)])
+        while not executor.acknowledged(wait_s=1.0):
+            pass
+
+    times = {count * executor.page_size: _timed(partial(copy, count), BUDGET_S / 16) for count in (1, most)}
+    return _line(times)
+
+
+def _machine() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+
+        model = platform.processor()
+    return f"{model}|{os.cpu_count()}"
+
+
+def _cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "caesura" / "profiles"

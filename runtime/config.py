@@ -1,0 +1,57 @@
+"""Engine configuration: one frozen dataclass, validated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from caesura.runtime.errors import InvalidRequest
+from caesura.scheduler.policies import DEFAULT_POLICY, POLICIES
+from caesura.scheduler.profile import CostProfile
+
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What an engine is made from.
+
+    ``model`` is ``"embedded"``, a Hugging Face folder, or a hub id. ``kv_tokens`` and ``host_kv_tokens`` size the two
+    pools; None picks what fits the machine (host: none unless the policy swaps, then twice the device pool).
+    ``deterministic`` makes results independent of batch shape and chunking, at a price. ``profile`` None measures the
+    machine at start (under 3 s, cached).
+    """
+
+    model: str = EMBEDDED
+    revision: str | None = None
+    load_format: str = "auto"
+    dtype: str = "float32"
+    policy: str = DEFAULT_POLICY
+    page_size: int = 16
+    kv_tokens: int | None = None
+    host_kv_tokens: int | None = None
+    max_step_tokens: int = 512
+    max_running: int = 64
+    deterministic: bool = False
+    share_prefixes: bool = True
+    seed: int = 0
+    num_threads: int | None = None
+    profile: CostProfile | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise InvalidRequest(f"policy is {self.policy!r}; it must be one of {', '.join(POLICIES)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InvalidRequest(f"dtype is {self.dtype!r}; it must be float32 or bfloat16")
+        if self.load_format not in ("auto", "dummy"):
+            raise InvalidRequest(f"load_format is {self.load_format!r}; it must be auto or dummy")
+        _bounded("page_size", self.page_size, 1, 64)
+        _bounded("max_step_tokens", self.max_step_tokens, 1, 1 << 20)
+        _bounded("max_running", self.max_running, 1, 4096)
+        for name, value in (("kv_tokens", self.kv_tokens), ("host_kv_tokens", self.host_kv_tokens)):
+            if value is not None:
+                _bounded(name, value, 0 if name.startswith("host") else 2 * self.page_size, 1 << 40)
+
+
+def _bounded(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise InvalidRequest(f"{name} is {value}; it must lie between {low} and {high}")

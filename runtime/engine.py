@@ -1,0 +1,379 @@
+"""The engine: commands in, steps, events out. One thread; everything it needs is passed in.
+
+``step`` is: plan, begin the copies, execute, read, commit, emit. The same loop runs on torch and in simulation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from caesura.runtime.clock import Clock
+from caesura.runtime.errors import BrokenInvariant, ContextClosed, ContextTooLong, DeadlineExceeded, InvalidRequest
+from caesura.runtime.executors.base import ExecOutput, Executor, SampledToken, SliceInput, SliceOutput
+from caesura.runtime.generation import Ending, Generation
+from caesura.runtime.kv.ledger import KVLedger
+from caesura.scheduler.context import Call
+from caesura.scheduler.policies import PausePolicy
+from caesura.scheduler.profile import CostProfile
+from caesura.scheduler.scheduler import Scheduler, SchedulerConfig
+from caesura.scheduler.types import ContextId, PauseDecision, Phase, Slice, StepPlan, StepResult
+
+KEPT_DECISIONS = 64
+COPY_WAIT_S = 0.05
+
+
+class Observer(Protocol):
+    """Sees every step after it was committed: traces, live views, tests."""
+
+    def on_step(self, engine: Engine, plan: StepPlan, result: StepResult) -> None: ...
+
+
+@dataclass(slots=True)
+class _Scoring:
+    """Logprobs wanted of ``tokens[start:]``."""
+
+    start: int
+    done: Callable[[list[float] | Exception], None]
+    found: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Record:
+    """What the engine keeps of a context beside the scheduler's view: who is waiting for what."""
+
+    namespace: str
+    on_closed: Callable[[Exception], None]
+    generation: Generation | None = None
+    scoring: _Scoring | None = None
+    prefilled: Callable[[int | Exception], None] | None = None
+    decisions: list[PauseDecision] = field(default_factory=list)
+
+
+class Engine:
+    """Runs contexts. Not thread-safe: one thread calls it, ``service.py`` is the door for everyone else."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        policy: PausePolicy,
+        profile: CostProfile,
+        clock: Clock,
+        config: SchedulerConfig | None = None,
+        *,
+        share_prefixes: bool = True,
+    ) -> None:
+        self.executor = executor
+        self.clock = clock
+        self.ledger = KVLedger(
+            executor.page_size, executor.num_device_pages, executor.num_host_pages if policy.uses_host else 0
+        )
+        self.scheduler = Scheduler(self.ledger, policy, profile, config or SchedulerConfig())
+        self.observers: list[Observer] = []
+        self._share_prefixes = share_prefixes
+        self._records: dict[ContextId, _Record] = {}
+        self._ids = itertools.count(1)
+
+    # -- contexts ---------------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        namespace: str = "",
+        deadline_at: float | None = None,
+        on_closed: Callable[[Exception], None] = lambda _: None,
+    ) -> ContextId:
+        """A new context. ``on_closed`` hears of an end the caller did not ask for. Namespaces share no KV."""
+        context = ContextId(next(self._ids))
+        space = namespace if self._share_prefixes else f"{namespace}/{context}"
+        self.scheduler.open(context, space, self.clock.now(), deadline_at)
+        self._records[context] = _Record(space, on_closed)
+        return context
+
+    def append(self, context: ContextId, tokens: Sequence[int]) -> int:
+        """Add tokens; returns the context's length. Nothing is computed yet."""
+        self._idle(context)
+        self._check_length(self.num_tokens(context) + len(tokens))
+        self.scheduler.append(context, tokens)
+        return self.num_tokens(context)
+
+    def num_tokens(self, context: ContextId) -> int:
+        self._record(context)
+        return self.scheduler.contexts[context].num_tokens
+
+    def tokens(self, context: ContextId) -> list[int]:
+        self._record(context)
+        return list(self.scheduler.contexts[context].tokens)
+
+    def generate(self, context: ContextId, generation: Generation) -> None:
+        """Generate from the end of the context; chunks go to the generation's sink."""
+        record = self._idle(context)
+        num_tokens = self.num_tokens(context)
+        if num_tokens == 0:
+            raise InvalidRequest("the context is empty; append at least one token (for example BOS) before generating")
+        self._check_length(num_tokens + generation.params.max_new_tokens)
+        record.generation = generation
+        if generation.params.max_new_tokens == 0:
+            self._prefill(context, record, lambda _: self._finish(context, record, Ending("length", None, keep=True)))
+            return
+        self.scheduler.submit(context, self.clock.now(), samples=True)
+
+    def prefill(self, context: ContextId, done: Callable[[int | Exception], None]) -> None:
+        """Compute everything appended so far; ``done`` gets the number of tokens."""
+        self._prefill(context, self._idle(context), done)
+
+    def _prefill(self, context: ContextId, record: _Record, done: Callable[[int | Exception], None]) -> None:
+        state = self.scheduler.contexts[context]
+        if self.ledger.computed(context) >= state.num_tokens:
+            self.scheduler.resume(context, self.clock.now())
+            done(state.num_tokens)
+            return
+        record.prefilled = done
+        self.scheduler.submit(context, self.clock.now(), samples=False)
+
+    def score(self, context: ContextId, start: int, done: Callable[[list[float] | Exception], None]) -> None:
+        """Logprobs of the context's tokens from ``start`` on, each given all before it."""
+        record = self._idle(context)
+        num_tokens = self.num_tokens(context)
+        if not 1 <= start <= num_tokens:
+            raise InvalidRequest(f"start is {start}; it must lie between 1 and the context's {num_tokens} tokens")
+        if start == num_tokens:
+            done([])
+            return
+        record.scoring = _Scoring(start, done)
+        self.scheduler.submit(context, self.clock.now(), samples=False, recompute_from=start - 1)
+
+    def pause(
+        self, context: ContextId, calls: Sequence[Call], *, wait_any: bool = False, deadline_at: float | None = None
+    ) -> None:
+        """The context waits for these tools from now on."""
+        self._idle(context)
+        self.scheduler.pause(context, self.clock.now(), calls, wait_any=wait_any, deadline_at=deadline_at)
+
+    def resume(self, context: ContextId) -> None:
+        """The tools have answered. Idempotent; generating resumes by itself."""
+        self._record(context)
+        self.scheduler.resume(context, self.clock.now())
+
+    def fork(self, parent: ContextId, on_closed: Callable[[Exception], None] = lambda _: None) -> ContextId:
+        """A copy that shares the parent's KV."""
+        record = self._idle(parent)
+        child = ContextId(next(self._ids))
+        self.scheduler.fork(parent, child, self.clock.now())
+        self._records[child] = _Record(record.namespace, on_closed)
+        return child
+
+    def truncate(self, context: ContextId, num_tokens: int) -> None:
+        """Roll back to the first ``num_tokens`` tokens."""
+        self._idle(context)
+        have = self.num_tokens(context)
+        if not 0 <= num_tokens <= have:
+            raise InvalidRequest(f"num_tokens is {num_tokens}; it must lie between 0 and the context's {have}")
+        self.scheduler.truncate(context, num_tokens, self.clock.now())
+
+    def stop(self, context: ContextId) -> None:
+        """Abort what the context is doing; it stays open."""
+        record = self._records.get(context)
+        if record is not None:
+            self.scheduler.stop(context, self.clock.now())
+            self._fail(record, ContextClosed("the request was aborted"))
+
+    def close(self, context: ContextId, reason: Exception | None = None) -> None:
+        """Close a context in whatever state it is. Idempotent."""
+        record = self._records.pop(context, None)
+        if record is None:
+            return
+        self.scheduler.close(context)
+        self._fail(record, reason or ContextClosed("the context was closed"))
+        if reason is not None:
+            record.on_closed(reason)
+
+    def flush_cache(self) -> None:
+        """Forget every cached prefix that no context holds."""
+        self.ledger.flush()
+
+    def decisions(self, context: ContextId) -> list[PauseDecision]:
+        """The latest pause decisions of a context, oldest first."""
+        return list(self._record(context).decisions)
+
+    # -- the loop ---------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """A step would do something: contexts to run, copies to take in."""
+        return self.scheduler.has_work or self.ledger.copying_pages > 0
+
+    def step(self) -> StepPlan:
+        """One iteration."""
+        plan = self.scheduler.plan(self.clock.now())
+        for context in plan.expired:
+            self.close(context, DeadlineExceeded(f"context {context} outlasted its deadline and was closed"))
+        for decision in plan.decisions:
+            self._remember(decision)
+        self.executor.begin(plan.moves)
+        inputs = [self._input(piece) for piece in plan.slices if piece.context_id in self._records]
+        try:
+            output = self.executor.execute(inputs, plan.copies) if inputs or plan.copies else ExecOutput(0.0, ())
+        except Exception as error:
+            self._fail_step(plan, error)
+            raise
+        waits = not inputs and self.scheduler.has_work
+        moves_done = self.executor.acknowledged(wait_s=COPY_WAIT_S if waits else 0.0)
+        endings: dict[ContextId, Ending] = {}
+        tokens = self._read(output, endings)
+        duration_s = self.clock.now() - plan.now
+        result = StepResult(plan.number, duration_s, tokens, frozenset(endings), tuple(moves_done))
+        self.scheduler.commit(plan, result)
+        self._emit(plan, output, endings)
+        for observer in self.observers:
+            observer.on_step(self, plan, result)
+        return plan
+
+    def next_deadline(self) -> float | None:
+        """The earliest moment at which a step would have to act by itself."""
+        moments = [
+            moment
+            for state in self.scheduler.contexts.values()
+            for moment in (state.deadline_at, state.pause.deadline_at if state.phase is Phase.PAUSED else None)
+            if moment is not None
+        ]
+        return min(moments, default=None)
+
+    def check(self) -> None:
+        """Raise BrokenInvariant unless all accounting adds up."""
+        from caesura.runtime.kv.check import check
+
+        check(self.ledger)
+        if set(self._records) != set(self.scheduler.contexts) or set(self._records) != set(self.ledger.holdings):
+            raise BrokenInvariant("engine, scheduler and ledger know different contexts")
+
+    # -- parts of a step --------------------------------------------------------------------------------------
+
+    def _input(self, piece: Slice) -> SliceInput:
+        state = self.scheduler.contexts[piece.context_id]
+        record = self._records[piece.context_id]
+        end = piece.start + piece.num_tokens
+        targets: list[tuple[int, int]] = []
+        if record.scoring is not None:
+            first = max(piece.start, record.scoring.start - 1)
+            last = min(end, state.num_tokens - 1)
+            targets = [(position - piece.start, state.tokens[position + 1]) for position in range(first, last)]
+        sampler = record.generation.sampler if piece.samples and record.generation is not None else None
+        return SliceInput(piece.context_id, state.tokens[piece.start : end], piece.start, piece.pages, sampler, targets)
+
+    def _read(self, output: ExecOutput, endings: dict[ContextId, Ending]) -> dict[ContextId, int]:
+        """Feed sampled tokens to their generations and see which of them end."""
+        tokens: dict[ContextId, int] = {}
+        for out in output.outputs:
+            generation = self._records[ContextId(out.context_id)].generation
+            if out.failure is not None:
+                endings[ContextId(out.context_id)] = Ending("abort", out.failure, keep=False)
+            elif out.sampled is not None and generation is not None:
+                self._take(ContextId(out.context_id), generation, out.sampled, tokens, endings)
+        return tokens
+
+    @staticmethod
+    def _take(
+        context: ContextId,
+        generation: Generation,
+        sampled: SampledToken,
+        tokens: dict[ContextId, int],
+        endings: dict[ContextId, Ending],
+    ) -> None:
+        ending = generation.push(sampled)
+        if ending is None or ending.keep:
+            tokens[context] = sampled.token_id
+        if ending is not None:
+            endings[context] = ending
+
+    def _emit(self, plan: StepPlan, output: ExecOutput, endings: dict[ContextId, Ending]) -> None:
+        """Tell everyone whose request is done."""
+        for context, ending in endings.items():
+            record = self._records.get(context)
+            if record is not None:
+                self._finish(context, record, ending)
+        pieces = {piece.context_id: piece for piece in plan.slices}
+        for out in output.outputs:
+            record = self._records.get(ContextId(out.context_id))
+            if record is not None:
+                self._collect(ContextId(out.context_id), record, pieces[ContextId(out.context_id)], out)
+
+    def _finish(self, context: ContextId, record: _Record, ending: Ending) -> None:
+        generation, record.generation = record.generation, None
+        if generation is None:
+            return
+        if ending.reason == "abort":
+            generation.abort(str(ending.matched))
+            return
+        state = self.scheduler.contexts[context]
+        kept, rest = generation.kept_tokens(ending)
+        if isinstance(ending.matched, str):
+            self.scheduler.truncate(context, state.num_tokens - (len(generation.token_ids) - kept), self.clock.now())
+            self.scheduler.append(context, rest)
+        calls = generation.calls()
+        if calls:  # no gap between the last token and the pause
+            self.scheduler.pause(context, self.clock.now(), [Call(call.name) for call in calls])
+        generation.finish(ending, calls, max(0, state.cached_tokens))
+
+    def _collect(self, context: ContextId, record: _Record, piece: Slice, out: SliceOutput) -> None:
+        state = self.scheduler.contexts[context]
+        scoring = record.scoring
+        if scoring is not None and out.scores:
+            first = max(piece.start, scoring.start - 1) + 1
+            scoring.found.update(zip(range(first, first + len(out.scores)), out.scores, strict=True))
+        if state.phase is not Phase.PAUSED:
+            return
+        if scoring is not None:
+            record.scoring = None
+            scoring.done([scoring.found[position] for position in range(scoring.start, state.num_tokens)])
+        if record.prefilled is not None:
+            done, record.prefilled = record.prefilled, None
+            done(state.num_tokens)
+
+    def _remember(self, decision: PauseDecision) -> None:
+        record = self._records.get(decision.context_id)
+        if record is not None:
+            record.decisions.append(decision)
+            del record.decisions[:-KEPT_DECISIONS]
+
+    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
+        for piece in plan.slices:
+            self.close(piece.context_id, ContextClosed(f"the step failed: {error}"))
+
+    @staticmethod
+    def _fail(record: _Record, reason: Exception) -> None:
+        """One terminal event for whatever was going on."""
+        if record.generation is not None:
+            generation, record.generation = record.generation, None
+            generation.abort(str(reason))
+        if record.scoring is not None:
+            scoring, record.scoring = record.scoring, None
+            scoring.done(reason)
+        if record.prefilled is not None:
+            done, record.prefilled = record.prefilled, None
+            done(reason)
+
+    # -- checks -----------------------------------------------------------------------------------------------
+
+    def _record(self, context: ContextId) -> _Record:
+        record = self._records.get(context)
+        if record is None:
+            raise ContextClosed(f"context {context} is closed")
+        return record
+
+    def _idle(self, context: ContextId) -> _Record:
+        record = self._record(context)
+        if record.generation is not None or record.scoring is not None or record.prefilled is not None:
+            raise InvalidRequest(f"context {context} is busy; wait for its request to finish, or abort it")
+        return record
+
+    def _check_length(self, num_tokens: int) -> None:
+        pool = (self.executor.num_device_pages - 1) * self.executor.page_size
+        limit = min(self.executor.max_context_tokens, pool)
+        if num_tokens > limit:
+            raise ContextTooLong(
+                f"the context needs {num_tokens} tokens; the limit is {limit} (model window "
+                f"{self.executor.max_context_tokens}, KV pool {pool}): shorten it, lower max_new_tokens "
+                "or enlarge the pool"
+            )

@@ -1,0 +1,374 @@
+"""The door to the engine for asyncio code: an engine on its own thread, contexts as handles.
+
+Coroutines may run on any event loop. Commands reach the engine between two steps; its events come back on
+the loop that asked. The engine thread is the only one that touches the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from caesura.runtime.build import Runtime, build
+from caesura.runtime.config import EngineConfig
+from caesura.runtime.engine import Engine, Observer
+from caesura.runtime.errors import ContextClosed, EngineStopped
+from caesura.runtime.generation import Generation, TokenChunk, ToolCalling
+from caesura.runtime.model.grammar import GrammarCompiler
+from caesura.runtime.sampling import Constraint, ConstraintKind, SamplerState, SamplingParams
+from caesura.runtime.text.template import ChatTemplate
+from caesura.runtime.text.tokenizer import Tokenizer
+from caesura.runtime.text.tool_parser import ToolFormat, detect_format, tool_grammar
+from caesura.scheduler.context import Call
+from caesura.scheduler.types import ContextId, PauseDecision
+
+T = TypeVar("T")
+MAX_FAILED_STEPS = 3
+GRAMMAR_DEADLINE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class PendingCall:
+    """A tool call about to start. ``expected_s`` is a hint; the context is closed after ``deadline_s``."""
+
+    tool: str
+    expected_s: float | None = None
+    deadline_s: float | None = None
+
+
+class EngineService:
+    """An engine thread and its command queue. ``start`` builds it, ``close`` ends it; both may block."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._engine = runtime.engine
+        self._commands: deque[Callable[[], object]] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._stopped_because: Exception | None = None
+        self._grammars = GrammarCompiler(runtime.tokenizer)
+        self.tool_format = detect_format(runtime.template.source)
+        self._compile_thread = ThreadPoolExecutor(1, thread_name_prefix="caesura-grammar")
+        self._thread = threading.Thread(target=self._run, name="caesura-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def start(cls, config: EngineConfig | None = None) -> EngineService:
+        """Build an engine and run it on a thread of its own."""
+        return cls(build(config or EngineConfig()))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._runtime.tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        return self._runtime.template
+
+    @property
+    def model_name(self) -> str:
+        return self._runtime.model_name
+
+    async def open(self, namespace: str = "", deadline_s: float | None = None) -> ContextHandle:
+        """A new, empty context; closed with DeadlineExceeded after ``deadline_s`` seconds."""
+        handle = ContextHandle(self, asyncio.get_running_loop())
+
+        def run(engine: Engine) -> ContextId:
+            deadline_at = None if deadline_s is None else engine.clock.now() + deadline_s
+            return engine.open(namespace, deadline_at, handle._engine_closed)
+
+        handle.id = await self.call(run)
+        return handle
+
+    async def flush_cache(self) -> None:
+        """Forget every cached prefix no context holds."""
+        await self.call(lambda engine: engine.flush_cache())
+
+    def stats(self) -> dict[str, Any]:
+        """The running account and the pools, as of now."""
+        return self.call_now(_stats)
+
+    def observe(self, observer: Observer) -> None:
+        """Let ``observer`` see every step from now on (called on the engine thread)."""
+        self.call_now(lambda engine: engine.observers.append(observer))
+
+    def close(self) -> None:
+        """Stop the thread and free the pools. Contexts still open get ContextClosed. Idempotent."""
+        self._stopping = True
+        self._wake.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._compile_thread.shutdown(wait=False, cancel_futures=True)
+
+    def __enter__(self) -> EngineService:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- commands ---------------------------------------------------------------------------------------------
+
+    def post(self, command: Callable[[Engine], object]) -> None:
+        """Run on the engine thread between two steps; nobody waits for it."""
+        self._commands.append(lambda: command(self._engine))
+        self._wake.set()
+
+    def submit(self, command: Callable[[Engine], T]) -> Future[T]:
+        """Run on the engine thread between two steps; the future carries result or error."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(command(self._engine))
+            except Exception as error:
+                future.set_exception(error)
+
+        self._commands.append(run)
+        self._wake.set()
+        if self._stopped_because is not None or not self._thread.is_alive():
+            self._refuse()
+        return future
+
+    async def call(self, command: Callable[[Engine], T]) -> T:
+        """``submit``, awaited. The command runs even if the caller is cancelled meanwhile."""
+        return await asyncio.shield(asyncio.wrap_future(self.submit(command)))
+
+    def call_now(self, command: Callable[[Engine], T]) -> T:
+        """``submit``, waited for by the calling thread."""
+        return self.submit(command).result()
+
+    async def compile(self, constraint: Constraint) -> Any:
+        """A matcher for ``constraint``, compiled outside the engine loop."""
+        work = self._compile_thread.submit(self._grammars.compile, constraint, deadline_s=GRAMMAR_DEADLINE_S)
+        return await asyncio.wrap_future(work)
+
+    # -- the thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stopping:
+            self._drain()
+            if not self._engine.has_work and not self._deadline_due():
+                self._sleep()
+                continue
+            try:
+                self._engine.step()
+                failures = 0
+            except Exception as error:  # the contexts of the step have been told; the others go on
+                failures += 1
+                if failures >= MAX_FAILED_STEPS:
+                    self._stopped_because = error
+                    break
+        self._finish()
+
+    def _drain(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
+
+    def _deadline_due(self) -> bool:
+        deadline = self._engine.next_deadline()
+        return deadline is not None and self._engine.clock.now() >= deadline
+
+    def _sleep(self) -> None:
+        deadline = self._engine.next_deadline()
+        timeout_s = None if deadline is None else max(0.0, deadline - self._engine.clock.now())
+        self._wake.wait(timeout_s)
+        self._wake.clear()
+
+    def _finish(self) -> None:
+        cause = self._stopped_because
+        reason = EngineStopped(f"the engine stopped: {cause}" if cause else "the engine was closed")
+        self._stopped_because = self._stopped_because or reason
+        for context in list(self._engine.scheduler.contexts):
+            self._engine.close(context, reason)
+        self._drain()
+        self._engine.executor.close()
+
+    def _refuse(self) -> None:
+        """Commands that arrive after the end fail in the caller's hands instead of waiting for ever."""
+        self._thread.join(timeout=5.0)
+        while self._commands:
+            self._commands.popleft()()
+
+
+class ContextHandle:
+    """One context, as asyncio code sees it. Made by ``EngineService.open`` and ``fork``."""
+
+    id: ContextId
+
+    def __init__(self, service: EngineService, loop: asyncio.AbstractEventLoop) -> None:
+        self._service = service
+        self._loop = loop
+        self._closed: Exception | None = None
+        self.num_tokens = 0
+
+    def _engine_closed(self, reason: Exception) -> None:
+        self._closed = reason
+
+    async def _call(self, command: Callable[[Engine], T]) -> T:
+        if self._closed is not None:
+            raise self._closed
+        return await self._service.call(command)
+
+    async def append(self, token_ids: Sequence[int]) -> int:
+        """Add tokens; returns the context's new length. Computed with the next request."""
+        tokens = list(token_ids)
+        self.num_tokens = await self._call(lambda engine: engine.append(self.id, tokens))
+        return self.num_tokens
+
+    async def generate(self, params: SamplingParams, tools: ToolCalling | None = None) -> AsyncIterator[TokenChunk]:
+        """Generate from the end of the context; the last chunk has ``finish``. Leaving early aborts."""
+        sampler, tool_format = await self._prepare(params, tools)
+        loop = asyncio.get_running_loop()
+        chunks: asyncio.Queue[TokenChunk] = asyncio.Queue()
+
+        def sink(chunk: TokenChunk) -> None:
+            try:
+                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+            except RuntimeError:  # that loop is gone, and with it whoever was listening
+                self._service.post(lambda engine: engine.stop(self.id))
+
+        def begin(engine: Engine) -> None:
+            names = tuple(str(tool["name"]) for tool in tools.tools) if tools else ()
+            sampler.prompt_ids = frozenset(engine.tokens(self.id)) if params.repetition_penalty != 1.0 else frozenset()
+            generation = Generation(
+                params,
+                sampler,
+                self._service.tokenizer,
+                self._service.tokenizer.eos_ids,
+                engine.num_tokens(self.id),
+                sink,
+                tool_format,
+                names,
+            )
+            engine.generate(self.id, generation)
+
+        await self._call(begin)
+        finished = False
+        try:
+            while not finished:
+                chunk = await chunks.get()
+                finished = chunk.finish is not None
+                if chunk.finish is not None and chunk.finish.error is not None:
+                    raise self._closed or ContextClosed(chunk.finish.error)
+                if finished:
+                    self.num_tokens = await self._call(lambda engine: engine.num_tokens(self.id))
+                yield chunk
+        finally:
+            if not finished:
+                self._service.post(lambda engine: engine.stop(self.id))
+
+    async def _prepare(
+        self, params: SamplingParams, tools: ToolCalling | None
+    ) -> tuple[SamplerState, ToolFormat | None]:
+        constraint, tool_format = params.constraint, None
+        if tools is not None:
+            tool_format = self._service.tool_format
+            source = tool_grammar(
+                tool_format,
+                list(tools.tools),
+                choice=tools.choice,
+                parallel=tools.parallel,
+                special_tokens=self._service.tokenizer.special_ids,
+            )
+            if source is not None and constraint is None:
+                constraint = Constraint(ConstraintKind.EBNF, source)
+        matcher = None if constraint is None else await self._service.compile(constraint)
+        seed = params.seed if params.seed is not None else secrets.randbits(62)
+        return SamplerState(params, seed, matcher=matcher), tool_format
+
+    async def score(self, start: int) -> list[float]:
+        """Logprobs of the context's tokens from ``start`` (>= 1) on."""
+        scores: list[float] = await self._request(lambda engine, done: engine.score(self.id, start, done))
+        return scores
+
+    async def prefill(self) -> int:
+        """Compute everything appended so far, so that others can share it; returns the number of tokens."""
+        computed: int = await self._request(lambda engine, done: engine.prefill(self.id, done))
+        return computed
+
+    async def _request(self, begin: Callable[[Engine, Callable[[Any], None]], None]) -> Any:
+        answer: Future[Any] = Future()
+
+        def done(result: Any) -> None:
+            if isinstance(result, Exception):
+                answer.set_exception(self._closed or result)
+            else:
+                answer.set_result(result)
+
+        await self._call(lambda engine: begin(engine, done))
+        try:
+            return await asyncio.shield(asyncio.wrap_future(answer))
+        except asyncio.CancelledError:
+            self._service.post(lambda engine: engine.stop(self.id))
+            raise
+
+    async def fork(self, count: int) -> list[ContextHandle]:
+        """``count`` copies that share this context's KV."""
+        handles = [ContextHandle(self._service, self._loop) for _ in range(count)]
+
+        def run(engine: Engine) -> None:
+            for handle in handles:
+                handle.id = engine.fork(self.id, handle._engine_closed)
+                handle.num_tokens = engine.num_tokens(handle.id)
+
+        await self._call(run)
+        return handles
+
+    async def truncate(self, num_tokens: int) -> None:
+        """Roll back to the first ``num_tokens`` tokens."""
+        await self._call(lambda engine: engine.truncate(self.id, num_tokens))
+        self.num_tokens = num_tokens
+
+    async def pause(self, calls: Sequence[PendingCall], wait: str = "all") -> None:
+        """These tools are about to start; the runtime may take the KV for something better."""
+        deadlines = [call.deadline_s for call in calls if call.deadline_s is not None]
+
+        def run(engine: Engine) -> None:
+            deadline_at = engine.clock.now() + max(deadlines) if deadlines else None
+            pending = [Call(call.tool, call.expected_s) for call in calls]
+            engine.pause(self.id, pending, wait_any=wait == "any", deadline_at=deadline_at)
+
+        await self._call(run)
+
+    async def resume(self) -> None:
+        """The tools have answered. Idempotent."""
+        await self._call(lambda engine: engine.resume(self.id))
+
+    async def token_ids(self) -> list[int]:
+        """The context's tokens."""
+        return await self._call(lambda engine: engine.tokens(self.id))
+
+    def decisions(self) -> list[PauseDecision]:
+        """The latest pause decisions, oldest first."""
+        return self._service.call_now(lambda engine: engine.decisions(self.id))
+
+    async def close(self) -> None:
+        """Close the context, aborting what it does. Idempotent."""
+        self._service.post(lambda engine: engine.close(self.id))
+        self._closed = self._closed or ContextClosed(f"context {self.id} is closed")
+
+
+def _stats(engine: Engine) -> dict[str, Any]:
+    scheduler, ledger = engine.scheduler, engine.ledger
+    phases = [state.phase.value for state in scheduler.contexts.values()]
+    return {
+        "contexts": {phase: phases.count(phase) for phase in ("queued", "running", "paused")},
+        "device_pages": ledger.num_device_pages,
+        "free_pages": ledger.free_pages,
+        "cached_pages": ledger.evictable_pages,
+        "paused_pages": ledger.paused_pages,
+        "host_pages": ledger.num_host_pages,
+        "page_size": ledger.page_size,
+        "page_bytes": engine.executor.page_bytes,
+        "policy": scheduler.policy.name,
+        **scheduler.meter.snapshot(),
+    }
