@@ -159,17 +159,23 @@ class Capabilities:
 
 
 class ChatFormat(Protocol):
-    """How turns look as text. Openings and closings are special text; content between them is plain."""
+    """How turns look as text. Markers are special text; content, and what tools say of themselves, is plain."""
 
     @property
     def stop(self) -> tuple[str, ...]:
         """Stop strings of an assistant turn besides the end-of-turn token."""
 
-    def turn(self, role: str, *, first: bool, tools: Sequence[ToolSpec] | None = None) -> tuple[str, str]:
-        """Opening and closing of a turn. ``first`` adds what starts a context; ``tools`` their declarations."""
+    def turn(
+        self, role: str, *, first: bool, tools: Sequence[ToolSpec] | None = None
+    ) -> tuple[Sequence[Piece], Sequence[Piece]]:
+        """Opening and closing of a turn. ``first`` adds what starts a context; ``tools`` their declarations, which
+        may lie in either."""
 
-    def tool_results(self, results: Sequence[tuple[str, str]]) -> Sequence[Piece]:
-        """Complete turns that carry ``(tool name, content)`` results, up to where the assistant's opens."""
+    def tool_results(
+        self, results: Sequence[tuple[str, str]], *, tools: Sequence[ToolSpec] | None = None
+    ) -> Sequence[Piece]:
+        """What follows the text of an assistant turn that called tools: its end, ``(tool name, content)`` results,
+        and the opening of the next assistant turn."""
 
 
 class Session(Protocol):
@@ -208,7 +214,7 @@ class Session(Protocol):
     async def close(self) -> None:
         """Give the context back; aborts a running generation. May be called twice."""
 
-    def decisions(self) -> Sequence[Any]:
+    async def decisions(self) -> Sequence[Any]:
         """The pause decisions the backend took for this context, with their reasons (may be empty)."""
 
 

@@ -43,7 +43,8 @@ def check_raise(call: ir.ToolInvocation, result: ToolResult) -> None:
 async def paused(session: Session, calls: Sequence[PendingCall], wait: Wait = "all") -> AsyncIterator[None]:
     """Signal the pause first; end it when the block ends, also by an error, but not when the program is cancelled:
     then the session is about to be closed."""
-    await session.pause(calls, wait=wait)
+    if calls:
+        await session.pause(calls, wait=wait)
     try:
         yield
     except asyncio.CancelledError:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from caesura.lang.backend import ChatFormat, Piece, Session, Tokens
+from caesura.lang.backend import ChatFormat, Piece, Session, Tokens, ToolSpec
 from caesura.lang.errors import StateError, UnsupportedByBackend
 
 if TYPE_CHECKING:
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A part of the context. ``opens`` is the role when the segment opens a turn."""
+    """A part of the context; ``marker`` says that it opens or closes a turn of ``role``."""
 
-    piece: Piece | Tokens
-    opens: str | None = None
+    pieces: tuple[Piece | Tokens, ...]
+    marker: Literal["open", "close"] | None = None
+    role: str = ""
 
     @property
     def text(self) -> str:
-        return self.piece.text
+        return "".join(piece.text for piece in self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +67,11 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The open turn: its role, where its content starts in the log, and the text that closes it."""
+    """The open turn: its role, where its content starts in the log, and what closes it."""
 
     role: str
     start: int
-    closing: str
+    closing: tuple[Piece, ...]
 
 
 @dataclass
@@ -150,15 +151,19 @@ class Core:
         """The context's text from segment ``start`` on."""
         return "".join(segment.text for segment in self.log[start:])
 
-    def add(self, text: str, *, special: bool = False, opens: str | None = None) -> None:
-        """Append text; it is sent with the next flush."""
-        if text or opens is not None:
-            self.log.append(Segment(Piece(text, special), opens))
-            self.emit(None, text, {})
+    def add(self, text: str) -> None:
+        """Append plain text; it is sent with the next flush."""
+        if text:
+            self.add_segment(Segment((Piece(text),)))
+
+    def add_segment(self, segment: Segment) -> None:
+        """Append to the log."""
+        self.log.append(segment)
+        self.emit(None, segment.text, {})
 
     def add_generated(self, text: str, token_ids: tuple[int, ...] | None) -> None:
         """Record what the session has appended by itself."""
-        self.log.append(Segment(Tokens(token_ids, text) if token_ids is not None else Piece(text)))
+        self.log.append(Segment((Tokens(token_ids, text) if token_ids is not None else Piece(text),)))
         self.num_sent = len(self.log)
 
     def emit(self, name: str | None, text: str, meta: dict[str, Any]) -> None:
@@ -194,23 +199,40 @@ class Core:
         """Open a turn of ``role``. Raises StateError inside another turn."""
         if self.values.turn is not None:
             raise StateError(f"{role} opens inside the turn of {self.values.turn.role}; roles do not nest")
-        specs = [tool.spec for tool in self.values.tools] or None
         first = self.values.num_turns == 0
-        opening, closing = self.chat.turn(role, first=first, tools=specs if first else None)
-        self.add(opening, special=True, opens=role)
-        self.values.turn = Turn(role, len(self.log), closing)
+        opening, closing = self.chat.turn(role, first=first, tools=self.tool_specs if first else None)
+        self.add_segment(Segment(tuple(opening), "open", role))
+        self.values.turn = Turn(role, len(self.log), tuple(closing))
         self.values.num_turns += 1
 
-    def close_turn(self, role: str, **extra: Any) -> None:
-        """Close the open turn. ``extra`` goes into its message. Raises StateError when another one is open."""
+    def close_turn(self, role: str) -> None:
+        """Close the open turn. Raises StateError when it is another one, or there is none."""
         turn = self.values.turn
         if turn is None or turn.role != role:
             raise StateError(f"{role} ends, but {'no turn' if turn is None else 'the turn of ' + turn.role} is open")
-        content = extra.pop("content", None)
-        text = self.text(turn.start) if content is None else content
-        self.values.messages.append({"role": role, "content": text, **extra})
+        self.values.messages.append({"role": role, "content": self.text(turn.start)})
         self.values.turn = None
-        self.add(turn.closing, special=True)
+        self.add_segment(Segment(turn.closing, "close", role))
+
+    def answer_calls(self, message: dict[str, Any], results: Sequence[tuple[ToolCall, ToolResult]]) -> None:
+        """End the assistant's turn with its calls (``message``), append the results and open its next turn."""
+        turn = self.values.turn
+        assert turn is not None
+        pairs = [(call.tool, result.text) for call, result in results]
+        pieces = self.chat.tool_results(pairs, tools=self.tool_specs)
+        self.values.messages.append(message)
+        self.values.messages += [
+            {"role": "tool", "name": call.tool, "tool_call_id": call.id, "content": result.text}
+            for call, result in results
+        ]
+        self.add_segment(Segment(tuple(pieces), "open", "assistant"))
+        self.values.turn = Turn("assistant", len(self.log), turn.closing)
+        self.values.num_turns += 1
+
+    @property
+    def tool_specs(self) -> list[ToolSpec] | None:
+        """Declarations of the tools the model knows of."""
+        return [tool.spec for tool in self.values.tools] or None
 
     def messages(self) -> list[dict[str, Any]]:
         """All turns, the open one included; contents exactly as they were added."""
@@ -227,12 +249,16 @@ class Core:
         if not new:
             return
         self.values.tools += new
-        first = next((i for i, segment in enumerate(self.log) if segment.opens is not None), None)
-        if first is None:
+        places = [i for i, segment in enumerate(self.log) if segment.marker is not None][:2]
+        if not places:
             return
-        role = self.log[first].opens or "user"
-        opening, _ = self.chat.turn(role, first=True, tools=[tool.spec for tool in self.values.tools])
-        self.log[first] = Segment(Piece(opening, special=True), role)
+        role = self.log[places[0]].role
+        opening, closing = self.chat.turn(role, first=True, tools=self.tool_specs)
+        self.log[places[0]] = Segment(tuple(opening), "open", role)
+        if len(places) == 2 and self.log[places[1]].marker == "close":
+            self.log[places[1]] = Segment(tuple(closing), "close", role)
+        elif self.values.turn is not None and self.values.num_turns == 1:
+            self.values.turn = replace(self.values.turn, closing=tuple(closing))
         await self._rebuild()
 
     # -- session -------------------------------------------------------------------------------------------------
@@ -294,8 +320,8 @@ class Core:
 
 def _merged(segments: Sequence[Segment]) -> list[Piece | Tokens]:
     merged: list[Piece | Tokens] = []
-    for segment in segments:
-        piece, last = segment.piece, merged[-1] if merged else None
+    for piece in (piece for segment in segments for piece in segment.pieces):
+        last = merged[-1] if merged else None
         if isinstance(piece, Piece) and isinstance(last, Piece) and piece.special == last.special:
             merged[-1] = Piece(last.text + piece.text, piece.special)
         elif piece.text or isinstance(piece, Tokens):

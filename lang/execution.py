@@ -149,7 +149,8 @@ class Execution:
             for nested in self._nested:
                 nested.cancel(ProgramCancelled(f"program {self.program!r}, which ran this one, has ended"))
         for state in self.states:
-            state.keep_decisions()
+            with contextlib.suppress(Exception):
+                await state.keep_decisions()
         sessions, self._sessions = self._sessions, []
         if sessions:
             closing = [asyncio.ensure_future(close_session(session)) for session in sessions]

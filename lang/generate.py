@@ -215,6 +215,6 @@ async def select(core: Core, node: ir.Select) -> None:
     )
     if decision.decision not in node.choices:
         raise StateError(f"the choices method chose {decision.decision!r}, which is none of {json.dumps(node.choices)}")
-    core.log.append(Segment(Piece(decision.decision)))
+    core.log.append(Segment((Piece(decision.decision),)))
     core.emit(name, decision.decision, dict(decision.meta_info or {}))
     core.set(name, decision.decision, meta=dict(decision.meta_info or {}))

@@ -209,7 +209,7 @@ async def _join(state: ProgramState, node: ir.JoinFrom, _: contextvars.Context) 
         for child in node.children:
             _append_child(core, child.core)
     for child in node.children:
-        child.keep_decisions()
+        await child.keep_decisions()
         if child.core.session is not None:
             await state.execution.release(child.core.session)
             child.core.session = None
@@ -217,8 +217,7 @@ async def _join(state: ProgramState, node: ir.JoinFrom, _: contextvars.Context) 
 
 def _append_child(core: Core, child: Core) -> None:
     for segment in child.log[child.forked_at :]:
-        core.log.append(segment)
-        core.emit(None, segment.text, {})
+        core.add_segment(segment)
     core.values.messages.extend(child.values.messages[child.forked_messages :])
 
 

@@ -177,10 +177,10 @@ class ProgramState:
             self._core.session = None
         self.notify()
 
-    def keep_decisions(self) -> None:
+    async def keep_decisions(self) -> None:
         """Remember the backend's decisions before the session goes."""
         if self._decisions is None and self._core is not None and self._core.session is not None:
-            self._decisions = tuple(self._core.session.decisions())
+            self._decisions = tuple(await self._core.session.decisions())
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
@@ -338,9 +338,12 @@ class ProgramState:
 
     def decisions(self) -> tuple[Any, ...]:
         """The backend's pause decisions for this context, with their reasons."""
+        return runner().wait(self._read_decisions())
+
+    async def _read_decisions(self) -> tuple[Any, ...]:
         if self._decisions is not None or self._core is None or self._core.session is None:
             return self._decisions or ()
-        return tuple(self._core.session.decisions())
+        return tuple(await self._core.session.decisions())
 
     def cancel(self) -> None:
         """End the program; its sessions go back. Reads raise ProgramCancelled."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from caesura.lang import ir
-from caesura.lang.backend import ToolCallRequest, ToolUse
+from caesura.lang.backend import Session, ToolCallRequest, ToolUse
 from caesura.lang.calls import check_raise, count, paused, pending
 from caesura.lang.core import Core
 from caesura.lang.errors import StateError
@@ -34,7 +34,7 @@ async def generate_with_tools(core: Core, node: ir.Gen) -> None:
         output = await stream(core, session, request)
         if output.finish.reason != "tool_calls" or not output.finish.tool_calls or choice == "none":
             break
-        history += await _round(core, name, tools, node, output, number)
+        history += await _round(core, session, tools, node, output, f"{name}-{number}")
     content = output.finish.content
     text = output.text if content is None else content
     core.values.tool_calls[name] = history
@@ -43,19 +43,16 @@ async def generate_with_tools(core: Core, node: ir.Gen) -> None:
 
 
 async def _round(
-    core: Core, name: str, tools: dict[str, Tool], node: ir.Gen, output: Output, number: int
+    core: Core, session: Session, tools: dict[str, Tool], node: ir.Gen, output: Output, label: str
 ) -> list[tuple[ToolCall, ToolResult]]:
-    """One round: close the turn that calls, run the calls at once, append results, open the next turn."""
+    """One round: run the calls at once, append the results, open the next turn."""
     wanted = output.finish.tool_calls
     if not node.parallel_tool_calls:
         wanted = wanted[:1]
-    calls = [ToolCall(call.name, call.arguments, f"{name}-{number}-{i}") for i, call in enumerate(wanted)]
+    calls = [ToolCall(call.name, call.arguments, f"{label}-{i}") for i, call in enumerate(wanted)]
     prepared = [_prepare(tools, call) for call in wanted]
-    content = output.finish.content
-    core.close_turn("assistant", content=output.text if content is None else content, tool_calls=_shown(calls))
-    session = await core.flush()
     runnable = [call for call in prepared if isinstance(call, ir.ToolInvocation)]
-    async with paused(session, pending(f"{name}-{number}", runnable)):
+    async with paused(session, pending(label, runnable)):
         ran = iter(await run_tools(runnable))
         results = [next(ran) if isinstance(call, ir.ToolInvocation) else call for call in prepared]
         done = [result for result in results if result is not None]
@@ -63,8 +60,9 @@ async def _round(
         for call, result in zip(prepared, done, strict=True):
             if isinstance(call, ir.ToolInvocation):
                 check_raise(call, result)
-        _append_results(core, calls, done)
-        core.open_turn("assistant")
+        content = output.finish.content
+        message = {"role": "assistant", "content": output.text if content is None else content}
+        core.answer_calls({**message, "tool_calls": _shown(calls)}, list(zip(calls, done, strict=True)))
         await core.flush()
     return list(zip(calls, done, strict=True))
 
@@ -78,15 +76,6 @@ def _prepare(tools: dict[str, Tool], call: ToolCallRequest) -> ir.ToolInvocation
         return ir.ToolInvocation(tool, kwargs=tool.parse_arguments(call.arguments))
     except ValueError as error:
         return failure(f"invalid arguments for {call.name}: {error}")
-
-
-def _append_results(core: Core, calls: list[ToolCall], results: list[ToolResult]) -> None:
-    pairs = [(call.tool, result.text) for call, result in zip(calls, results, strict=True)]
-    for piece in core.chat.tool_results(pairs):
-        core.add(piece.text, special=piece.special)
-    for call, result in zip(calls, results, strict=True):
-        message = {"role": "tool", "name": call.tool, "tool_call_id": call.id, "content": result.text}
-        core.values.messages.append(message)
 
 
 def _shown(calls: list[ToolCall]) -> list[dict[str, object]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,8 +49,9 @@ def output_type(kind: Any) -> OutputType:
     if kind is bool:
         return _options("bool", {"true": True, "false": False})
     if isinstance(kind, enum.EnumMeta):
-        members: dict[str, Any] = {str(member.value): member for member in kind.__members__.values()}
-        if len(members) != len(kind.__members__):
+        options: Mapping[str, enum.Enum] = kind.__members__
+        members = {str(item.value): item for item in options.values()}
+        if len(members) != len(options):
             raise DefinitionError(f"the values of {name} are not distinct as text: {sorted(members)}")
         return _options(name, members)
     if typing.get_origin(kind) is Literal:
@@ -76,7 +77,7 @@ def _schema_type(name: str, kind: Any) -> OutputType:
     return OutputType(name, Constraint("json_schema", json.dumps(schema)), parse)
 
 
-def _options(name: str, values: dict[str, Any]) -> OutputType:
+def _options(name: str, values: Mapping[str, Any]) -> OutputType:
     if not values or any(not text for text in values):
         raise DefinitionError(f"type={name} needs at least one value, and none that is empty as text")
     constraint = Constraint("choices", json.dumps(list(values)))

@@ -52,22 +52,30 @@ Script = (
 )
 
 
+_END = Piece("<|end|>\n", special=True)
+
+
 class PlainChat:
     """A chat format in plain marks: ``<|role|>`` opens a turn, ``<|end|>`` closes it."""
 
     stop: tuple[str, ...] = ()
 
-    def turn(self, role: str, *, first: bool, tools: Sequence[ToolSpec] | None = None) -> tuple[str, str]:
-        declared = ""
+    def turn(
+        self, role: str, *, first: bool, tools: Sequence[ToolSpec] | None = None
+    ) -> tuple[Sequence[Piece], Sequence[Piece]]:
+        opening = [Piece(f"<|{role}|>", special=True)]
         if tools:
-            declared = "<|tools|>" + json.dumps([spec["function"] for spec in tools]) + "<|end|>\n"
-        return f"{declared}<|{role}|>", "<|end|>\n"
+            declared = Piece(json.dumps([spec["function"] for spec in tools]))
+            opening = [Piece("<|tools|>", special=True), declared, _END, *opening]
+        return opening, [_END]
 
-    def tool_results(self, results: Sequence[tuple[str, str]]) -> Sequence[Piece]:
-        pieces = []
+    def tool_results(
+        self, results: Sequence[tuple[str, str]], *, tools: Sequence[ToolSpec] | None = None
+    ) -> Sequence[Piece]:
+        pieces = [_END]
         for name, content in results:
-            pieces += [Piece(f"<|tool {name}|>", True), Piece(content), Piece("<|end|>\n", True)]
-        return pieces
+            pieces += [Piece(f"<|tool {name}|>", special=True), Piece(content), _END]
+        return [*pieces, Piece("<|assistant|>", special=True)]
 
 
 @dataclass(frozen=True)
@@ -291,7 +299,7 @@ class ScriptedSession:
             self._backend.open_sessions -= 1
             self._note("close")
 
-    def decisions(self) -> Sequence[Any]:
+    async def decisions(self) -> Sequence[Any]:
         return ()
 
 
