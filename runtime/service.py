@@ -277,7 +277,7 @@ class ContextHandle:
                 list(tools.tools),
                 choice=tools.choice,
                 parallel=tools.parallel,
-                special_tokens=self._service.tokenizer.special_ids,
+                special_ids=self._service.tokenizer.special_ids,
             )
             if source is not None and constraint is None:
                 constraint = Constraint(ConstraintKind.EBNF, source)

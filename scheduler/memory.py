@@ -26,7 +26,7 @@ class MemoryDesk:
         self._now = now
         self.decisions: list[PauseDecision] = []
         self.preempted: list[ContextId] = []
-        self.contended = False  # someone wanted memory that was not free
+        self.contended = False  # someone wants memory and has to wait for it
 
     # -- what the policy decides ------------------------------------------------------------------------------
 
@@ -81,19 +81,20 @@ class MemoryDesk:
         """Make room for a queued context; False: not now (no room, or the copies that make it are in flight)."""
         lacking = self._ledger.shortfall(context, num_tokens)
         if lacking:
-            self.contended = True
             busy = any(state.phase is Phase.RUNNING for state in self._contexts.values())
             if self._policy.on_demand or not (busy or self._ledger.copying_pages):
                 lacking -= self._reclaim(lacking)
             if lacking > 0:
                 lacking -= self._reclaim_queued(context, lacking)
-        return lacking <= 0 and self._ledger.lacking_now(context, num_tokens) <= 0
+        secured = lacking <= 0 and self._ledger.lacking_now(context, num_tokens) <= 0
+        self.contended = self.contended or not secured
+        return secured
 
     def make_room(self, context: ContextId, num_tokens: int, *, before_preempting: bool) -> bool:
         """For a running context: did anything become free (or begin to leave)?"""
-        self.contended = True
         lacking = self._ledger.shortfall(context, num_tokens)
         if not lacking:
+            self.contended = True
             return False  # enough is on its way out; wait for the copies
         if self._policy.on_demand or not before_preempting:
             taken = self._reclaim(lacking)
@@ -103,6 +104,7 @@ class MemoryDesk:
 
     def preempt(self, state: Context) -> None:
         """Back to the queue. What it holds stays, revocably, so memory is taken only as far as it is needed."""
+        self.contended = True
         state.become(Phase.QUEUED)
         state.num_preemptions += 1
         self._ledger.pause(state.id)

@@ -291,7 +291,7 @@ class KVLedger:
     def reclaim(self, segment: int, num_pages: int, action: Action) -> Reclaimed:
         if segment < 0:
             lease = self.leases.get(ContextId(-segment - 1))
-            return self.tiers.reclaim_tail(lease) if lease is not None else Reclaimed(0, 0, action)
+            return self.tiers.reclaim_tail(lease, action) if lease is not None else Reclaimed(0, 0, action)
         node = self.tree.nodes.get(segment)
         return self.tiers.reclaim(node, num_pages, action) if node is not None else Reclaimed(0, 0, action)
 

@@ -306,10 +306,14 @@ class Tiers:
         same = [other for other in lease.node.leases.values() if other.tail[:1] == lease.tail[:1]]
         return same if all(other.hold is Hold.PAUSED for other in same) else []
 
-    def reclaim_tail(self, lease: PrefixLease) -> Reclaimed:
-        """Give up an unfinished last page: it is recomputed, whatever was asked."""
-        sharers = self._sharers(lease) if lease.hold is Hold.PAUSED else []
-        return Reclaimed(sum(self.cut_tail(sharer, 0) for sharer in sharers), 0, Action.DISCARD)
+    def reclaim_tail(self, lease: PrefixLease, action: Action) -> Reclaimed:
+        """Give up an unfinished last page: neither the host nor the cache takes it, so it will be recomputed."""
+        if action is Action.PRESERVE or lease.hold is not Hold.PAUSED:
+            return Reclaimed(0, 0, action)
+        before = self.takeable_pages
+        for sharer in self._sharers(lease):
+            self.cut_tail(sharer, 0)
+        return Reclaimed(self.takeable_pages - before, 0, Action.DISCARD)
 
     def reclaim(self, node: Node, num_pages: int, action: Action) -> Reclaimed:
         """Take the last ``num_pages`` of a run that paused leases hold, by ``action`` or a weaker one."""
@@ -321,20 +325,21 @@ class Tiers:
             return nothing
         if num_pages < len(node.device):
             self.tree.split(node, (len(node.device) - num_pages) * self.page_size)
-        if node.transfer is not None or action is Action.SWAP:
-            if node.host_ready and node.transfer is None:
-                self.off_device(node)
-                return Reclaimed(self.takeable_pages - before, 0, Action.SWAP)
-            if node.transfer is not None or self.copy_out(node):
-                node.leaving = True
-                for lease in node.leases.values():
-                    self.cut_tail(lease, 0)
-                return Reclaimed(self.takeable_pages - before, len(node.device), Action.SWAP)
-            action = Action.DISCARD
+        if action is Action.RELEASE:
+            self._let_go(node)
+            pending = len(node.device) if node.moving else 0
+            return Reclaimed(self.takeable_pages - before, pending, action)
+        if node.transfer is None and action is Action.SWAP and node.host:
+            self.off_device(node)
+            return Reclaimed(self.takeable_pages - before, 0, action)
+        if node.transfer is not None or (action is Action.SWAP and self.copy_out(node)):
+            node.leaving = True  # either end of the copy will do: then the host has it all
+            for lease in node.leases.values():
+                self.cut_tail(lease, 0)
+            return Reclaimed(self.takeable_pages - before, len(node.device), Action.SWAP)
         self._let_go(node)
-        if action is Action.DISCARD:
-            self.forget(node)
-        return Reclaimed(self.takeable_pages - before, 0, action)
+        self.forget(node)
+        return Reclaimed(self.takeable_pages - before, 0, Action.DISCARD)
 
     def _clear_below(self, node: Node) -> bool:
         """Evict what nobody needs below ``node``; says whether the device holds nothing there any more."""
