@@ -42,7 +42,11 @@ class HFTokenizer:
         self.special_ids: dict[str, int] = {token["content"]: token["id"] for token in control}
         self.hidden_ids: frozenset[int] = frozenset(token["id"] for token in control if token.get("special"))
         self._full = _build(self._spec)
+        wrong = next((t for t in added if self._full.token_to_id(t["content"]) != t["id"]), None)
+        if wrong is not None:
+            raise BrokenCheckpoint(f"tokenizer.json: added token {wrong['content']!r} cannot have id {wrong['id']}")
         self._plain = _build(_without_control(self._spec))
+        self._renumbered = self._true_ids([token for token in added if not _is_control(token)])
         self._full_next: tokenizers.Tokenizer | None = None
         self._plain_next: tokenizers.Tokenizer | None = None
         self._has_prefix = _without_prefix(self._spec) != self._spec
@@ -72,8 +76,11 @@ class HFTokenizer:
         text = clean_text(text)
         if not text:
             return []
-        ids = _encode(self._encoder(allow_special, continuation), text)
-        if allow_special or self._forbidden.isdisjoint(ids):
+        encoder = self._encoder(allow_special, continuation)
+        if allow_special:
+            return _encode(encoder, text)
+        ids = self._encode_plain(encoder, text)
+        if self._forbidden.isdisjoint(ids):
             return ids
         return self._encode_apart(text, continuation)
 
@@ -82,6 +89,21 @@ class HFTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else b""
+
+    def _true_ids(self, kept: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+        """The library numbers added tokens in a row, so taking some out moves those that stay."""
+        moved: dict[int, int] = {}
+        for token in kept:
+            here = self._plain.token_to_id(token["content"])
+            if here is not None and here != token["id"]:
+                moved[here] = token["id"]
+        if not moved.keys().isdisjoint(self._plain.get_vocab(with_added_tokens=False).values()):
+            raise BrokenCheckpoint("tokenizer.json: the ids of its added tokens collide with its vocabulary")
+        return moved
+
+    def _encode_plain(self, encoder: tokenizers.Tokenizer, text: str) -> list[int]:
+        ids = _encode(encoder, text)
+        return [self._renumbered.get(i, i) for i in ids] if self._renumbered else ids
 
     def _encoder(self, allow_special: bool, continuation: bool) -> tokenizers.Tokenizer:
         if not (continuation and self._has_prefix):
@@ -98,7 +120,7 @@ class HFTokenizer:
         """Cut the text inside every control string, so that no merge can put one together."""
         ids: list[int] = []
         for part in _cut_inside(text, list(self.special_ids)):
-            ids += _encode(self._encoder(False, continuation or bool(ids)), part)
+            ids += self._encode_plain(self._encoder(False, continuation or bool(ids)), part)
         if not self._forbidden.isdisjoint(ids):
             shown = next(name for name, i in self.special_ids.items() if i in ids)
             raise InvalidRequest(f"the text holds {shown!r}, which this tokenizer writes as a control token only")

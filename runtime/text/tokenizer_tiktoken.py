@@ -148,14 +148,14 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _llama3_tokens(base: int) -> dict[str, int]:
-    """256 control tokens, ten of them named, the rest reserved."""
+    """256 control tokens, as Llama 3.1 names them; most are reserved."""
     names = [
         "<|begin_of_text|>",
         "<|end_of_text|>",
         "<|reserved_special_token_0|>",
         "<|reserved_special_token_1|>",
         "<|finetune_right_pad_id|>",
-        "<|step_id|>",
+        "<|reserved_special_token_2|>",
         "<|start_header_id|>",
         "<|end_header_id|>",
         "<|eom_id|>",
@@ -163,7 +163,7 @@ def _llama3_tokens(base: int) -> dict[str, int]:
         "<|python_tag|>",
     ]
     reserved = 256 - len(names)
-    names += [f"<|reserved_special_token_{i}|>" for i in range(2, 2 + reserved)]
+    names += [f"<|reserved_special_token_{i}|>" for i in range(3, 3 + reserved)]
     return {name: base + i for i, name in enumerate(names)}
 
 
