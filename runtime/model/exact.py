@@ -17,26 +17,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from caesura.runtime.errors import UnsupportedModel
-from caesura.runtime.model.batch import Batch
+from caesura.runtime.model.batch import Batch, Piece
 from caesura.runtime.model.weights import Model
 from torch import Tensor
 
 TILE_ROWS = 32
 BLOCK_POSITIONS = 64
 _RUN_ELEMENTS = 16_384  # below torch's grain for splitting work, and a multiple of every vector width
-_GROUP_KEYS = 1 << 16  # rows times positions gathered at once, which bounds the memory of a step
+_GROUP_KEYS = 1 << 16  # rows times positions at once, which bounds the memory of a step
+_SHARING_ROWS = 48  # from here on a context's rows are worth their own calls over shared keys
 
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """Rows attended at once."""
+    """Rows attended at once: of one context, which then share its gathered keys, or each with keys of its own."""
 
     first_row: int
-    slots: Tensor  # [rows * blocks * BLOCK_POSITIONS] int64
-    hidden: Tensor  # [rows, 1, 1, blocks, BLOCK_POSITIONS] bool: positions a row must not see
+    shared: bool
+    slots: Tensor  # int64: [blocks * BLOCK_POSITIONS] when shared, else [rows * blocks * BLOCK_POSITIONS]
+    unseen: Tensor  # [rows, blocks, 1, BLOCK_POSITIONS] bool: positions a row must not see
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,66 +74,111 @@ def silu(gate: Tensor) -> Tensor:
 
 
 def plan_attention(batch: Batch, window: int | None) -> ExactPlan:
-    """Slots and masks of every row, in groups of bounded size."""
+    """Slots and masks of every row, in groups of bounded size. How rows are grouped does not change their bits."""
     groups: list[RowGroup] = []
-    size = batch.page_size
-    longest = max(piece.num_tokens for piece in batch.pieces)
-    blocks = -(-longest // BLOCK_POSITIONS)
-    tables = np.zeros((len(batch.pieces), blocks * BLOCK_POSITIONS), dtype=np.int64)
-    owner = np.empty(batch.num_rows, dtype=np.int64)
-    for index, piece in enumerate(batch.pieces):
-        where = np.arange(piece.num_tokens)
-        tables[index] = piece.pages[0] * size  # a slot of the context's own, hidden below
-        tables[index, : piece.num_tokens] = piece.pages[where // size] * size + where % size
-        owner[piece.first_row : piece.first_row + piece.num_rows] = index
-    positions = batch.positions.numpy()[: batch.num_rows]
+    apart: list[Piece] = []  # neighbouring pieces whose rows are few: one gather for all costs fewer calls
+    for piece in batch.pieces:
+        if piece.num_rows >= _SHARING_ROWS:
+            groups += _own_groups(apart, batch, window)
+            apart = []
+            groups += _shared_groups(piece, batch, window)
+        else:
+            apart.append(piece)
+    return ExactPlan(tuple(groups + _own_groups(apart, batch, window)))
+
+
+def _shared_groups(piece: Piece, batch: Batch, window: int | None) -> list[RowGroup]:
+    blocks = -(-piece.num_tokens // BLOCK_POSITIONS)
+    slots = _slots(piece, batch.page_size, blocks)
+    step = max(1, _GROUP_KEYS // len(slots))
+    groups = []
+    for first in range(0, piece.num_rows, step):
+        queries = np.arange(piece.start + first, piece.start + min(first + step, piece.num_rows))
+        unseen = _unseen(queries, blocks, window)
+        groups.append(RowGroup(piece.first_row + first, True, torch.from_numpy(slots), unseen))
+    return groups
+
+
+def _own_groups(pieces: list[Piece], batch: Batch, window: int | None) -> list[RowGroup]:
+    if not pieces:
+        return []
+    blocks = -(-max(piece.num_tokens for piece in pieces) // BLOCK_POSITIONS)
+    tables = np.stack([_slots(piece, batch.page_size, blocks) for piece in pieces])
+    owner = np.repeat(np.arange(len(pieces)), [piece.num_rows for piece in pieces])
+    queries = np.concatenate([np.arange(piece.start, piece.num_tokens) for piece in pieces])
     step = max(1, _GROUP_KEYS // tables.shape[1])
-    for first in range(0, batch.num_rows, step):
-        rows = slice(first, min(first + step, batch.num_rows))
-        key, query = np.arange(tables.shape[1])[None, :], positions[rows][:, None]
-        unseen = key > query
-        if window is not None:
-            unseen |= key <= query - window
-        shape = (-1, 1, 1, blocks, BLOCK_POSITIONS)
-        groups.append(
-            RowGroup(first, torch.from_numpy(tables[owner[rows]].reshape(-1)), torch.from_numpy(unseen).view(shape))
-        )
-    return ExactPlan(tuple(groups))
+    groups = []
+    for first in range(0, len(queries), step):
+        rows = slice(first, first + step)
+        slots = torch.from_numpy(tables[owner[rows]].reshape(-1))
+        groups.append(RowGroup(pieces[0].first_row + first, False, slots, _unseen(queries[rows], blocks, window)))
+    return groups
+
+
+def _slots(piece: Piece, page_size: int, blocks: int) -> npt.NDArray[np.int64]:
+    """The slot of every position up to the last block's end; past the context, a slot of its own that is unseen."""
+    where = np.arange(piece.num_tokens)
+    slots = np.full(blocks * BLOCK_POSITIONS, piece.pages[0] * page_size, dtype=np.int64)
+    slots[: piece.num_tokens] = piece.pages[where // page_size] * page_size + where % page_size
+    return slots
+
+
+def _unseen(queries: npt.NDArray[np.int64], blocks: int, window: int | None) -> Tensor:
+    """For query positions [rows]: [rows, blocks, 1, BLOCK_POSITIONS]."""
+    keys = np.arange(blocks * BLOCK_POSITIONS)[None, :]
+    unseen = keys > queries[:, None]
+    if window is not None:
+        unseen |= keys <= queries[:, None] - window
+    return torch.from_numpy(unseen).view(len(queries), blocks, 1, BLOCK_POSITIONS)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, plan: ExactPlan) -> Tensor:
     """Attention of ``queries`` [padded rows, heads, head_dim]; padded rows give zeros: [rows, heads * head_dim]."""
     out = torch.zeros(queries.shape, dtype=queries.dtype)
     for group in plan.groups:
-        rows = slice(group.first_row, group.first_row + group.hidden.shape[0])
+        rows = slice(group.first_row, group.first_row + group.unseen.shape[0])
         out[rows] = _attend_rows(queries[rows], keys, values, group)
     return out.flatten(1)
 
 
 def _attend_rows(queries: Tensor, keys: Tensor, values: Tensor, group: RowGroup) -> Tensor:
+    """Every product multiplies one row's query heads of one KV head with one block, whatever the grouping."""
     rows, heads, head_dim = queries.shape
-    kv_heads, blocks = keys.shape[2], group.hidden.shape[3]
-    # [rows, kv_heads, heads per kv head, blocks, BLOCK_POSITIONS], every score one product and one sum over head_dim
-    q = queries.view(rows, kv_heads, -1, 1, head_dim).transpose(2, 3)  # [rows, kv_heads, 1, group, head_dim]
-    k = _blocks(keys, group.slots, rows, blocks)
-    scores = torch.matmul(q, k.transpose(-1, -2)).transpose(2, 3) * head_dim**-0.5
-    scores = scores.masked_fill(group.hidden, float("-inf")).contiguous()
-    peak = scores.amax(dim=(-1, -2), keepdim=True)  # finite: a row sees itself
-    weights = exp_(scores.sub_(peak))
-    sums = weights.sum(-1)  # [rows, kv_heads, group, blocks]
-    v = _blocks(values, group.slots, rows, blocks)
-    parts = torch.matmul(weights.transpose(2, 3), v)  # [rows, kv_heads, blocks, group, head_dim]
-    total, out = torch.zeros_like(sums[..., 0]), torch.zeros_like(parts[:, :, 0])
+    kv_heads, blocks = keys.shape[2], group.unseen.shape[1]
+    folded = queries.view(rows, kv_heads, 1, heads // kv_heads, head_dim)
+    gathered = keys.flatten(0, 1).index_select(0, group.slots)  # [(rows *) blocks * positions, kv_heads, head_dim]
+    scores = torch.empty(kv_heads, rows, blocks, heads // kv_heads, BLOCK_POSITIONS, dtype=queries.dtype)
+    for head in range(kv_heads):
+        side = gathered[:, head].view(-1, BLOCK_POSITIONS, head_dim).transpose(1, 2)
+        scores[head] = _products(folded[:, head].expand(-1, blocks, -1, -1), side, group.shared)
+    scores.mul_(head_dim**-0.5).masked_fill_(group.unseen, float("-inf"))
+    weights = exp_(scores.sub_(scores.amax(dim=(2, 4), keepdim=True)))  # the maximum is finite: a row sees itself
+    sums = weights.sum(-1)  # [kv_heads, rows, blocks, group]
+    gathered = values.flatten(0, 1).index_select(0, group.slots)
+    total = torch.zeros(kv_heads, rows, heads // kv_heads, 1, dtype=queries.dtype)
+    out = torch.zeros(kv_heads, rows, heads // kv_heads, head_dim, dtype=queries.dtype)
+    for head in range(kv_heads):
+        side = gathered[:, head].view(-1, BLOCK_POSITIONS, head_dim)
+        parts = _products(weights[head], side, group.shared)  # [rows, blocks, group, head_dim]
+        for block in range(blocks):  # first to last, for every row
+            total[head] += sums[head, :, block, :, None]
+            out[head] += parts[:, block]
+    return (out / total).transpose(0, 1).reshape(rows, heads, head_dim)
+
+
+def _products(left: Tensor, right: Tensor, shared: bool) -> Tensor:
+    """``left`` [rows, blocks, group, inner] times each block's matrix: [rows, blocks, group, outer].
+
+    ``right`` is [blocks, inner, outer] when shared by all rows, else [rows * blocks, inner, outer]. Both ways multiply
+    matrices of one shape; sharing only saves copying ``right`` for every row.
+    """
+    rows, blocks, group, inner = left.shape
+    if not shared:
+        return torch.bmm(left.reshape(-1, group, inner), right).view(rows, blocks, group, -1)
+    out = torch.empty(rows, blocks, group, right.shape[2], dtype=left.dtype)
     for block in range(blocks):
-        total += sums[..., block]
-        out += parts[:, :, block]
-    return (out / total[..., None]).reshape(rows, heads, head_dim)
-
-
-def _blocks(cache: Tensor, slots: Tensor, rows: int, blocks: int) -> Tensor:
-    """Gathered keys or values: [rows, kv_heads, blocks, BLOCK_POSITIONS, head_dim]."""
-    flat = cache.flatten(0, 1).flatten(1).index_select(0, slots)
-    return flat.view(rows, blocks, BLOCK_POSITIONS, *cache.shape[2:]).permute(0, 3, 1, 2, 4).contiguous()
+        out[:, block] = torch.bmm(left[:, block], right[block].expand(rows, -1, -1))
+    return out
 
 
 def verify(model: Model) -> None:
