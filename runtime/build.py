@@ -48,6 +48,7 @@ def build(config: EngineConfig) -> Runtime:
         eos_ids=tokenizer.eos_ids,
         deterministic=config.deterministic,
         num_threads=config.num_threads,
+        vocab_limit=tokenizer.vocab_size,
     )
     key = f"{model.config}|{config.dtype}|{config.page_size}|{config.deterministic}|{config.num_threads}"
     profile = config.profile or measured(executor, f"{key}|{bool(host_pages)}")

@@ -1,12 +1,18 @@
-"""Random tool-using agents on the simulated engine, with faults, each checked against a pure function of its tokens."""
+"""Random tool-using agents driven on the engine loop under a virtual clock, with faults.
+
+What an agent does is drawn from its own seed alone, never from what happens around it, so the same agent can be run
+under any policy, batch and cache state and must end with the same tokens.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from caesura.runtime.clock import VirtualClock
 from caesura.runtime.engine import Engine
+from caesura.runtime.executors.base import Executor
 from caesura.runtime.executors.sim import SimExecutor, expected_token
 from caesura.runtime.generation import Generation, TokenChunk
 from caesura.runtime.sampling import SamplerState, SamplingParams
@@ -19,6 +25,7 @@ from caesura.scheduler.types import ContextId
 
 VOCAB = 50
 PROFILE = CostProfile(0.002, 0.0002, 1e-8, 0.0001, 0.00001, 64, "made up")
+TOOLS = (("fast", 0.001), ("shell", 0.03), ("search", 0.2), ("person", 2.0))
 
 
 class LetterTokenizer:
@@ -41,17 +48,16 @@ class LetterTokenizer:
         return chr(48 + token_id).encode()
 
 
-def generation(engine: Engine, context: ContextId, max_new: int, sink, **params) -> Generation:  # type: ignore[no-untyped-def]
-    """A greedy generation for the simulated engine."""
-    sampling = SamplingParams(max_new_tokens=max_new, temperature=0.0, **params)
-    return Generation(
-        sampling, SamplerState(sampling, seed=0), LetterTokenizer(), frozenset(), engine.num_tokens(context), sink
-    )
+def generation(engine: Engine, context: ContextId, max_new: int, sink: Callable[[TokenChunk], None]) -> Generation:
+    """A greedy generation without a model's tokenizer."""
+    params = SamplingParams(max_new_tokens=max_new, temperature=0.0)
+    state = SamplerState(params, seed=0)
+    return Generation(params, state, LetterTokenizer(), frozenset(), engine.num_tokens(context), sink)
 
 
 @dataclass
 class World:
-    """An engine in simulation and the book of what every agent should have got."""
+    """An engine under a virtual clock and the book of what every agent got."""
 
     policy: str
     seed: int = 0
@@ -62,15 +68,23 @@ class World:
     max_step_tokens: int = 24
     max_running: int = 8
     share: bool = True
-    check_each_step: bool = True
+    check_every: int = 1
+    make_executor: Callable[[World], Executor] | None = None
     wrong: list[str] = field(default_factory=list)
+    transcripts: dict[str, list[int]] = field(default_factory=dict)
     finished: int = 0
     lost: int = 0
 
     def __post_init__(self) -> None:
-        self.random = random.Random(self.seed)
         self.clock = VirtualClock()
-        executor = SimExecutor(
+        executor = self.make_executor(self) if self.make_executor else self._simulated()
+        config = SchedulerConfig(self.max_step_tokens, self.max_running)
+        policy = make_policy(self.policy)
+        self.engine = Engine(executor, policy, PROFILE, self.clock, config, share_prefixes=self.share)
+        self.sim = Simulation(self.engine, self.clock, self._check)
+
+    def _simulated(self) -> Executor:
+        return SimExecutor(
             PROFILE,
             self.clock,
             page_size=self.page_size,
@@ -80,11 +94,19 @@ class World:
             seed=self.seed,
             slow=self.slow,
         )
-        config = SchedulerConfig(self.max_step_tokens, self.max_running)
-        self.engine = Engine(
-            executor, make_policy(self.policy), PROFILE, self.clock, config, share_prefixes=self.share
-        )
-        self.sim = Simulation(self.engine, self.clock, self.engine.check if self.check_each_step else lambda: None)
+
+    def _check(self) -> None:
+        if self.check_every and self.sim.steps % self.check_every == 0:
+            self.engine.check()
+
+    def expect(self, context: ContextId | None, before: list[int], got: list[int]) -> None:
+        """Simulated tokens are a pure function of the prefix; a real model is compared by transcript."""
+        if self.make_executor is None:
+            tokens = list(before)
+            for token in got:
+                if token != expected_token(tokens, VOCAB):
+                    self.wrong.append(f"context {context}: token {token} after {len(tokens)} tokens is wrong")
+                tokens.append(token)
 
     def settle(self) -> None:
         """Run to the end, then assert that nothing is left behind."""
@@ -92,29 +114,31 @@ class World:
         assert not self.wrong, self.wrong[:3]
         self.engine.check()
         ledger = self.engine.ledger
-        assert not ledger.holdings and not ledger.transfers
+        assert not self.engine.scheduler.contexts
+        assert not ledger.copying_pages
         assert ledger.free_pages + ledger.evictable_pages == ledger.num_device_pages
         self.engine.flush_cache()
         self.engine.check()
-        assert ledger.free_pages == ledger.num_device_pages
-        assert ledger.host.num_free == ledger.num_host_pages
-        assert not ledger.tree.nodes
+        assert ledger.free_pages == ledger.num_device_pages, "device pages are leaked"
+        assert ledger.tiers.host.num_free == ledger.num_host_pages, "host pages are leaked"
 
 
 class Agent:
-    """A program of rounds: append, generate, wait for a tool - now and then forking - then close."""
+    """A program of rounds: append, generate, wait for a tool - now and then forking or rolling back - then close."""
 
-    def __init__(self, world: World, rounds: int, prompt: list[int], *, faults: float = 0.0, depth: int = 0) -> None:
+    def __init__(self, world: World, name: str, rounds: int, prompt: list[int], faults: float = 0.0) -> None:
         self.world = world
+        self.name = name
         self.rounds = rounds
         self.faults = faults
-        self.depth = depth
+        self.random = random.Random(name)
         self.tokens: list[int] = []
-        self.alive = True
         self.pending = list(prompt)
+        self.alive = True
         self.context: ContextId | None = None
 
     def start(self) -> None:
+        """Open a context and go."""
         self.context = self.world.engine.open(on_closed=self._closed)
         self._go()
 
@@ -125,71 +149,64 @@ class Agent:
     def _go(self) -> None:
         if not self.alive:
             return
-        world, engine = self.world, self.world.engine
+        engine = self.world.engine
         assert self.context is not None
         engine.append(self.context, self.pending)
         self.tokens += self.pending
-        self.wanted = world.random.randint(1, 6)
         self.got: list[int] = []
-        engine.generate(self.context, generation(engine, self.context, self.wanted, self._chunk))
-        if world.random.random() < self.faults / 2:  # the client goes away while it is being served
-            world.sim.after(world.random.uniform(0, 0.02), self._leave)
+        engine.generate(self.context, generation(engine, self.context, self.random.randint(1, 6), self._chunk))
+        if self.random.random() < self.faults / 2:  # the client goes away while it is being served
+            self.world.sim.after(self.random.uniform(0, 0.02), self._leave)
 
     def _chunk(self, chunk: TokenChunk) -> None:
         self.got += chunk.token_ids
-        if chunk.finish is None:
+        if chunk.finish is None or chunk.finish.reason == "abort":
             return
-        if chunk.finish.reason == "abort":
-            return
-        for token in self.got:
-            expected = expected_token(self.tokens, VOCAB)
-            if token != expected:
-                self.world.wrong.append(f"context {self.context}: {token} after {len(self.tokens)}, not {expected}")
-            self.tokens.append(token)
+        self.world.expect(self.context, self.tokens, self.got)
+        self.tokens += self.got
         self.world.sim.after(0.0, self._between)
 
     def _between(self) -> None:
         if not self.alive:
             return
-        world, engine = self.world, self.world.engine
         assert self.context is not None
         self.rounds -= 1
-        draw = world.random.random
         if self.rounds <= 0:
-            world.finished += 1
+            self.world.finished += 1
+            self.world.transcripts[self.name] = self.tokens
             self._leave()
             return
-        if draw() < 0.15 and self.depth < 2:
+        if self.random.random() < 0.15 and self.name.count("/") < 2:
             self._branch()
-        if draw() < 0.1:
-            keep = world.random.randint(1, len(self.tokens))
-            engine.truncate(self.context, keep)
+        if self.random.random() < 0.1:
+            keep = self.random.randint(1, len(self.tokens))
+            self.world.engine.truncate(self.context, keep)
             del self.tokens[keep:]
-        self.pending = [world.random.randrange(VOCAB) for _ in range(world.random.randint(1, 9))]
-        if draw() < 0.75:
+        self.pending = [self.random.randrange(VOCAB) for _ in range(self.random.randint(1, 9))]
+        if self.random.random() < 0.75:
             self._call_tool()
         else:
             self._go()
 
     def _call_tool(self) -> None:
         world = self.world
-        tool, duration_s = world.random.choice([("fast", 0.001), ("shell", 0.03), ("search", 0.2), ("person", 2.0)])
-        duration_s *= world.random.uniform(0.5, 1.5)
+        tool, typical_s = self.random.choice(TOOLS)
+        duration_s = typical_s * self.random.uniform(0.5, 1.5)
+        hint_s = duration_s if self.random.random() < 0.3 else None
+        hangs = self.random.random() < self.faults
+        deadline_at = world.clock.now() + 5.0 if hangs or self.random.random() < 0.3 else None
         assert self.context is not None
-        hangs = world.random.random() < self.faults
-        deadline_at = world.clock.now() + 5.0 if hangs or world.random.random() < 0.3 else None
-        world.engine.pause(self.context, [Call(tool, duration_s if world.random.random() < 0.3 else None)],
-                           deadline_at=deadline_at)  # fmt: skip
+        world.engine.pause(self.context, [Call(tool, hint_s)], deadline_at=deadline_at)
         if not hangs:
             world.sim.after(duration_s, self._go)
 
     def _branch(self) -> None:
         assert self.context is not None
-        child = Agent(self.world, self.world.random.randint(1, 2), [], faults=self.faults, depth=self.depth + 1)
+        child = Agent(self.world, f"{self.name}/{self.rounds}", self.random.randint(1, 2), [], self.faults)
         child.context = self.world.engine.fork(self.context, child._closed)
         child.tokens = list(self.tokens)
-        child.pending = [self.world.random.randrange(VOCAB) for _ in range(3)]
-        self.world.sim.after(self.world.random.uniform(0, 0.01), child._go)
+        child.pending = [self.random.randrange(VOCAB) for _ in range(3)]
+        self.world.sim.after(self.random.uniform(0, 0.01), child._go)
 
     def _leave(self) -> None:
         if self.alive:
@@ -198,11 +215,12 @@ class Agent:
             self.world.engine.close(self.context)
 
 
-def populate(world: World, agents: int, *, faults: float = 0.0) -> None:
-    """Agents arriving over a second, half of them behind a shared prompt."""
-    shared = [world.random.randrange(VOCAB) for _ in range(21)]
-    for _ in range(agents):
-        own = [world.random.randrange(VOCAB) for _ in range(world.random.randint(1, 30))]
-        prompt = shared + own if world.random.random() < 0.5 else own
-        agent = Agent(world, world.random.randint(1, 4), prompt, faults=faults)
-        world.sim.after(world.random.uniform(0, 1.0), agent.start)
+def populate(world: World, agents: int, *, faults: float = 0.0, within_s: float = 1.0) -> None:
+    """Agents arriving over ``within_s``, half of them behind a shared prompt. The seed alone decides what they do."""
+    draw = random.Random(world.seed)
+    shared = [draw.randrange(VOCAB) for _ in range(21)]
+    for number in range(agents):
+        own = [draw.randrange(VOCAB) for _ in range(draw.randint(1, 30))]
+        prompt = shared + own if draw.random() < 0.5 else own
+        agent = Agent(world, f"{world.seed}-{number}", draw.randint(1, 4), prompt, faults)
+        world.sim.after(draw.uniform(0, within_s), agent.start)
