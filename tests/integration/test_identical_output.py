@@ -12,13 +12,13 @@ from functools import lru_cache
 
 import pytest
 import torch
-
 from caesura.runtime.executors.base import ExecOutput, SliceInput
 from caesura.runtime.executors.torch_cpu import TorchExecutor
 from caesura.runtime.model.config import parse_config
 from caesura.runtime.model.weights import Model, dummy_model
 from caesura.scheduler.policies import POLICIES
 from caesura.scheduler.types import Move
+
 from tests.sim.agents import PROFILE, VOCAB, World, populate
 
 PROGRAMS = 500

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from caesura.scheduler.policies import POLICIES
+
 from tests.sim.agents import World, populate
 
 SEEDS = 300

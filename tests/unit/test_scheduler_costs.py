@@ -1,0 +1,110 @@
+"""Waste, estimates and profiles against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+from caesura.scheduler.context import Call, Context, IllegalTransition, Pause
+from caesura.scheduler.estimate import Conditional, Elapsed
+from caesura.scheduler.profile import GPT_J_6B_A100, CostProfile
+from caesura.scheduler.types import ContextId, Phase
+from caesura.scheduler.waste import (
+    action_costs,
+    discard_token_s,
+    preserve_token_s,
+    swap_blocking_token_s,
+    swap_hidden_token_s,
+)
+
+# 10 ms a step, 1 ms a token, no attention term; copies 1 ms + 0.1 ms a token; chunks of 100
+PROFILE = CostProfile(0.010, 0.001, 0.0, 0.001, 0.0001, 100)
+
+
+def test_preserve_is_time_times_tokens() -> None:
+    assert preserve_token_s(2.0, 300) == 600.0
+
+
+def test_discard_charges_own_memory_half_and_the_others_whole() -> None:
+    # 200 tokens in 2 chunks: 2 * 10 ms + 200 * 1 ms = 0.22 s; 0.22 * 200 / 2 + 0.22 * 1000
+    assert discard_token_s(PROFILE, 0, 200, 1000) == pytest.approx(22.0 + 220.0)
+
+
+def test_deep_tokens_cost_more_to_recompute() -> None:
+    deep = CostProfile(0.0, 0.001, 1e-6, 0.0, 0.0, 100)
+    # attention at mean depth 50 and 1050: 100 * (0.001 + 50e-6), 100 * (0.001 + 1050e-6)
+    assert deep.recompute_s(0, 100) == pytest.approx(0.105)
+    assert deep.recompute_s(1000, 100) == pytest.approx(0.205)
+
+
+def test_swap_blocking_and_hidden() -> None:
+    # T_swap(100) = 1 ms + 10 ms
+    assert swap_blocking_token_s(PROFILE, 100, 1000) == pytest.approx(2 * 0.011 * 1000)
+    assert swap_hidden_token_s(PROFILE, 100, on_host=False) == pytest.approx(2 * 0.011 * 100)
+    assert swap_hidden_token_s(PROFILE, 100, on_host=True) == pytest.approx(0.011 * 100)
+
+
+def test_nothing_to_lose_costs_nothing() -> None:
+    costs = action_costs(PROFILE, 5.0, 64, 0, 1000)
+    assert (costs.preserve_token_s, costs.swap_token_s, costs.discard_token_s) == (0.0, 0.0, 0.0)
+
+
+def test_hidden_tokens_fill_one_iteration() -> None:
+    # T_fwd(40) = 50 ms = 1 ms + N * 0.1 ms
+    assert PROFILE.hidden_tokens(40) == 490
+
+
+def test_published_profile_gives_the_published_swap_budget() -> None:
+    assert GPT_J_6B_A100.hidden_tokens(384) == pytest.approx(605, abs=1)
+
+
+def test_elapsed_expects_as_much_again() -> None:
+    assert Elapsed().remaining_s(Pause(10.0, (Call("x"),)), 13.0) == 3.0
+
+
+def test_conditional_uses_the_hint_until_it_has_seen_enough() -> None:
+    estimator = Conditional(prior_s=0.5)
+    pause = Pause(0.0, (Call("search", 2.0),))
+    assert estimator.remaining_s(pause, 0.5) == 1.5
+    assert estimator.remaining_s(pause, 3.0) == 3.0  # outlasted the hint: as long again
+    assert estimator.remaining_s(Pause(0.0, (Call("unknown"),)), 0.0) == 0.5
+
+
+def test_conditional_is_the_mean_of_what_lasted_longer() -> None:
+    estimator = Conditional()
+    for duration_s in (1.0, 1.0, 1.0, 9.0):
+        estimator.observe("shell", duration_s)
+    pause = Pause(0.0, (Call("shell", 100.0),))
+    assert estimator.remaining_s(pause, 0.0) == 3.0  # (1 + 1 + 1 + 9) / 4
+    assert estimator.remaining_s(pause, 2.0) == 7.0  # only the 9 is left
+    assert estimator.remaining_s(pause, 10.0) == 10.0  # longer than ever seen
+
+
+def test_parallel_calls_end_with_the_last_or_the_first() -> None:
+    calls = (Call("a", 1.0), Call("b", 4.0))
+    assert Conditional().remaining_s(Pause(0.0, calls), 0.0) == 4.0
+    assert Conditional().remaining_s(Pause(0.0, calls, wait_any=True), 0.0) == 1.0
+
+
+def test_a_deadline_bounds_every_expectation() -> None:
+    pause = Pause(0.0, (Call("person", 60.0),), deadline_at=5.0)
+    assert Conditional().remaining_s(pause, 2.0) == 3.0
+
+
+def test_old_durations_are_forgotten() -> None:
+    estimator = Conditional()
+    for _ in range(256):
+        estimator.observe("api", 1.0)
+    for _ in range(256):
+        estimator.observe("api", 3.0)
+    assert estimator.remaining_s(Pause(0.0, (Call("api"),)), 0.0) == 3.0
+
+
+def test_phases_change_by_the_table_alone() -> None:
+    context = Context(ContextId(1), 0.0)
+    context.become(Phase.QUEUED)
+    context.become(Phase.RUNNING)
+    context.become(Phase.PAUSED)
+    with pytest.raises(IllegalTransition, match="context 1: paused -> running"):
+        context.become(Phase.RUNNING)
+    context.become(Phase.FINISHED)
+    with pytest.raises(IllegalTransition):
+        context.become(Phase.QUEUED)

@@ -1,0 +1,141 @@
+"""Each policy's decision on small views, against arithmetic done by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from caesura.scheduler.ledger import Segment
+from caesura.scheduler.policies import POLICIES, PausedContext, View, make_policy
+from caesura.scheduler.profile import CostProfile
+from caesura.scheduler.types import Action, ContextId
+
+# no step cost, 1 ms a token; copies 0.1 ms a token; chunks of 100
+PROFILE = CostProfile(0.0, 0.001, 0.0, 0.0, 0.0001, 100)
+
+
+def paused(number: int, *, remaining_s: float = 1.0, tokens: int = 100, tool: str = "search") -> PausedContext:
+    return PausedContext(
+        id=ContextId(number),
+        arrival=float(number),
+        tool=tool,
+        since=0.0,
+        elapsed_s=remaining_s,
+        remaining_s=remaining_s,
+        held_tokens=tokens,
+        exclusive_tokens=tokens,
+        decided=None,
+    )
+
+
+def run(number: int, holders: Sequence[int], *, tokens: int = 100, parent: int | None = None, start: int = 0,
+        on_host: bool = False) -> Segment:  # fmt: skip
+    return Segment(
+        number, parent, start, tokens, tokens // 10, on_host, False, tuple(ContextId(holder) for holder in holders)
+    )
+
+
+def view(
+    contexts: Sequence[PausedContext],
+    segments: Sequence[Segment] = (),
+    *,
+    batch_tokens: int = 0,
+    query_tokens: int = 10,
+    has_host: bool = True,
+    free_pages: int = 0,
+) -> View:
+    return View(
+        now=10.0,
+        paused=tuple(contexts),
+        segments=lambda: list(segments),
+        profile=PROFILE,
+        batch_tokens=batch_tokens,
+        query_tokens=query_tokens,
+        free_pages=free_pages,
+        num_pages=100,
+        page_size=10,
+        copying_pages=0,
+        has_host=has_host,
+    )
+
+
+def actions(policy: str, shown: View) -> dict[int, Action]:
+    return {choice.context: choice.action for choice in make_policy(policy).review(shown)}
+
+
+@pytest.mark.parametrize(
+    ("policy", "action"),
+    [
+        ("discard", Action.DISCARD),
+        ("improved_discard", Action.DISCARD),
+        ("lru", Action.RELEASE),
+        ("lru_host", Action.RELEASE),
+        ("preserve", Action.PRESERVE),
+        ("swap", Action.SWAP),
+    ],
+)
+def test_single_minded_policies(policy: str, action: Action) -> None:
+    assert actions(policy, view([paused(1), paused(2)])) == {1: action, 2: action}
+
+
+@pytest.mark.parametrize("policy", ["discard", "improved_discard", "preserve", "swap", "infercept"])
+def test_a_thinking_program_is_not_a_tool_call(policy: str) -> None:
+    assert actions(policy, view([paused(1, tool="")])) == {}
+
+
+def test_min_waste_does_nothing_unasked() -> None:
+    assert actions("min_waste", view([paused(1, remaining_s=100.0)])) == {}
+
+
+def test_infercept_compares_waiting_with_recomputing() -> None:
+    # W_CD of 100 tokens beside 900: 0.1 s * 100 / 2 + 0.1 s * 900 = 95; W_P = T * 100; no swap budget
+    shown = view([paused(1, remaining_s=0.9), paused(2, remaining_s=1.0)], batch_tokens=900, has_host=False)
+    assert actions("infercept", shown) == {1: Action.PRESERVE, 2: Action.DISCARD}
+
+
+def test_infercept_gives_the_swap_budget_to_the_largest_waste() -> None:
+    # T_fwd(10) = 10 ms = T_swap(100 tokens): one of the two fits
+    shown = view([paused(1, remaining_s=0.2), paused(2, remaining_s=0.5)], batch_tokens=900, query_tokens=10)
+    assert actions("infercept", shown) == {1: Action.PRESERVE, 2: Action.SWAP}
+
+
+def test_min_waste_takes_the_run_that_is_missed_last() -> None:
+    contexts = [paused(1, remaining_s=0.1), paused(2, remaining_s=60.0)]
+    takes = list(make_policy("min_waste").reclaim(view(contexts, [run(7, [1]), run(8, [2])]), 5))
+    assert takes[0].segment.id == 8
+    assert takes[0].num_pages == 5  # only what is wanted, from the end
+
+
+def test_min_waste_keeps_a_shared_run_for_its_first_sharer() -> None:
+    contexts = [paused(1, remaining_s=0.1), paused(2, remaining_s=60.0), paused(3, remaining_s=5.0)]
+    shared, own = run(1, [1, 2]), run(3, [3])
+    takes = list(make_policy("min_waste").reclaim(view(contexts, [shared, own]), 5))
+    assert [take.segment.id for take in takes] == [3, 1]  # T(shared) = 0.1, not 60
+
+
+def test_min_waste_takes_leaves_before_what_they_hang_from() -> None:
+    contexts = [paused(1, remaining_s=0.1), paused(2, remaining_s=60.0)]
+    trunk, leaf, twig = run(1, [1, 2]), run(2, [2], parent=1, start=100), run(3, [1], parent=1, start=100)
+    order = [take.segment.id for take in make_policy("min_waste").reclaim(view(contexts, [trunk, leaf, twig]), 99)]
+    assert order == [2, 3, 1]
+
+
+def test_min_waste_copies_when_that_is_cheaper_and_drops_without_a_host() -> None:
+    shown = view([paused(1)], [run(1, [1])], batch_tokens=900)
+    assert next(make_policy("min_waste").reclaim(shown, 1)).action is Action.SWAP
+    shown = view([paused(1)], [run(1, [1])], batch_tokens=900, has_host=False)
+    assert next(make_policy("min_waste").reclaim(shown, 1)).action is Action.DISCARD
+
+
+def test_min_waste_copies_ahead_only_under_pressure() -> None:
+    contexts, segments = [paused(1, remaining_s=1.0), paused(2, remaining_s=9.0)], [run(1, [1]), run(2, [2])]
+    policy = make_policy("min_waste")
+    assert policy.copy_ahead(view(contexts, segments, free_pages=90)) == []
+    ahead = policy.copy_ahead(view(contexts, segments, batch_tokens=900, query_tokens=10, free_pages=5))
+    assert [segment.id for segment in ahead] == [2]  # the longest absent; the budget of one step is 100 tokens
+
+
+def test_an_unknown_policy_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="min_waste"):
+        make_policy("nope")
+    assert {"discard", "lru", "infercept", "min_waste"} <= set(POLICIES)
