@@ -7,9 +7,14 @@ from pathlib import Path
 
 from caesura.runtime.errors import NotEnoughMemory
 
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+_CGROUPS = (  # limit, usage, and the statistic that names the file cache within the usage
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+        "total_inactive_file",
+    ),
 )
 
 
@@ -43,10 +48,12 @@ def _system_bytes() -> int | None:
 
 
 def _cgroup_bytes() -> int | None:
-    for limit_file, usage_file in _CGROUPS:
+    for limit_file, usage_file, statistics_file, cache_name in _CGROUPS:
         try:
             limit, usage = int(Path(limit_file).read_text()), int(Path(usage_file).read_text())
+            statistics = dict(line.split() for line in Path(statistics_file).read_text().splitlines())
+            reclaimable = int(statistics.get(cache_name, 0))
         except (OSError, ValueError):  # no such group, or "max"
             continue
-        return max(0, limit - usage)
+        return max(0, limit - usage + reclaimable)
     return None
