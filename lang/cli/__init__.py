@@ -1,0 +1,14 @@
+"""The command line, ``caesura``. Light to import: each command loads what it needs when it runs.
+
+It is the topmost layer (it runs programs of the language on the engine), which is why it lives here and not in the
+runtime, which knows no language.
+"""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Entry point of the ``caesura`` script."""
+    from caesura.lang.cli.app import app
+
+    app()

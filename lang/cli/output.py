@@ -1,0 +1,96 @@
+"""How the command line speaks: consoles, JSON, and errors that end with the next command to try.
+
+Exit codes: 0 done, 1 the program failed, 2 wrong usage or input, 3 the model or engine cannot start,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+FAILED, USAGE, NO_ENGINE, INTERRUPTED = 1, 2, 3, 130
+
+
+class CliError(Exception):
+    """What went wrong, in one sentence; ``next_command`` is what to try; ``code`` is the exit code."""
+
+    def __init__(self, message: str, next_command: str, code: int = USAGE, details: str = "") -> None:
+        super().__init__(message)
+        self.next_command = next_command
+        self.code = code
+        self.details = details
+
+
+def stdout() -> Any:
+    """A console on standard output: styled on a terminal (NO_COLOR respected), plain text elsewhere."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def stderr() -> Any:
+    """The same on standard error."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output; what JSON cannot say is shown as text."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def fail(error: CliError) -> NoReturn:
+    """Print the error and leave with its code."""
+    from rich.text import Text
+
+    console = stderr()
+    if error.details:
+        console.print(Text(error.details.rstrip()))
+    console.print(Text.assemble(("error: ", "bold red"), str(error)))
+    console.print(Text.assemble(("try: ", "bold"), error.next_command))
+    raise SystemExit(error.code)
+
+
+def guarded(command: Callable[P, T]) -> Callable[P, T]:
+    """Turn what users can cause into messages. Bugs of ours keep their traceback."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        from caesura.lang.errors import LangError
+        from caesura.runtime.errors import BrokenInvariant, CaesuraError
+
+        try:
+            return command(*args, **kwargs)
+        except CliError as error:
+            fail(error)
+        except BrokenInvariant:
+            raise
+        except (CaesuraError, LangError) as error:
+            fail(as_cli_error(error))
+        except KeyboardInterrupt:
+            stderr().print("interrupted")
+            raise SystemExit(INTERRUPTED) from None
+
+    return run
+
+
+def as_cli_error(error: Exception) -> CliError:
+    """The exit code and the next command for an error of the engine or the language."""
+    from caesura.lang.errors import DefinitionError
+    from caesura.runtime.errors import EngineStopped, InvalidRequest, ModelError
+
+    message = str(error) or type(error).__name__
+    if isinstance(error, (ModelError, EngineStopped)):
+        return CliError(message, "caesura doctor", NO_ENGINE)
+    if isinstance(error, (InvalidRequest, DefinitionError)):
+        return CliError(message, "caesura --help", USAGE)
+    return CliError(message, "caesura doctor", FAILED)
