@@ -4,13 +4,47 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from caesura.runtime.clock import VirtualClock
 from caesura.runtime.engine import Engine
 from caesura.runtime.errors import BrokenInvariant
+from caesura.runtime.generation import Generation, TokenChunk
+from caesura.runtime.sampling import SamplerState, SamplingParams
+from caesura.scheduler.types import ContextId
 
 MAX_IDLE_STEPS = 10_000
+
+
+class SimTokenizer:
+    """Token i is one character. Enough text for an engine without a model."""
+
+    bos_id = None
+    eos_ids: frozenset[int] = frozenset()
+    hidden_ids: frozenset[int] = frozenset()
+    strips_leading_space = False
+
+    def __init__(self, vocab_size: int = 64) -> None:
+        self.vocab_size = vocab_size
+        self.special_ids: dict[str, int] = {}
+
+    def encode(self, text: str, *, allow_special: bool = False, continuation: bool = False) -> list[int]:
+        return [ord(letter) - 48 for letter in text]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True, continuation: bool = False) -> str:
+        return "".join(chr(48 + token) for token in ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(48 + token_id).encode()
+
+
+def generation(
+    engine: Engine, context: ContextId, max_new_tokens: int, sink: Callable[[TokenChunk], None]
+) -> Generation:
+    """A greedy generation for a simulated engine."""
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+    state = SamplerState(params, seed=0)
+    return Generation(params, state, SimTokenizer(), frozenset(), engine.num_tokens(context), sink)
 
 
 class Simulation:

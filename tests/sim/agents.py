@@ -14,9 +14,8 @@ from caesura.runtime.clock import VirtualClock
 from caesura.runtime.engine import Engine
 from caesura.runtime.executors.base import Executor
 from caesura.runtime.executors.sim import SimExecutor, expected_token
-from caesura.runtime.generation import Generation, TokenChunk
-from caesura.runtime.sampling import SamplerState, SamplingParams
-from caesura.runtime.sim import Simulation
+from caesura.runtime.generation import TokenChunk
+from caesura.runtime.sim import Simulation, generation
 from caesura.scheduler.context import Call
 from caesura.scheduler.policies import make_policy
 from caesura.scheduler.profile import CostProfile
@@ -26,33 +25,6 @@ from caesura.scheduler.types import ContextId
 VOCAB = 50
 PROFILE = CostProfile(0.002, 0.0002, 1e-8, 0.0001, 0.00001, 64, "made up")
 TOOLS = (("fast", 0.001), ("shell", 0.03), ("search", 0.2), ("person", 2.0))
-
-
-class LetterTokenizer:
-    """Token i is one character; enough text for an engine without a model."""
-
-    vocab_size = VOCAB
-    eos_ids: frozenset[int] = frozenset()
-    bos_id = None
-    special_ids: dict[str, int] = {}
-    hidden_ids: frozenset[int] = frozenset()
-    strips_leading_space = False
-
-    def encode(self, text: str, *, allow_special: bool = False, continuation: bool = False) -> list[int]:
-        return [ord(letter) - 48 for letter in text]
-
-    def decode(self, ids: list[int], *, skip_special: bool = True, continuation: bool = False) -> str:
-        return "".join(chr(48 + token) for token in ids)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return chr(48 + token_id).encode()
-
-
-def generation(engine: Engine, context: ContextId, max_new: int, sink: Callable[[TokenChunk], None]) -> Generation:
-    """A greedy generation without a model's tokenizer."""
-    params = SamplingParams(max_new_tokens=max_new, temperature=0.0)
-    state = SamplerState(params, seed=0)
-    return Generation(params, state, LetterTokenizer(), frozenset(), engine.num_tokens(context), sink)
 
 
 @dataclass

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from caesura.runtime.errors import ContextClosed, ContextTooLong, DeadlineExceeded, InvalidRequest
 from caesura.runtime.kv.ledger import KVLedger
+from caesura.runtime.sim import generation
 from caesura.scheduler.context import Call
 from caesura.scheduler.policies import POLICIES, make_policy
 from caesura.scheduler.scheduler import Scheduler, SchedulerConfig
 from caesura.scheduler.types import ContextId, Phase
 
-from tests.sim.agents import PROFILE, Agent, World, generation, populate
+from tests.sim.agents import PROFILE, Agent, World, populate
 
 
 class Recorder:
