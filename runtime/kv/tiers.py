@@ -225,7 +225,8 @@ class Tiers:
         if nodes[-1].end > origin.end:
             self.tree.move_lease(lease, nodes[-1], self.tick)
         coming, num_tokens = self._within_reach(nodes)
-        if num_tokens <= lease.ahead:
+        num_tokens -= lease.ahead
+        if num_tokens <= 0:
             self.tree.move_lease(lease, origin, self.tick)
             return 0
         self.anchor(lease, max(origin, coming[-1], key=lambda node: node.end))
