@@ -16,7 +16,7 @@ from caesura.runtime.embedded.tasks import Split, Task, check, make_tasks
 from caesura.runtime.service import EngineService
 from caesura.scheduler.types import ContextId
 
-QUESTIONS = 5
+QUESTIONS = 3
 MAX_ANSWER_TOKENS = 96
 FAST_S = (0.05, 0.4)
 SLOW_S = (0.4, 2.0)
@@ -44,7 +44,7 @@ _NOTES = (
     "Rule {n}: be exact and short.",
     "Rule {n}: never guess a number.",
 )
-NUM_NOTES = 40
+NUM_NOTES = 32
 
 
 @dataclass(frozen=True, slots=True)

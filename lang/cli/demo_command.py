@@ -1,0 +1,62 @@
+"""The demo with its audience: live view or lines, table or JSON, picture, trace."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from caesura.lang.cli.demo import Report, run_demo
+from caesura.lang.cli.live import TerminalViewer, report_view
+from caesura.lang.cli.output import FAILED, CliError, print_json, stderr, stdout
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+SVG_COLUMNS = 118
+
+
+def demo_command(
+    *,
+    agents: int,
+    seed: int,
+    policies: Sequence[str],
+    trace: Path,
+    svg: Path | None,
+    live: bool,
+    as_json: bool,
+) -> None:
+    """Run the demo and print what it found. With ``as_json`` the live view, if any, goes to standard error."""
+    console = stderr() if as_json else stdout()
+    shows = live and console.is_terminal
+    quiet = as_json and not shows
+    viewer = TerminalViewer(Console(file=io.StringIO()) if quiet else console, live=shows, keep=svg is not None)
+    if not quiet:
+        console.print(
+            Text(
+                f"{agents} agents ask an embedded model; it calls a calculator that takes 0.05 to 2 seconds. "
+                "Their KV does not fit, so at each call the runtime decides what becomes of it."
+            )
+        )
+    with viewer:
+        report = run_demo(agents=agents, seed=seed, policies=policies, trace=trace, viewer=viewer)
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        console.print(report_view(report, trace=trace))
+    if svg is not None:
+        save_picture(svg, viewer.kept, report)
+    if report.failures:
+        raise CliError(
+            f"{len(report.failures)} runs of agents failed; the first: {report.failures[0]}", "caesura doctor", FAILED
+        )
+
+
+def save_picture(path: Path, view: RenderableType | None, report: Report) -> None:
+    """Draw a moment of the live view and the final table as one SVG."""
+    console = Console(record=True, width=SVG_COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(Text("$ caesura demo", "bold"))
+    if view is not None:
+        console.print(view)
+    console.print(report_view(report, trace=None))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    console.save_svg(str(path), title="caesura demo")
