@@ -202,15 +202,13 @@ class Scheduler:
         """Running contexts first: single tokens, then chunks; then queued ones until memory or budget ends."""
         draft: dict[ContextId, Slice] = {}
         running = self._in_order(Phase.RUNNING)
-        single = [state for state in running if state.num_tokens - self.ledger.computed(state.id) == 1]
-        chunks = [state for state in running if state.num_tokens - self.ledger.computed(state.id) != 1]
+        chunked = [state.num_tokens - self.ledger.computed(state.id) > 1 for state in running]
         budget = self.config.max_step_tokens
-        for state in single + chunks:
+        for _, state in sorted(zip(chunked, running, strict=True), key=lambda pair: pair[0]):
             if budget <= 0:
                 break
             if state.phase is Phase.RUNNING:
-                self._grant(state, budget, running, draft)
-                budget = self.config.max_step_tokens - sum(piece.num_tokens for piece in draft.values())
+                budget -= self._grant(state, budget, running, draft)
         count = sum(state.phase is Phase.RUNNING for state in running)
         for state in self._in_order(Phase.QUEUED):
             if budget <= 0 or count >= self.config.max_running or self._memory.preempted:
@@ -250,7 +248,11 @@ class Scheduler:
             state.cached_tokens = computed
 
     def _grant(self, state: Context, budget: int, running: list[Context], draft: dict[ContextId, Slice]) -> int:
-        """Give a running context up to ``budget`` rows, taking memory as needed; returns the rows granted."""
+        """Give a running context up to ``budget`` rows, taking memory as needed.
+
+        Returns the rows granted, less those taken back from contexts preempted for it.
+        """
+        taken_back = 0
         start = self.ledger.computed(state.id)
         rows = min(budget, state.num_tokens - start)
         while not self.ledger.extend(state.id, start + rows):
@@ -260,11 +262,12 @@ class Scheduler:
                 continue
             if later:
                 self._memory.preempt(later[-1])
-                draft.pop(later[-1].id, None)
+                undone = draft.pop(later[-1].id, None)
+                taken_back += undone.num_tokens if undone is not None else 0
                 continue
             if not self.ledger.copying_pages:
                 self._memory.preempt(state)
-            return 0
+            return -taken_back
         end = start + rows
         draft[state.id] = Slice(
             context_id=state.id,
@@ -274,4 +277,4 @@ class Scheduler:
             samples=state.samples and end == state.num_tokens,
             num_recomputed_tokens=max(0, min(end, state.high_water_tokens) - start),
         )
-        return rows
+        return rows - taken_back

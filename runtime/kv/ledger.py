@@ -132,7 +132,7 @@ class KVLedger:
         if self.is_loading(context):
             return lease.computed
         self.tree.set_hold(lease, Hold.RUNNING)
-        if lease.node.frontier() is not lease.node:  # the rest is on the host: a claim until load or extend decides
+        if lease.frontier is not lease.node:  # the rest is on the host: a claim until load or extend decides
             return lease.computed
         found, length = lease.node, 0
         for node, common in self.tree.walk(lease.node, tokens, limit):
@@ -162,7 +162,7 @@ class KVLedger:
         pages = -(-num_tokens // self.page_size)
         if lease is None:
             return pages, None
-        lacking = max(0, pages - lease.node.frontier().end // self.page_size - len(lease.tail))
+        lacking = max(0, pages - lease.frontier.end // self.page_size - len(lease.tail))
         at = lease.ahead // self.page_size
         if num_tokens > lease.computed and at < len(lease.tail) and self.device.is_shared(lease.tail[at]):
             return lacking + 1, at
@@ -184,7 +184,7 @@ class KVLedger:
         pages = self.tiers.allocate(lacking)
         if pages is None:
             return False
-        frontier = lease.node.frontier()
+        frontier = lease.frontier
         if frontier is not lease.node:  # not loaded after all: recompute it
             self.tiers.anchor(lease, frontier)
         if lease.rows is None:

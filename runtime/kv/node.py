@@ -148,13 +148,18 @@ class PrefixLease:
     @property
     def computed(self) -> int:
         """Leading tokens whose KV is usable on the device."""
-        frontier = self.node.frontier()
+        frontier = self.frontier
         return frontier.end + self.ahead if frontier is self.node else frontier.end
+
+    @property
+    def frontier(self) -> Node:
+        """The deepest node of the path down to which all is usable. At hand while the page table is."""
+        return self.node if self.rows is not None else self.node.frontier()
 
     def table(self) -> list[PageId]:
         """Rows of the usable pages in order, the tail's included."""
         if self.rows is not None:
             return self.rows
-        frontier = self.node.frontier()
+        frontier = self.frontier
         found = [row(handle) for node in frontier.path() for handle in node.device]
         return found + [row(handle) for handle in self.tail]
