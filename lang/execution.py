@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("caesura.lang")
 
 CLOSE_TIMEOUT_S = 10.0
+INSIST_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class Execution:
         self._nested: list[Execution] = []
         self._task: asyncio.Task[None] | None = None
         self._stop: LangError | None = None
+        self._begun = False
+        self._ending = False
         self.root = ProgramState(self, Core(self), has_body=True)
         self.root.core.values.tools = options.tools
 
@@ -83,11 +86,23 @@ class Execution:
         """End the run from any thread. What was finished stays readable through `ProgramState.variables`."""
 
         def stop() -> None:
-            if self._task is not None and not self.done and self._stop is None:
-                self._stop = reason or ProgramCancelled(f"program {self.program!r} was cancelled")
-                self._task.cancel()
+            if self._stop is not None or self.done:
+                return
+            self._stop = reason or ProgramCancelled(f"program {self.program!r} was cancelled")
+            failure = ProgramError.wrap(self._stop, self.program, self.root.position)
+            for state in self.states:  # a body that swallows the cancellation gets no further
+                if state is self.root or not state.idle:
+                    state.fail(failure)
+                state.stop()
+            self._interrupt()
 
         runner().call(stop)
+
+    def _interrupt(self) -> None:
+        """Cancel the task, and again after a while if its body resists. One that has not begun ends by itself."""
+        if self._task is not None and self._begun and not self._ending:
+            self._task.cancel()
+            asyncio.get_running_loop().call_later(INSIST_AFTER_S, self._interrupt)
 
     # -- on the loop ---------------------------------------------------------------------------------------------
 
@@ -95,7 +110,10 @@ class Execution:
         _current.set(self)
         timer: asyncio.TimerHandle | None = None
         failure: ProgramError | None = None
+        self._begun = True
         try:
+            if self._stop is not None:
+                raise asyncio.CancelledError
             if self.options.deadline_s is not None:
                 late = DeadlineExceeded(
                     f"program {self.program!r} outlasted its deadline of {self.options.deadline_s:g} s"
@@ -103,16 +121,16 @@ class Execution:
                 timer = asyncio.get_running_loop().call_later(self.options.deadline_s, self.cancel, late)
             self.root.ret = await run_body(self.root, self._body, self.program)
             self.root.body_running = False
-            await self._all_idle()
+            failure = await self._all_idle()
         except asyncio.CancelledError:
-            cause = self._stop or ProgramCancelled(f"program {self.program!r} was stopped with its event loop")
-            self._stop = cause
-            failure = ProgramError.wrap(cause, self.program, self.root.position)
+            self._stop = self._stop or ProgramCancelled(f"program {self.program!r} was stopped with its event loop")
+            failure = self.root.failure or ProgramError.wrap(self._stop, self.program, self.root.position)
         except BaseException as error:  # user code: even SystemExit must not end the loop
             failure = self._failure_from(error)
         finally:
             if timer is not None:
                 timer.cancel()
+        self._ending = True
         with contextlib.suppress(asyncio.CancelledError):
             await self._end(failure)
         self._finish(failure)
@@ -123,18 +141,19 @@ class Execution:
             return own
         return ProgramError.wrap(error, self.program, "its body")
 
-    async def _all_idle(self) -> None:
-        """Wait for every state, forks that nobody joined included, and raise the first failure nobody has seen."""
+    async def _all_idle(self) -> ProgramError | None:
+        """Wait for every state, forks that nobody joined included; gives the first failure that nobody has seen."""
         while True:
             for state in self.states:
-                if state.failure is not None and not state.failure_seen:
-                    raise state.failure
+                if state.failure is not None and not state.failure_seen and state is not self.root:
+                    return ProgramError.wrap(state.failure, self.program, "a fork")
+            if self.root.failure is not None:
+                return self.root.failure
             busy = next((state for state in self.states if not state.idle and state.failure is None), None)
             if busy is None:
                 break
             await busy.change()
-        if self.root.failure is not None:
-            raise self.root.failure
+        return None
 
     async def _end(self, failure: ProgramError | None) -> None:
         """Stop what still runs and give all sessions back."""

@@ -33,10 +33,16 @@ class ProgramStateGroup:
             if state.closed is not None:
                 raise StateError("these states are joined already")
             state.closed = "it was joined"
+            state.failure_seen = True  # the join will raise it
         self.source.submit(ir.JoinFrom(tuple(self.states), mode))
 
     def __getitem__(self, i: int) -> ProgramState:
         return self.states[i]
+
+    def __setitem__(self, i: int, state: ProgramState) -> None:
+        """So that ``group[i] += x`` works; a state cannot be exchanged for another."""
+        if state is not self.states[i]:
+            raise StateError("the states of a fork cannot be exchanged; add to them with +=")
 
     def __len__(self) -> int:
         return len(self.states)

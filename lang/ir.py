@@ -366,6 +366,11 @@ def _parts(node: Expr) -> tuple[Expr, ...]:
     return node.parts if isinstance(node, Seq) else (node,)
 
 
+def flat(node: Expr) -> list[Expr]:
+    """The parts of nested sequences, one after the other."""
+    return [inner for part in node.parts for inner in flat(part)] if isinstance(node, Seq) else [node]
+
+
 def walk(node: Expr) -> list[Expr]:
     """The node and everything inside it, in order of execution."""
     if isinstance(node, Seq):

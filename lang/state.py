@@ -10,6 +10,7 @@ import asyncio
 import collections
 import contextlib
 import contextvars
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +43,13 @@ class ProgramState:
     def __init__(self, execution: Execution, core: Core | None, *, has_body: bool = False) -> None:
         self._execution = execution
         self._core = core
-        self._queue: collections.deque[tuple[ir.Expr, contextvars.Context]] = collections.deque()
+        self._queue: collections.deque[tuple[int, ir.Expr, contextvars.Context]] = collections.deque()
+        self._lock = threading.Lock()
+        self._num_added = 0
+        self._num_done = 0
+        self._writers: dict[str, int] = {}  # variable -> number of the last node that sets it
+        self._writer_of_any = 0
         self._drain_task: asyncio.Task[None] | None = None
-        self._announced: set[str] = set()
         self._decisions: tuple[Any, ...] | None = None
         self._waiters: list[asyncio.Future[None]] = []
         self.body_running = has_body
@@ -66,11 +71,22 @@ class ProgramState:
         self._check_open()
         for inner in ir.walk(node):
             check(inner, self._execution.backend)
-            name = getattr(inner, "name", None)
-            if isinstance(name, str):
-                self._announced.add(name)
-        self._queue.append((node, contextvars.copy_context()))
+        context = contextvars.copy_context()
+        with self._lock:  # numbers in the queue must rise, whoever adds
+            for part in ir.flat(node):
+                self._num_added += 1
+                for inner in ir.walk(part):
+                    self._announce(inner)
+                self._queue.append((self._num_added, part, context))
         runner().call(self._kick)
+
+    def _announce(self, node: ir.Expr) -> None:
+        """Note which variable a node will set, so that a read waits for the latest value, not an older one."""
+        name = getattr(node, "name", None)
+        if isinstance(name, str):
+            self._writers[name] = self._num_added
+        elif isinstance(node, (ir.ProgramCall, ir.JoinFrom, ir.RollbackTo)):  # these may set any
+            self._writer_of_any = self._num_added
 
     def _check_open(self) -> None:
         if self.failure is not None:
@@ -86,8 +102,9 @@ class ProgramState:
         try:
             _DRAINED_BY.set(_DRAINED_BY.get() | {id(self)})
             while self._queue:
-                node, context = self._queue.popleft()
+                number, node, context = self._queue.popleft()
                 await execute(self, node, context)
+                self._num_done = number
                 self.notify()
         except asyncio.CancelledError:
             raise
@@ -153,7 +170,7 @@ class ProgramState:
             return
         self.failure = failure
         dropped, self._queue = self._queue, collections.deque()
-        for node, _ in dropped:
+        for _, node, _ in dropped:
             if isinstance(node, ir.ForkInto):
                 for child in node.children:
                     child.fail(failure)
@@ -211,8 +228,19 @@ class ProgramState:
         if self.failure is not None:
             raise self._seen(self.failure)
 
+    def _ready(self, name: str) -> bool:
+        """Whether the variable has its latest value."""
+        if self._core is None or name not in self._core.values.variables:
+            return False
+        if id(self) in _DRAINED_BY.get():
+            return True
+        latest = self._writers.get(name, 0)
+        if id(self) in _INSIDE.get():
+            latest = max(latest, self._writer_of_any)
+        return latest <= self._num_done
+
     async def _value(self, name: str) -> Any:
-        while self.failure is None and not (self._core is not None and name in self._core.values.variables):
+        while self.failure is None and not self._ready(name):
             if self._over():
                 known = ", ".join(sorted(self._core.values.variables)) if self._core else ""
                 raise UnknownVariable(
@@ -248,7 +276,7 @@ class ProgramState:
 
     def __contains__(self, name: str) -> bool:
         """Whether the variable is set, or an expression that sets it is enqueued. Does not wait."""
-        return name in self._announced or (self._core is not None and name in self._core.values.variables)
+        return name in self._writers or (self._core is not None and name in self._core.values.variables)
 
     def set_var(self, name: str, value: Any) -> None:
         """Set a variable, in order with what was added before."""
@@ -362,7 +390,7 @@ class ProgramState:
                     return at, event.text, event.meta
             if self.failure is not None:
                 raise self._seen(self.failure)
-            known = self._core is not None and name is not None and name in self._core.values.variables
+            known = name is not None and self._ready(name)
             if known or self._over():
                 if name is not None and not known:
                     await self._value(name)
@@ -393,9 +421,13 @@ class ProgramState:
         """``size`` states that continue from here in parallel. ``position_ids_offset`` is accepted and not needed."""
         if size < 1:
             raise StateError(f"fork size is {size}; it must be at least 1")
-        self._check_open()
         children = tuple(ProgramState(self._execution, None) for _ in range(size))
-        self.submit(ir.ForkInto(children))
+        try:
+            self.submit(ir.ForkInto(children))
+        except BaseException:
+            for child in children:
+                self._execution.states.remove(child)
+            raise
         return ProgramStateGroup(list(children), self)
 
     @contextlib.contextmanager
@@ -412,7 +444,6 @@ class ProgramState:
     def var_scope(self, name: str) -> Iterator[None]:
         """Everything added inside becomes the variable ``name``."""
         self.submit(ir.ScopeBegin(name))
-        self._announced.add(name)
         yield
         self.submit(ir.ScopeEnd(name))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, overload
@@ -57,11 +58,12 @@ class Tool:
         on_error: OnError = "observe",
         max_chars: int = DEFAULT_MAX_CHARS,
         parameters: Mapping[str, Any] | None = None,
+        local_names: Mapping[str, Any] | None = None,
     ) -> None:
         if not callable(function):
             raise DefinitionError(f"a tool must be a function, not {type(function).__name__}")
         self.function = function
-        self.name: str = name or getattr(function, "__name__", None) or type(function).__name__
+        self.name: str = name or (getattr(function, "__name__", None) or type(function).__name__).strip("<>")
         doc = description if description is not None else inspect.getdoc(function)
         self.description = (doc or "").strip()
         self.timeout_s = timeout_s
@@ -71,6 +73,7 @@ class Tool:
         self.max_chars = max_chars
         self._given_parameters = parameters
         self._arguments: _Arguments | None = None
+        self._signature = _signature(function, local_names)
         self._check()
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004 - an object with an async __call__
@@ -100,6 +103,8 @@ class Tool:
         bound.__dict__.update(self.__dict__)
         bound.function = self.function.__get__(instance, owner)
         bound._arguments = None
+        if self._signature is not None:
+            bound._signature = self._signature.replace(parameters=list(self._signature.parameters.values())[1:])
         return bound
 
     def __repr__(self) -> str:
@@ -159,7 +164,7 @@ class _Arguments:
         from pydantic import ConfigDict, Field, create_model
 
         try:
-            signature = inspect.signature(tool.function, eval_str=True)
+            signature = tool._signature or inspect.signature(tool.function, eval_str=True)
         except (NameError, TypeError, ValueError) as error:
             raise DefinitionError(f"tool {tool.name!r}: its signature cannot be read: {error}") from error
         described: dict[str, Any] = {}
@@ -190,12 +195,24 @@ class _Arguments:
         try:
             parsed = self._model.model_validate_json(arguments)
         except ValidationError as error:
-            problems = [
-                f"{'.'.join(str(part) for part in item['loc']) or 'arguments'}: {item['msg']}"
-                for item in error.errors(include_url=False, include_input=False)
-            ]
-            raise ValueError("; ".join(problems)) from None
+            raise ValueError(validation_problems(error)) from None
         return {self._names[key]: getattr(parsed, key) for key in parsed.model_fields_set}
+
+
+def _signature(function: Callable[..., Any], local_names: Mapping[str, Any] | None) -> inspect.Signature | None:
+    """The signature with annotations resolved, None when it has to wait (a name that is defined later)."""
+    try:
+        return inspect.signature(function, eval_str=True, locals=local_names)
+    except (NameError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def validation_problems(error: Any) -> str:
+    """A pydantic ValidationError in one line."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in item['loc']) or 'value'}: {item['msg']}"
+        for item in error.errors(include_url=False, include_input=False)
+    )
 
 
 def _tidy(schema: dict[str, Any]) -> dict[str, Any]:
@@ -228,9 +245,11 @@ def tool(function: Callable[..., Any] | None = None, /, **options: Any) -> Tool 
     Its signature becomes the JSON schema, its docstring the description. Sync functions run in threads (at most
     12), async ones on the event loop, where they must not block.
     """
+    # Types that are local to where the tool is defined can only be looked up there.
+    names = dict(sys._getframe(1).f_locals)
     if function is not None:
-        return Tool(function)
-    return lambda wrapped: Tool(wrapped, **options)
+        return Tool(function, local_names=names)
+    return lambda wrapped: Tool(wrapped, local_names=names, **options)
 
 
 def as_tool(value: Any) -> Tool:

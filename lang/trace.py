@@ -152,6 +152,9 @@ class TracerGroup:
     def __getitem__(self, i: int) -> Tracer:
         return self.states[i]
 
+    def __setitem__(self, i: int, state: Tracer) -> None:
+        self.states[i] = state
+
     def __iter__(self) -> Iterator[Tracer]:
         return iter(self.states)
 

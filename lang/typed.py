@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from caesura.lang.backend import Constraint
 from caesura.lang.errors import DefinitionError, OutputError
+from caesura.lang.tools import validation_problems
 
 # The patterns SGLang uses for ``dtype``; values stay strings.
 DTYPE_REGEX: dict[type, str] = {
@@ -72,7 +73,9 @@ def _schema_type(name: str, kind: Any) -> OutputType:
         try:
             return adapter.validate_json(text.strip())
         except ValidationError as error:
-            raise OutputError(f"the generated text is no {name}: {error}; it is {_shown(text)}") from error
+            raise OutputError(
+                f"the generated text is no {name}: {validation_problems(error)}; it is {_shown(text)}"
+            ) from error
 
     return OutputType(name, Constraint("json_schema", json.dumps(schema)), parse)
 
