@@ -69,8 +69,12 @@ class PagePool:
         page = self._live(handle)
         self._references[page] += 1
 
+    def owners(self, handle: Handle) -> int:
+        """References to a page that is in use."""
+        return self._references[self._live(handle)]
+
     def is_shared(self, handle: Handle) -> bool:
-        return self._references[self._live(handle)] > 1
+        return self.owners(handle) > 1
 
     def free(self, handles: list[Handle]) -> int:
         """Give back one reference of each; returns how many pages became free."""

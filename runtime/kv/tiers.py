@@ -299,13 +299,14 @@ class Tiers:
         return runs + tails
 
     def _sharers(self, lease: PrefixLease) -> list[PrefixLease]:
-        """The paused leases whose tail is this one's; none when a running one is among them, or there is no tail."""
+        """The paused leases whose tail is this one's; none when somebody running or a copy uses it besides."""
         if not lease.tail:
             return []
-        if not self.device.is_shared(lease.tail[0]):
-            return [lease]
-        same = [other for other in lease.node.leases.values() if other.tail[:1] == lease.tail[:1]]
-        return same if all(other.hold is Hold.PAUSED for other in same) else []
+        owners = self.device.owners(lease.tail[0])
+        same = [lease]
+        if owners > 1:
+            same = [other for other in lease.node.leases.values() if other.tail[:1] == lease.tail[:1]]
+        return same if len(same) == owners and all(other.hold is Hold.PAUSED for other in same) else []
 
     def reclaim_tail(self, lease: PrefixLease, action: Action) -> Reclaimed:
         """Give up an unfinished last page: neither the host nor the cache takes it, so it will be recomputed."""
