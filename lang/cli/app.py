@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from caesura.lang.cli.output import guarded
@@ -21,11 +21,16 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def caesura(
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
     """Programs that pause at tool calls, and a runtime that knows what to do with their KV meanwhile."""
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"caesura {version_of('caesura')}")
+        raise typer.Exit
 
 
 @app.command()
@@ -37,7 +42,7 @@ def demo(
         "discard,lru,infercept,min_waste"
     ),
     trace: Annotated[Path, typer.Option(help="Where to write the trace for Perfetto.")] = Path("trace.json"),
-    svg: Annotated[Optional[Path], typer.Option(help="Also draw the demo into this SVG file.")] = None,  # noqa: UP045
+    svg: Annotated[Path | None, typer.Option(help="Also draw the demo into this SVG file.")] = None,
     no_live: Annotated[bool, typer.Option("--no-live", help="No live view, only results.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -54,3 +59,68 @@ def demo(
         live=not no_live,
         as_json=as_json,
     )
+
+
+@app.command()
+@guarded
+def run(
+    target: Annotated[str, typer.Argument(metavar="FILE[:PROGRAM]", help="A Python file with an @function program.")],
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; embedded by default.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Pause policy.")] = None,
+    arg: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="An argument; repeatable.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature where the program has none.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a program on the engine and print what it wrote."""
+    from caesura.lang.cli.run_command import run_command
+
+    run_command(
+        target,
+        model=model,
+        policy=policy,
+        arguments=arg or (),
+        temperature=temperature,
+        stream=stream,
+        as_json=as_json,
+    )
+
+
+@app.command()
+@guarded
+def chat(
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; embedded by default.")] = None,
+    system: Annotated[str, typer.Option(help="System prompt.")] = "",
+    no_tools: Annotated[bool, typer.Option("--no-tools", help="Without the calculator.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Talk to a model. Reads standard input when that is no terminal."""
+    from caesura.lang.cli.chat_command import chat_command
+
+    chat_command(model=model, system_text=system, with_tools=not no_tools, temperature=temperature, as_json=as_json)
+
+
+@app.command()
+@guarded
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; embedded by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check this machine, the installation, the model and the measured costs."""
+    from caesura.lang.cli.doctor_command import doctor_command
+
+    doctor_command(model=model, as_json=as_json)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@guarded
+def bench(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(help="Which benchmark, for example engine.")],
+    as_json: Json = False,
+) -> None:
+    """Run a benchmark of the repository; further arguments are passed on."""
+    from caesura.lang.cli.bench_command import bench_command
+
+    bench_command(what, [*context.args, *(["--json"] if as_json else [])])

@@ -201,7 +201,7 @@ def _columns() -> list[Column]:
         ("recomputed", lambda o: o.tokens_recomputed, lambda o: f"{o.tokens_recomputed:,}", True),
         ("swapped", lambda o: o.bytes_swapped, lambda o: megabytes(o.bytes_swapped), True),
         ("waste", lambda o: o.waste_token_s, lambda o: f"{o.waste_token_s:,.0f}", True),
-        ("right", lambda o: o.answers_right, lambda o: f"{o.answers_right} of {o.answers_total}", False),
+        ("right", lambda o: o.answers_right, lambda o: f"{o.answers_right}/{o.answers_total}", False),
     ]
 
 
@@ -213,6 +213,7 @@ def _table(report: Report) -> Table:
         caption="computed and recomputed in tokens, waste in token-seconds; ratios to the first row",
         caption_justify="left",
         padding=(0, 1),
+        pad_edge=False,
     )
     table.add_column("policy", style="bold", no_wrap=True)
     columns = _columns()

@@ -1,0 +1,33 @@
+"""``caesura bench``: the benchmarks live in the repository, not in the installed package; run them from there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from caesura.lang.cli.output import FAILED, USAGE, CliError
+
+
+def bench_command(what: str, arguments: Sequence[str]) -> None:
+    """Run ``python -m benchmarks WHAT ...`` in the repository. Raises CliError when there is none."""
+    root = repository()
+    if root is None:
+        raise CliError(
+            "the benchmarks are not part of the installed package; they need a clone of the repository",
+            "git clone <repository>; cd caesura; make bench",
+            USAGE,
+        )
+    finished = subprocess.run([sys.executable, "-m", "benchmarks", what, *arguments], cwd=root, check=False)
+    if finished.returncode:
+        command = " ".join(["python -m benchmarks", what, "--help"])
+        raise CliError(f"the benchmark ended with exit code {finished.returncode}", command, FAILED)
+
+
+def repository() -> Path | None:
+    """The clone this is run in or installed from (editable), if its benchmarks are there."""
+    for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[2]):
+        if (folder / "benchmarks" / "__main__.py").is_file() and (folder / "scheduler").is_dir():
+            return folder
+    return None

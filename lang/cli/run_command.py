@@ -1,0 +1,127 @@
+"""``caesura run``: the program on the engine, its text with roles and tool calls, or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from caesura.lang.cli.output import print_json, stdout
+from caesura.lang.cli.program_file import (
+    choose_program,
+    load_programs,
+    parse_arguments,
+    program_failure,
+    split_target,
+)
+from caesura.lang.errors import ProgramError
+from caesura.lang.state import ProgramState
+from rich.console import Console
+from rich.text import Text
+
+ROLE_STYLES = {"system": "dim", "user": "bold cyan", "assistant": "bold green", "tool": "bold magenta"}
+
+
+def run_command(
+    target: str,
+    *,
+    model: str | None,
+    policy: str | None,
+    arguments: Sequence[str],
+    temperature: float | None,
+    stream: bool,
+    as_json: bool,
+) -> None:
+    """Find, run and show a program. Raises CliError; the engine's errors pass through."""
+    path, name = split_target(target)
+    program = choose_program(path, load_programs(path), name)
+    values = parse_arguments(program, arguments, target)
+    options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
+    with start_engine(model, policy) as backend:
+        state = program.run(**values, **options, backend=backend, stream=stream)
+        try:
+            if stream and not as_json:
+                _stream(state, stdout())
+            state.sync()
+        except ProgramError as error:
+            raise program_failure(error, target) from error
+        except KeyboardInterrupt:
+            state.cancel()
+            state.error()
+            raise
+        if as_json:
+            print_json(as_document(state))
+        elif not stream:
+            show(state, stdout())
+
+
+def start_engine(model: str | None, policy: str | None) -> Any:
+    """An engine backend; a context manager that stops it."""
+    from caesura.lang.backends.engine import EngineBackend
+
+    options = {} if policy is None else {"policy": policy}
+    return EngineBackend.start(model, **options)
+
+
+def as_document(state: ProgramState) -> dict[str, Any]:
+    """What ``--json`` prints."""
+    return {
+        "text": state.text(),
+        "variables": state.variables,
+        "usage": asdict(state.usage()),
+        "decisions": [
+            asdict(item) if is_dataclass(item) and not isinstance(item, type) else str(item)
+            for item in state.decisions()
+        ],
+    }
+
+
+def _stream(state: ProgramState, console: Console) -> None:
+    for text in state.text_iter():
+        console.print(Text(text), end="", soft_wrap=True)
+    console.print()
+
+
+def show(state: ProgramState, console: Console) -> None:
+    """The turns with their roles, or the plain text of a program without roles; then what it took."""
+    messages = state.messages()
+    if messages:
+        for message in messages:
+            _show_message(message, console)
+    else:
+        console.print(Text(state.text()), soft_wrap=True)
+    usage = state.usage()
+    decided = [str(item.action.value) for item in state.decisions() if hasattr(item, "action")]
+    parts = [f"{usage.generations} generations", f"{usage.completion_tokens} tokens"]
+    if usage.tool_calls:
+        parts.append(f"{usage.tool_calls} tool calls in {usage.tool_s:.2f} s")
+    if decided:
+        parts.append(f"KV while paused: {', '.join(decided)}")
+    console.print(Text(f"[{', '.join(parts)}]", "dim"))
+
+
+def _show_message(message: Mapping[str, Any], console: Console) -> None:
+    role = str(message["role"])
+    label = f"{role} {message['name']}" if role == "tool" and "name" in message else role
+    content = str(message.get("content") or "")
+    if content:
+        console.print(Text.assemble((f"{label}: ", ROLE_STYLES.get(role, "bold")), content), soft_wrap=True)
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        console.print(
+            Text.assemble(
+                (f"{role} calls: ", ROLE_STYLES.get(role, "bold")),
+                f"{function['name']}({call_arguments(function['arguments'])})",
+            ),
+            soft_wrap=True,
+        )
+
+
+def call_arguments(arguments: str) -> str:
+    """JSON arguments as one would write them in Python."""
+    try:
+        values = json.loads(arguments)
+        return ", ".join(f"{key}={value!r}" for key, value in values.items())
+    except (ValueError, AttributeError):
+        return arguments
