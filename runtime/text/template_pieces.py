@@ -14,10 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
-from caesura.runtime.errors import InvalidRequest
+from caesura.runtime.errors import InvalidRequest, TemplateError
 from jinja2 import Undefined
 
 MAX_DEPTH = 64
+MAX_INDENT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +117,9 @@ class Marked(str):
         parts = str.split(self, old, count)
         out, masks, at = [], [], 0
         for i, part in enumerate(parts):
-            if i:
+            if i:  # what stands in for message text is message text
                 out.append(str.__str__(new))
-                masks.append(mask_of(new))
+                masks.append(b"\x01" * len(new) if 1 in self.mask[at - len(old) : at] else mask_of(new))
             out.append(part)
             masks.append(self.mask[at : at + len(part)])
             at += len(part) + len(old)
@@ -219,6 +220,10 @@ def to_json(
     sort_keys: bool = False,
 ) -> str:
     """The ``tojson`` filter of chat templates: plain JSON, no HTML escapes. Message text in it marks it whole."""
+    sizes = [len(part) for part in (separators or ())]
+    sizes.append(len(indent) if isinstance(indent, str) else abs(indent or 0))
+    if max(sizes) > MAX_INDENT:
+        raise TemplateError(f"tojson indents by at most {MAX_INDENT}")
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     return text if is_clean(value) else Marked(text)
 

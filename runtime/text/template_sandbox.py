@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 import jinja2
 from caesura.runtime.errors import TemplateError
-from caesura.runtime.text.template_pieces import Marked, concat, is_clean, spread, to_json
+from caesura.runtime.text.template_pieces import MAX_DEPTH, Marked, concat, is_clean, spread, to_json
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
@@ -29,6 +29,7 @@ from jinja2.visitor import NodeTransformer
 
 MAX_SOURCE_CHARS = 1 << 20
 MAX_OUTPUT_CHARS = 16 << 20
+MAX_NODES = 1_000_000
 MAX_NUMBER = 1_000_000  # widths, repeat counts
 _T = TypeVar("_T")
 
@@ -109,6 +110,22 @@ class _Bounded(NodeTransformer):
         first, *rest = node.nodes
         return nodes.Filter(first, "_concat", rest, [], None, None, lineno=node.lineno)
 
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        return self._weighed(node, node.items)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        return self._weighed(node, node.items) if node.ctx == "load" else node
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        return self._weighed(node, [pair.value for pair in node.items])
+
+    def _weighed(self, node: nodes.Expr, items: list[nodes.Expr]) -> nodes.Node:
+        plain = all(isinstance(item, nodes.Const) for item in items)
+        self.generic_visit(node)
+        if plain:
+            return node
+        return nodes.Filter(node, "_weighed", [], [], None, None, lineno=node.lineno)
+
 
 class _Generator(CodeGenerator):
     def visit_Template(self, node: nodes.Template, frame: Frame | None = None) -> None:
@@ -153,9 +170,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, str | list | tuple):
             _check_size(len(result))
+            if not isinstance(result, str):
+                weighed(result)
         elif isinstance(result, int) and result.bit_length() > 4096:
             raise TemplateError("a number in the chat template grows too large")
-        if type(result) is str and not (is_clean(left) and is_clean(right)):
+        if _lost_marks(result) and not (is_clean(left) and is_clean(right)):
             return spread(result)
         return result
 
@@ -175,6 +194,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         result = super().call(__context, __obj, *args, **kwargs)
         if isinstance(__obj, Macro) or isinstance(result, Marked):
             return result
+        if isinstance(result, dict | list | tuple) and owner is None:
+            weighed(result)
         if isinstance(result, str | list | tuple):
             _check_size(len(result))
             inputs_clean = is_clean(args) and is_clean(kwargs) and (owner is None or is_clean(owner))
@@ -191,6 +212,24 @@ def _check_size(size: int) -> None:
     check_deadline()
     if size > MAX_OUTPUT_CHARS:
         raise TemplateError(f"a string in the chat template grows beyond {MAX_OUTPUT_CHARS} characters")
+
+
+def weighed(value: _T) -> _T:
+    """``value``, if it could be printed. A few nested lists that hold themselves twice would be endless to walk."""
+    todo: list[tuple[Any, int]] = [(value, 0)]
+    for _ in range(MAX_NODES):
+        if not todo:
+            return value
+        item, depth = todo.pop()
+        if depth > 2 * MAX_DEPTH:
+            break
+        if isinstance(item, Mapping):
+            todo += [(child, depth + 1) for child in item.values()]
+        elif isinstance(item, list | tuple):
+            todo += [(child, depth + 1) for child in item]
+        if len(todo) > MAX_NODES:
+            break
+    raise TemplateError(f"a list in the chat template nests or grows beyond {MAX_NODES} entries")
 
 
 def _check_replace(text: str, args: tuple[Any, ...]) -> None:
@@ -275,6 +314,27 @@ def finalize(value: Any) -> Any:
     return Marked(str(value))
 
 
+# Filters that hand out one of their inputs, or a slice of it. Any other may mix marked and plain text inside.
+_KEEP_MARKS = frozenset(
+    {
+        "do_trim",
+        "do_replace",
+        "do_default",
+        "do_first",
+        "do_last",
+        "do_min",
+        "do_max",
+        "do_random",
+        "do_attr",
+        "soft_str",
+    }
+)
+
+
+def _lost_marks(value: Any) -> bool:
+    return isinstance(value, str) and not isinstance(value, Marked)
+
+
 def _keep_marks(function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter whose result is message text if any of its inputs may be."""
     skip = 1 if getattr(function, "jinja_pass_arg", None) is not None else 0
@@ -289,10 +349,11 @@ def _keep_marks(function: Callable[..., Any]) -> Callable[..., Any]:
         if function.__name__ == "do_format" and len(args) > skip:
             _check_format(str(args[skip]), (args[skip + 1 :], kwargs))
         result = function(*args, **kwargs)
-        if type(result) is str:
+        if isinstance(result, str):
             _check_size(len(result))
-            if not (is_clean(args[skip:]) and is_clean(kwargs)):
-                return spread(result)
+            trusted = isinstance(result, Marked) and function.__name__ in _KEEP_MARKS
+            if not (trusted or (is_clean(args[skip:]) and is_clean(kwargs))):
+                return Marked(str.__str__(result))
         return result
 
     return wrapped
@@ -312,6 +373,9 @@ def _new_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 
 
 class _SafeNamespace(Namespace):
+    def __repr__(self) -> str:
+        return "<namespace>"
+
     def __setitem__(self, name: str, value: Any) -> None:
         if str(name).startswith("_"):
             raise SecurityError("names in a namespace must not start with an underscore")
@@ -329,7 +393,9 @@ def make_environment() -> jinja2.Environment:
         auto_reload=False,
     )
     environment.filters = {name: _keep_marks(f) for name, f in environment.filters.items()}
-    environment.filters.update(tojson=to_json, join=_join_filter, _turns=_turns, _concat=_concat_filter)
+    environment.filters.update(
+        tojson=to_json, join=_join_filter, _turns=_turns, _concat=_concat_filter, _weighed=weighed
+    )
     environment.globals.pop("lipsum", None)
     environment.globals.update(
         raise_exception=_raise_exception,
