@@ -93,7 +93,7 @@ class Execution:
             for state in self.states:  # a body that swallows the cancellation gets no further
                 if state is self.root or not state.idle:
                     state.fail(failure)
-                state.stop()
+                state.drain.stop()
             self._interrupt()
 
         runner().call(stop)
@@ -161,7 +161,7 @@ class Execution:
             for state in self.states:
                 if not state.idle:
                     state.fail(failure)
-        drains = [task for state in self.states if (task := state.stop()) is not None]
+        drains = [task for state in self.states if (task := state.drain.stop()) is not None]
         if drains:
             await asyncio.wait(drains, timeout=CLOSE_TIMEOUT_S)
         if failure is not None:
@@ -203,6 +203,11 @@ class Execution:
         await close_session(session)
 
     @property
+    def stopping(self) -> bool:
+        """Whether the run was cancelled or is over."""
+        return self._stop is not None or self._ending
+
+    @property
     def usage(self) -> Usage:
         """Totals over all states."""
         total = Usage()
@@ -227,8 +232,9 @@ async def run_body(state: ProgramState, body: Callable[[ProgramState], Any], lab
         result = body(state)
         return drive(result) if inspect.iscoroutine(result) else result
 
-    with state.inside():
-        try:
-            return await run_in_fiber(call, f"program {label!r}")
-        finally:
-            state.body_running = False
+    token = state.drain.mark_body()
+    try:
+        return await run_in_fiber(call, f"program {label!r}")
+    finally:
+        state.drain.unmark_body(token)
+        state.body_running = False

@@ -66,7 +66,7 @@ async def execute(state: ProgramState, node: ir.Expr, context: contextvars.Conte
 async def _in_context(state: ProgramState, context: contextvars.Context, work: Awaitable[T]) -> T:
     """Await user code with the context variables of the code that asked for it."""
     own = context.copy()
-    own.run(state.in_drain)
+    own.run(state.drain.mark_drained)
 
     async def run() -> T:
         return await work
@@ -159,7 +159,7 @@ async def _program(state: ProgramState, node: ir.ProgramCall, context: contextva
         own.program = node.program.name
         raise own from own.cause
     finally:
-        task = inner.stop()
+        task = inner.drain.stop()
         if task is not None:
             await asyncio.wait((task,), timeout=5.0)
         inner.closed = "its program has ended"

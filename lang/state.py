@@ -7,15 +7,14 @@ program, the thread outside. After a failure every read and every further ``+=``
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import contextvars
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from caesura.lang import ir
 from caesura.lang.core import Core, Saved, Usage
+from caesura.lang.drain import Drain
 from caesura.lang.errors import ProgramError, StateError, UnknownVariable
 from caesura.lang.group import ProgramStateGroup
 from caesura.lang.interpreter import check, execute
@@ -24,10 +23,6 @@ from caesura.lang.runner import runner
 if TYPE_CHECKING:
     from caesura.lang.execution import Execution
     from caesura.lang.tools import ToolCall, ToolResult
-
-# The states whose bodies, and whose drains, the running code is part of: they must not be waited for to end.
-_INSIDE: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("caesura_inside", default=frozenset())
-_DRAINED_BY: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("caesura_drained_by", default=frozenset())
 
 
 class Snapshot:
@@ -43,13 +38,8 @@ class ProgramState:
     def __init__(self, execution: Execution, core: Core | None, *, has_body: bool = False) -> None:
         self._execution = execution
         self._core = core
-        self._queue: collections.deque[tuple[int, ir.Expr, contextvars.Context]] = collections.deque()
-        self._lock = threading.Lock()
-        self._num_added = 0
-        self._num_done = 0
-        self._writers: dict[str, int] = {}  # variable -> number of the last node that sets it
-        self._writer_of_any = 0
-        self._drain_task: asyncio.Task[None] | None = None
+        self.drain = Drain(self._execute, self._node_failed, self.notify)
+        self.drain.open = core is not None
         self._decisions: tuple[Any, ...] | None = None
         self._waiters: list[asyncio.Future[None]] = []
         self.body_running = has_body
@@ -71,22 +61,7 @@ class ProgramState:
         self._check_open()
         for inner in ir.walk(node):
             check(inner, self._execution.backend)
-        context = contextvars.copy_context()
-        with self._lock:  # numbers in the queue must rise, whoever adds
-            for part in ir.flat(node):
-                self._num_added += 1
-                for inner in ir.walk(part):
-                    self._announce(inner)
-                self._queue.append((self._num_added, part, context))
-        runner().call(self._kick)
-
-    def _announce(self, node: ir.Expr) -> None:
-        """Note which variable a node will set, so that a read waits for the latest value, not an older one."""
-        name = getattr(node, "name", None)
-        if isinstance(name, str):
-            self._writers[name] = self._num_added
-        elif isinstance(node, (ir.ProgramCall, ir.JoinFrom, ir.RollbackTo)):  # these may set any
-            self._writer_of_any = self._num_added
+        self.drain.add(node)
 
     def _check_open(self) -> None:
         if self.failure is not None:
@@ -94,30 +69,11 @@ class ProgramState:
         if self.closed is not None:
             raise StateError(f"nothing can be added to this state of {self._execution.program!r}: {self.closed}")
 
-    def _kick(self) -> None:
-        if self._drain_task is None and self._queue and self.failure is None and self._core is not None:
-            self._drain_task = runner().spawn(self._drain(), context=contextvars.copy_context())
+    async def _execute(self, node: ir.Expr, context: contextvars.Context) -> None:
+        await execute(self, node, context)
 
-    async def _drain(self) -> None:
-        try:
-            _DRAINED_BY.set(_DRAINED_BY.get() | {id(self)})
-            while self._queue:
-                number, node, context = self._queue.popleft()
-                await execute(self, node, context)
-                self._num_done = number
-                self.notify()
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:  # user code may raise anything
-            self.fail(ProgramError.wrap(error, self._execution.program, self.position))
-        finally:
-            self._drain_task = None
-            self.notify()
-            self._kick()
-
-    def in_drain(self) -> None:
-        """Mark the running code as part of this state's drain, in whatever context it runs."""
-        _DRAINED_BY.set(_DRAINED_BY.get() | {id(self)})
+    def _node_failed(self, error: BaseException) -> None:
+        self.fail(ProgramError.wrap(error, self._execution.program, self.position))
 
     # -- life, on the loop ---------------------------------------------------------------------------------------
 
@@ -138,12 +94,13 @@ class ProgramState:
     @property
     def idle(self) -> bool:
         """Nothing is enqueued and nothing runs."""
-        return self._core is not None and not self._queue and self._drain_task is None
+        return self.drain.idle
 
     def adopt(self, core: Core) -> None:
         """A fork has reached this child: from now on it runs."""
         self._core = core
-        self._kick()
+        self.drain.open = True
+        self.drain.kick()
         self.notify()
 
     def notify(self) -> None:
@@ -169,20 +126,12 @@ class ProgramState:
         if self.failure is not None:
             return
         self.failure = failure
-        dropped, self._queue = self._queue, collections.deque()
-        for _, node, _ in dropped:
+        for node in self.drain.clear():
             if isinstance(node, ir.ForkInto):
                 for child in node.children:
                     child.fail(failure)
                     child.failure_seen = True
         self.notify()
-
-    def stop(self) -> asyncio.Task[None] | None:
-        """Stop draining; returns the task that is ending."""
-        self._queue.clear()
-        if self._drain_task is not None:
-            self._drain_task.cancel()
-        return self._drain_task
 
     def finish(self, failure: ProgramError | None) -> None:
         """The run is over."""
@@ -199,15 +148,6 @@ class ProgramState:
         if self._decisions is None and self._core is not None and self._core.session is not None:
             self._decisions = tuple(await self._core.session.decisions())
 
-    @contextlib.contextmanager
-    def inside(self) -> Iterator[None]:
-        """The code within is this state's body."""
-        token = _INSIDE.set(_INSIDE.get() | {id(self)})
-        try:
-            yield
-        finally:
-            _INSIDE.reset(token)
-
     def _seen(self, failure: ProgramError) -> ProgramError:
         self.failure_seen = True
         return failure.copy()
@@ -216,9 +156,9 @@ class ProgramState:
 
     def _over(self) -> bool:
         """Whether nothing more will come: for the body itself when the queue is empty, else when the run is done."""
-        if id(self) in _DRAINED_BY.get():
+        if self.drain.drains_caller:
             return True
-        if id(self) in _INSIDE.get() or not self.body_running:
+        if self.drain.body_of_caller or not self.body_running:
             return self.idle
         return False
 
@@ -232,12 +172,7 @@ class ProgramState:
         """Whether the variable has its latest value."""
         if self._core is None or name not in self._core.values.variables:
             return False
-        if id(self) in _DRAINED_BY.get():
-            return True
-        latest = self._writers.get(name, 0)
-        if id(self) in _INSIDE.get():
-            latest = max(latest, self._writer_of_any)
-        return latest <= self._num_done
+        return self.drain.latest(name)
 
     async def _value(self, name: str) -> Any:
         while self.failure is None and not self._ready(name):
@@ -252,7 +187,7 @@ class ProgramState:
         return self.core.values.variables[name]
 
     async def _done(self) -> None:
-        if id(self) in _INSIDE.get() or id(self) in _DRAINED_BY.get() or self is not self._execution.root:
+        if self.drain.body_of_caller or self.drain.drains_caller or self is not self._execution.root:
             return await self._settled()
         while not self._execution.done:
             await self.change()
@@ -276,7 +211,7 @@ class ProgramState:
 
     def __contains__(self, name: str) -> bool:
         """Whether the variable is set, or an expression that sets it is enqueued. Does not wait."""
-        return name in self._writers or (self._core is not None and name in self._core.values.variables)
+        return self.drain.announced(name) or (self._core is not None and name in self._core.values.variables)
 
     def set_var(self, name: str, value: Any) -> None:
         """Set a variable, in order with what was added before."""
@@ -372,6 +307,14 @@ class ProgramState:
         if self._decisions is not None or self._core is None or self._core.session is None:
             return self._decisions or ()
         return tuple(await self._core.session.decisions())
+
+    def stop(self) -> None:
+        """Interrupt what this state is doing and drop what is enqueued; the program goes on. Loop thread only.
+
+        The variable of an interrupted generation is not set, and the context ends somewhere inside it: take a
+        snapshot before and roll back to it.
+        """
+        self.drain.stop()
 
     def cancel(self) -> None:
         """End the program; its sessions go back. Reads raise ProgramCancelled."""
@@ -483,7 +426,7 @@ class ProgramState:
 
     def rollback(self, snapshot: Snapshot) -> None:
         """Return to a snapshot. A failed state works again, if the snapshot was reached before the failure."""
-        if self.failure is not None and snapshot.saved is not None and self.closed is None:
+        if self.failure is not None and snapshot.saved is not None and not self._execution.stopping:
             self.failure = None
         self.submit(ir.RollbackTo(snapshot))
 

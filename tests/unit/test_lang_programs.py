@@ -351,7 +351,7 @@ def test_unknown_variables_are_told_with_those_there_are(backend):
     @function
     def program(s):
         s += gen("x")
-        with pytest.raises(UnknownVariable, match="no variable 'y'.*there are: x"):
+        with pytest.raises(UnknownVariable, match=r"no variable 'y'.*there are: x"):
             s["y"]
         assert "x" in s and "y" not in s
 

@@ -544,9 +544,9 @@ def test_rounds_are_bounded():
 
 
 def test_a_required_call_is_required_once():
-    state, backend = asked([ScriptedReply("", [("search", {"query": "x"})]), "ok"], tool_choice="required")
+    _, backend = asked([ScriptedReply("", [("search", {"query": "x"})]), "ok"], tool_choice="required")
     assert [record.request.tool_use.choice for record in backend.requests] == ["required", "auto"]
-    state, backend = asked(["ok"], tool_choice="none")
+    _, backend = asked(["ok"], tool_choice="none")
     assert backend.requests[0].request.tool_use.choice == "none"
 
 
@@ -566,12 +566,12 @@ def test_a_failing_tool_in_the_loop():
     assert state.tool_calls("answer")[0][1].text == "Error: RuntimeError: down"
 
     strict = Tool(broken.function, on_error="raise")
-    state, backend = asked([reply, "it is down"], tools=[strict])
+    state, _ = asked([reply, "it is down"], tools=[strict])
     assert isinstance(state.error(), ToolError)
 
 
 def test_typed_answers_after_tools():
-    state, backend = asked([ScriptedReply("", [("search", {"query": "x"})]), "42"], type=int)
+    state, _ = asked([ScriptedReply("", [("search", {"query": "x"})]), "42"], type=int)
     assert state["answer"] == 42
 
 

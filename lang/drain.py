@@ -1,0 +1,145 @@
+"""A state's queue of nodes and the task that executes them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextvars
+import itertools
+import threading
+from collections.abc import Awaitable, Callable
+
+from caesura.lang import ir
+from caesura.lang.runner import runner
+
+# The states whose bodies, and whose drains, the running code is part of: they must not be waited for to end.
+_INSIDE: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("caesura_inside", default=frozenset())
+_DRAINED_BY: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("caesura_drained_by", default=frozenset())
+_keys = itertools.count()
+
+
+class Drain:
+    """Executes what is added, one node after the other. Adding is safe from any thread, the rest is the loop's.
+
+    ``execute`` runs one node; ``failed`` is told what it raised, and the queue stops; ``changed`` is called whenever
+    something is done. The task exists only while there is work.
+    """
+
+    def __init__(
+        self,
+        execute: Callable[[ir.Expr, contextvars.Context], Awaitable[None]],
+        failed: Callable[[BaseException], None],
+        changed: Callable[[], None],
+    ) -> None:
+        self._key = next(_keys)
+        self._execute = execute
+        self._failed = failed
+        self._changed = changed
+        self._queue: collections.deque[tuple[int, ir.Expr, contextvars.Context]] = collections.deque()
+        self._lock = threading.Lock()
+        self._task: asyncio.Task[None] | None = None
+        self._num_added = 0
+        self._num_done = 0
+        self._writers: dict[str, int] = {}  # variable -> number of the last node that sets it
+        self._writer_of_any = 0
+        self.open = False  # whether there is a context to work on
+
+    def add(self, node: ir.Expr) -> None:
+        """Enqueue a node; sequences are taken apart, so that each part's variable is there as soon as it has run."""
+        context = contextvars.copy_context()
+        with self._lock:  # numbers in the queue must rise, whoever adds
+            for part in ir.flat(node):
+                self._num_added += 1
+                for inner in ir.walk(part):
+                    self._announce(inner)
+                self._queue.append((self._num_added, part, context))
+        runner().call(self.kick)
+
+    def _announce(self, node: ir.Expr) -> None:
+        """Note which variable a node will set, so that a read waits for the latest value, not an older one."""
+        name = getattr(node, "name", None)
+        if isinstance(name, str):
+            self._writers[name] = self._num_added
+        elif isinstance(node, (ir.ProgramCall, ir.JoinFrom, ir.RollbackTo)):  # these may set any
+            self._writer_of_any = self._num_added
+
+    def announced(self, name: str) -> bool:
+        """Whether a node that sets ``name`` was ever added."""
+        return name in self._writers
+
+    def latest(self, name: str) -> bool:
+        """Whether no node that sets ``name`` is still to run."""
+        if self.drains_caller:
+            return True
+        last = self._writers.get(name, 0)
+        if self.body_of_caller:
+            last = max(last, self._writer_of_any)
+        return last <= self._num_done
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is enqueued and nothing runs."""
+        return self.open and not self._queue and self._task is None
+
+    # -- who is asking -------------------------------------------------------------------------------------------
+
+    @property
+    def drains_caller(self) -> bool:
+        """The running code is part of a node of this queue; it cannot wait for the queue."""
+        return self._key in _DRAINED_BY.get()
+
+    @property
+    def body_of_caller(self) -> bool:
+        """The running code is part of the body that fills this queue; it cannot wait for the body."""
+        return self._key in _INSIDE.get()
+
+    def mark_drained(self) -> None:
+        """Mark the current context as part of a node of this queue."""
+        _DRAINED_BY.set(_DRAINED_BY.get() | {self._key})
+
+    def mark_body(self) -> contextvars.Token[frozenset[int]]:
+        """Mark the current context as the body's, until `unmark_body`."""
+        return _INSIDE.set(_INSIDE.get() | {self._key})
+
+    @staticmethod
+    def unmark_body(token: contextvars.Token[frozenset[int]]) -> None:
+        """End of `mark_body`."""
+        _INSIDE.reset(token)
+
+    # -- working -------------------------------------------------------------------------------------------------
+
+    def kick(self) -> None:
+        """Start working when there is work."""
+        if self.open and self._task is None and self._queue:
+            self._task = runner().spawn(self._work(), context=contextvars.copy_context())
+
+    async def _work(self) -> None:
+        try:
+            self.mark_drained()
+            while self._queue:
+                number, node, context = self._queue.popleft()
+                await self._execute(node, context)
+                self._num_done = number
+                self._changed()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # user code may raise anything
+            self._failed(error)
+        finally:
+            self._task = None
+            self._changed()
+            self.kick()
+
+    def clear(self) -> list[ir.Expr]:
+        """Drop what has not begun; returns it."""
+        dropped = [node for _, node, _ in self._queue]
+        self._queue.clear()
+        self._num_done = self._num_added
+        return dropped
+
+    def stop(self) -> asyncio.Task[None] | None:
+        """Drop everything; returns the task that is ending."""
+        self._queue.clear()
+        if self._task is not None:
+            self._task.cancel()
+        return self._task
