@@ -91,6 +91,8 @@ def show(state: ProgramState, console: Console) -> None:
             _show_message(message, console)
     else:
         console.print(Text(state.text()), soft_wrap=True)
+    if state.ret_value is not None:
+        console.print(Text.assemble(("returned: ", "bold"), str(state.ret_value)), soft_wrap=True)
     usage = state.usage()
     decided = [str(item.action.value) for item in state.decisions() if hasattr(item, "action")]
     parts = [f"{usage.generations} generations", f"{usage.completion_tokens} tokens"]

@@ -1,0 +1,210 @@
+"""The command line without an engine: help, arguments, errors and exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from caesura.lang import ScriptedBackend
+from caesura.lang.cli import run_command
+from caesura.lang.cli.app import app
+from typer.testing import CliRunner, Result
+
+PROGRAMS = """
+from caesura.lang import assistant, call_tool, function, gen, user
+
+def lookup(word: str) -> str:
+    return word.upper()
+
+@function
+def ask(s, word: str, times: int = 1, loud: bool = False, tags: list[str] = []):
+    s += user(f"{word} {times} {loud} {tags}")
+    s += assistant(gen("answer"))
+    return times
+
+@function
+def plain(s):
+    s += "Look up: " + gen("word")
+    s += " = " + call_tool("found", lookup, s["word"])
+
+@function
+def broken(s):
+    s += "x"
+    raise ValueError("the user's own mistake")
+"""
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    path = tmp_path / "programs.py"
+    path.write_text(PROGRAMS)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(model: str | None, policy: str | None) -> Any:
+        return _Closing(["fine"])
+
+    monkeypatch.setattr(run_command, "start_engine", start)
+
+
+class _Closing(ScriptedBackend):
+    def __enter__(self) -> _Closing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.open_sessions == 0
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout
+
+
+def test_help_loads_no_torch_and_takes_little_time() -> None:
+    code = """
+import sys, time
+from caesura.lang.cli import main
+sys.argv = ["caesura", "--help"]
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code
+heavy = [name for name in ("torch", "numpy", "pydantic", "tokenizers", "rich.live") if name in sys.modules]
+print("heavy", heavy, "cpu", time.process_time())
+"""
+    last = min((python(code).splitlines()[-1] for _ in range(3)), key=lambda line: float(line.split()[-1]))
+    assert last.startswith("heavy [] ")
+    assert float(last.split()[-1]) < 0.3
+
+
+def test_every_command_offers_json_and_says_what_it_does() -> None:
+    for name in ("demo", "run", "chat", "doctor", "bench"):
+        result = invoke(name, "--help")
+        assert result.exit_code == 0
+        assert "--json" in result.stdout
+
+
+def test_arguments_follow_the_annotations(programs: Path) -> None:
+    target = f"{programs}:ask"
+    result = invoke("run", target, "--arg", "word=a=b", "--arg", "times=3", "--arg", "loud=yes", "--arg", 'tags=["x"]')
+    assert result.exit_code == 0, result.stderr
+    assert "user: a=b 3 True ['x']" in result.stdout
+    assert "assistant: fine" in result.stdout
+    assert "returned: 3" in result.stdout
+
+
+def test_a_program_without_roles_prints_its_text(programs: Path) -> None:
+    result = invoke("run", f"{programs}:plain")
+    assert "Look up: fine = FINE" in result.stdout
+    assert "1 tool calls" in result.stdout
+
+
+def test_json_is_one_document(programs: Path) -> None:
+    result = invoke("run", f"{programs}:ask", "--arg", "word=hi", "--json")
+    document = json.loads(result.stdout)
+    assert set(document) == {"text", "variables", "usage", "decisions"}
+    assert document["variables"] == {"answer": "fine"}
+    assert document["usage"]["generations"] == 1
+
+
+def test_streaming_prints_the_text(programs: Path) -> None:
+    result = invoke("run", f"{programs}:plain", "--stream")
+    assert "Look up: fine = FINE" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nowhere.py"], 2, ["nowhere.py does not exist"]),
+        (["{file}"], 2, ["several programs", "ask, plain, broken"]),
+        (["{file}:other"], 2, ["no program 'other'", "ask, plain, broken"]),
+        (["{file}:ask"], 2, ["missing word", "ask(word: str, times: int = 1", "--arg word=..."]),
+        (["{file}:ask", "--arg", "word"], 2, ["must read name=value"]),
+        (["{file}:ask", "--arg", "wrd=x"], 2, ["no argument 'wrd'", "ask(word: str"]),
+        (["{file}:ask", "--arg", "word=x", "--arg", "times=many"], 2, ["times is 'many'", "no int"]),
+        (["{file}:broken"], 1, ["the user's own mistake", "programs.py", "raise ValueError"]),
+    ],
+)
+def test_errors_are_one_message_and_the_next_command(
+    programs: Path, arguments: list[str], code: int, words: list[str]
+) -> None:
+    result = invoke("run", *(part.replace("{file}", str(programs)) for part in arguments))
+    assert result.exit_code == code
+    assert result.stdout == ""
+    flat = " ".join(result.stderr.split())
+    for word in words:
+        assert word in flat
+    assert result.stderr.splitlines()[-1].startswith("try: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_only_the_users_own_lines_are_shown(programs: Path) -> None:
+    result = invoke("run", f"{programs}:broken")
+    files = [line for line in result.stderr.splitlines() if line.strip().startswith("File ")]
+    assert len(files) == 1
+    assert "programs.py" in files[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def f(:\n", "invalid syntax"),
+        ("import nothing_of_that_name\n", "nothing_of_that_name"),
+        ("x = 1\n", "has no program"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "odd.py"
+    path.write_text(text)
+    result = invoke("run", str(path))
+    assert result.exit_code in (1, 2)
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_imported_program_is_found_when_the_file_has_none(tmp_path: Path, programs: Path) -> None:
+    path = tmp_path / "uses.py"
+    path.write_text("from programs import plain\n")
+    assert invoke("run", str(path)).exit_code == 0
+
+
+def test_unknown_policies_are_listed() -> None:
+    result = invoke("demo", "--policies", "lru,wishful")
+    assert result.exit_code == 2
+    assert "'wishful' is no policy" in result.stderr
+    assert "min_waste" in result.stderr
+
+
+def test_a_trace_that_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+    result = invoke("demo", "--trace", str(tmp_path / "no" / "trace.json"))
+    assert result.exit_code == 2
+    assert "cannot write" in result.stderr
+
+
+def test_usage_errors_exit_with_2() -> None:
+    assert invoke("demo", "--agents", "0").exit_code == 2
+    assert invoke("dance").exit_code == 2
+
+
+def test_benchmarks_need_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from caesura.lang.cli import bench_command
+
+    monkeypatch.setattr(bench_command, "repository", lambda: None)
+    result = invoke("bench", "engine")
+    assert result.exit_code == 2
+    assert "clone" in result.stderr
+
+
+def test_no_escape_codes_where_there_is_no_terminal(programs: Path) -> None:
+    result = invoke("run", f"{programs}:ask", "--arg", "word=hi")
+    assert "\x1b" not in result.stdout + result.stderr
