@@ -90,19 +90,17 @@ class RadixTree:
     def _common(self, run: list[int], tokens: Sequence[int], position: int, end: int) -> int:
         """Length of the common prefix in whole pages, by bisection over equal slices."""
         size = self.page_size
-        high = min(len(run), end - position) // size
-
-        def same(start: int, stop: int) -> bool:
-            mine = run if stop - start == len(run) else run[start:stop]
-            theirs = tokens[position + start : position + stop]
-            return mine == (theirs if isinstance(theirs, list) else list(theirs))
-
-        if same(0, high * size):
-            return high * size
-        low = 1  # the first page is the child's key
+        theirs = tokens[position : min(position + len(run), end)]
+        if not isinstance(theirs, list):
+            theirs = list(theirs)
+        if theirs == run:
+            return len(run)
+        low, high = 1, len(theirs) // size  # the first page is the child's key
+        if run[: len(theirs)] == theirs:
+            return len(theirs)
         while low < high - 1:
             middle = (low + high) // 2
-            if same(low * size, middle * size):
+            if run[low * size : middle * size] == theirs[low * size : middle * size]:
                 low = middle
             else:
                 high = middle

@@ -7,8 +7,7 @@ is given away, written or read at the wrong moment shows up as a wrong digest.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from caesura.runtime.kv.check import check, dump
@@ -343,103 +342,3 @@ class KVModel:
 def _leaves(segments: list[Segment]) -> list[Segment]:
     parents = {segment.parent for segment in segments}
     return [segment for segment in segments if segment.id not in parents]
-
-
-ACTIONS = (Action.SWAP, Action.DISCARD, Action.RELEASE, Action.PRESERVE)
-
-
-def random_tokens(rng: random.Random, page_size: int) -> list[int]:
-    """Runs of one letter, so that whole pages are often equal although there are only two letters."""
-    return [rng.randrange(2)] * rng.randint(1, 2 * page_size + 1) + [rng.randrange(2) for _ in range(rng.randrange(3))]
-
-
-class RandomDriver:
-    """Plain seeded operations on a model, as weighted as a busy server would weight them."""
-
-    def __init__(self, model: KVModel, rng: random.Random, max_contexts: int = 8) -> None:
-        self.model = model
-        self.rng = rng
-        self.max_contexts = max_contexts
-        self.verbs: list[tuple[Callable[[ContextId], object], int]] = [
-            (self._plan, 30),
-            (self._execute, 14),
-            (self._append, 8),
-            (self._open, 8),
-            (self._pause, 12),
-            (self._fork, 5),
-            (self._reclaim, 14),
-            (self._arrive, 4),
-            (self._acknowledge, 10),
-            (self._copy_out, 4),
-            (lambda context: model.ledger.write_back(context), 4),
-            (self._truncate, 4),
-            (model.release, 2),
-            (model.discard, 2),
-            (lambda context: model.close(context, keep_cached=rng.random() < 0.7), 6),
-            (lambda _: model.ledger.flush() if rng.random() < 0.1 else None, 1),
-            (lambda _: model.squeeze(rng.choice(ACTIONS[:3])) if rng.random() < 0.2 else None, 1),
-        ]
-
-    def run(self, num_operations: int, full_every: int) -> None:
-        verbs, weights = zip(*self.verbs, strict=True)
-        for number, verb in enumerate(self.rng.choices(verbs, weights, k=num_operations)):
-            context = self._pick()
-            verb(context)
-            self.model.after(context, full=number % full_every == 0)
-
-    def _pick(self) -> ContextId:
-        if not self.model.subjects:
-            self._open(ContextId(0))
-        return self.rng.choice(list(self.model.subjects))
-
-    def _open(self, context: ContextId) -> None:
-        rng, model = self.rng, self.model
-        if len(model.subjects) >= self.max_contexts:
-            model.close(context)
-        tokens = random_tokens(rng, model.size)
-        if model.subjects and rng.random() < 0.6:
-            other = rng.choice(list(model.subjects.values()))
-            tokens = other.tokens[: rng.randint(0, len(other.tokens))] + tokens
-        model.open(0 if rng.random() < 0.8 else 1, tokens)
-
-    def _append(self, context: ContextId) -> None:
-        if context not in self.model.planned:
-            self.model.append(context, random_tokens(self.rng, self.model.size))
-
-    def _plan(self, context: ContextId) -> None:
-        whole = self.rng.random() < 0.6
-        num_tokens = self.model.room_tokens if whole else self.rng.randint(1, 2 * self.model.size)
-        self.model.plan(context, num_tokens, load=self.rng.random() < 0.7)
-
-    def _execute(self, _: ContextId) -> None:
-        self.model.execute(frozenset([0]) if self.rng.random() < 0.05 else frozenset())
-
-    def _pause(self, context: ContextId) -> None:
-        self.model.pause(context)
-        if self.rng.random() < 0.1:
-            self.model.pause(context)
-
-    def _fork(self, context: ContextId) -> None:
-        if len(self.model.subjects) >= self.max_contexts:
-            return
-        child = self.model.fork(context)
-        if self.rng.random() < 0.7:  # both branches go on, in this step
-            for branch in (context, child):
-                self._append(branch)
-                self._plan(branch)
-
-    def _reclaim(self, _: ContextId) -> None:
-        action = self.rng.choices(ACTIONS, (6, 3, 2, 1))[0]
-        self.model.reclaim(self.rng.randrange(64), self.rng.randint(1, 6), action)
-
-    def _arrive(self, _: ContextId) -> None:
-        self.model.arrive(self.rng.randrange(8))
-
-    def _acknowledge(self, _: ContextId) -> None:
-        self.model.acknowledge(self.rng.randrange(8))
-
-    def _copy_out(self, _: ContextId) -> None:
-        self.model.copy_out(self.rng.randrange(64))
-
-    def _truncate(self, context: ContextId) -> None:
-        self.model.truncate(context, self.rng.randint(0, len(self.model.subjects[context].tokens)))

@@ -34,9 +34,10 @@ def acknowledge_all(ledger: KVLedger) -> None:
 
 def swap_out(ledger: KVLedger, context: ContextId) -> None:
     ledger.pause(context)
-    for segment in sorted(ledger.segments(), key=lambda segment: -segment.start):
-        ledger.reclaim(segment.id, segment.num_pages, Action.SWAP)
-    acknowledge_all(ledger)
+    while segments := ledger.segments():
+        deepest = max(segments, key=lambda segment: segment.start)
+        ledger.reclaim(deepest.id, deepest.num_pages, Action.SWAP)
+        acknowledge_all(ledger)
 
 
 # -- KV-01: conservation ------------------------------------------------------------------------------------------
@@ -347,6 +348,32 @@ def test_a_load_takes_what_fits() -> None:
     assert ledger.extend(A, 10), "the rest is recomputed instead"
     ledger.commit(A, TEN, 10)
     check(ledger)
+
+
+def test_what_a_load_builds_on_is_not_counted_as_room() -> None:
+    """Copies acknowledged out of order leave a usable run below one that is still coming; it must not be evicted."""
+    ledger = KVLedger(2, 4, 6)
+    run(ledger, A, [0, 1, 2, 3])
+    swap_out(ledger, A)
+    run(ledger, B, [0, 1, 2, 3, 4, 5, 6, 7])
+    swap_out(ledger, B)
+    assert ledger.tree.probe("", [0, 1, 2, 3, 4, 5, 6, 7]).host_tokens == 8
+    ledger.take_moves()
+    for context, limit in ((A, 2), (B, 6)):
+        ledger.acquire(context, TEN[:8], limit)
+        ledger.load(context, TEN[:8], limit)
+    first, second = [move.id for move in ledger.take_moves()]
+    ledger.acknowledge(second)
+    ledger.release(A)
+    run(ledger, A, [9, 9])  # the last free page
+    ledger.release(B)
+    ledger.open(C, "")
+    ledger.acquire(C, TEN[:8], 8)
+    assert ledger.load(C, TEN[:8], 8) == 6
+    check(ledger)
+    ledger.acknowledge(first)
+    check(ledger)
+    assert ledger.computed(C) == 6
 
 
 def test_no_room_on_the_host_is_a_discard() -> None:

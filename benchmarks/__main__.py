@@ -1,0 +1,5 @@
+"""``python -m benchmarks [NAME ...]``."""
+
+from benchmarks.common import main
+
+raise SystemExit(main())
