@@ -128,20 +128,17 @@ def _check_order(ledger: KVLedger, nodes: list[Node]) -> None:
 def dump(ledger: KVLedger) -> str:
     """The tree as text: one line a node with its span, tiers, holders and age."""
     lines: list[str] = []
-
-    def draw(node: Node, depth: int) -> None:
-        tiers = f"device {len(node.device)} host {len(node.host)}"
-        moving = f" {node.transfer.kind.value}" if node.transfer is not None else ""
-        leaving = " leaving" if node.leaving else ""
-        holders = " ".join(f"{lease.holder}:{lease.hold.value}" for lease in node.leases.values())
-        span = f"[{node.start}, {node.end})"
-        lines.append(f"{'  ' * depth}{node.id} {span} {tiers}{moving}{leaving} tick {node.tick} {holders}".rstrip())
-        for child in node.children.values():
-            draw(child, depth + 1)
-
     for namespace, root in ledger.tree.roots().items():
         lines.append(f"namespace {namespace!r}")
-        draw(root, 1)
+        stack = [(root, 1)]
+        while stack:
+            node, depth = stack.pop()
+            tiers = f"[{node.start}, {node.end}) device {len(node.device)} host {len(node.host)}"
+            moving = f" {node.transfer.kind.value}" if node.transfer is not None else ""
+            leaving = " leaving" if node.leaving else ""
+            holders = " ".join(f"{lease.holder}:{lease.hold.value}" for lease in node.leases.values())
+            lines.append(f"{'  ' * depth}{node.id} {tiers}{moving}{leaving} tick {node.tick} {holders}".rstrip())
+            stack.extend((child, depth + 1) for child in reversed(node.children.values()))
     return "\n".join(lines)
 
 

@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable
 
 import pytest
-
 from caesura.scheduler.types import Action, ContextId
+
 from tests.property.kv_model import KVModel
 
 OPERATIONS = 500
@@ -59,7 +59,7 @@ class RandomDriver:
             (model.discard, 2),
             (lambda context: model.close(context, keep_cached=rng.random() < 0.7), 6),
             (lambda _: model.ledger.flush() if rng.random() < 0.1 else None, 1),
-            (lambda _: model.squeeze(rng.choice(ACTIONS[:3])) if rng.random() < 0.2 else None, 1),
+            (lambda _: model.squeeze(rng.choice(ACTIONS[:3])) if rng.random() < 0.5 else None, 1),
         ]
 
     def run(self, num_operations: int, full_every: int) -> None:
