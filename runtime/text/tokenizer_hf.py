@@ -61,12 +61,12 @@ class HFTokenizer:
     def from_folder(cls, folder: Path) -> HFTokenizer:
         """Read ``tokenizer.json`` and the configs beside it."""
         spec = read_json(folder / "tokenizer.json", limit_bytes=MAX_TOKENIZER_BYTES)
-        probe = _build(_without_truncation(spec))
-        vocabulary = probe.get_vocab(with_added_tokens=True)
-        size = max(vocabulary.values(), default=-1) + 1
-        special = {token["content"]: token["id"] for token in _added_tokens(spec)}
-        eos_ids, bos_id = stop_and_start_ids(folder, special, vocabulary, size)
-        return cls(spec, eos_ids=eos_ids, bos_id=bos_id)
+        tokenizer = cls(spec, eos_ids=frozenset(), bos_id=None)
+        vocabulary = tokenizer._full.get_vocab(with_added_tokens=True)
+        tokenizer.eos_ids, tokenizer.bos_id = stop_and_start_ids(
+            folder, tokenizer.special_ids, vocabulary, tokenizer.vocab_size
+        )
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -76,10 +76,9 @@ class HFTokenizer:
         text = clean_text(text)
         if not text:
             return []
-        encoder = self._encoder(allow_special, continuation)
         if allow_special:
-            return _encode(encoder, text)
-        ids = self._encode_plain(encoder, text)
+            return self._encode_special(text, continuation)
+        ids = self._encode_plain(self._encoder(False, continuation), text)
         if self._forbidden.isdisjoint(ids):
             return ids
         return self._encode_apart(text, continuation)
@@ -104,6 +103,15 @@ class HFTokenizer:
     def _encode_plain(self, encoder: tokenizers.Tokenizer, text: str) -> list[int]:
         ids = _encode(encoder, text)
         return [self._renumbered.get(i, i) for i in ids] if self._renumbered else ids
+
+    def _encode_special(self, text: str, continuation: bool) -> list[int]:
+        """Some vocabularies begin words anew after each control token, so only what lies before the first continues."""
+        if not (continuation and self._has_prefix):
+            return _encode(self._full, text)
+        found = [at for name in self.special_ids if (at := text.find(name)) >= 0]
+        head = min(found, default=len(text))
+        ids = _encode(self._encoder(True, True), text[:head]) if head else []
+        return ids + (_encode(self._full, text[head:]) if head < len(text) else [])
 
     def _encoder(self, allow_special: bool, continuation: bool) -> tokenizers.Tokenizer:
         if not (continuation and self._has_prefix):

@@ -96,10 +96,11 @@ def _llama3(
     if not auto:
         return [f"start: {tag}{key} body{more}", *lines]
     tagged = f" | {_mark(_PYTHON_TAG, special_ids)} {key} body{more}" if tag else ""
-    # "name" and "function" are the keys by which the parser knows a call, with any blanks a model may put
-    head = ['head[lazy]: /(?s:.*)\\{"name"/']
-    text = ['TEXT: /(?s:.*)/ & ~/(?s:.*)\\{[ \\t\\r\\n]*"(name|function|type|id|arguments|parameters)"(?s:.*)/']
-    return [f"start: TEXT | head body{more}{tagged}", *head, *text, *lines]
+    # keys by which the parser may know a call, with any blanks a model may put: none of them in free text
+    early = '\\{[ \\t\\r\\n]*"(name|function|type|id|arguments|parameters)"'
+    head = ["head[lazy]: HEAD", f'HEAD: /(?s:.*)\\{{"name"/ & ~/(?s:.*){early}(?s:.+)/']
+    text = f"TEXT: /(?s:.*)/ & ~/(?s:.*){early}(?s:.*)/"
+    return [f"start: TEXT | head body{more}{tagged}", *head, text, *lines]
 
 
 def _pythonic(
@@ -110,19 +111,21 @@ def _pythonic(
     firsts: list[str] = []
     calls = " | ".join(f'"{name}(" args_{i}' for i, (name, _) in enumerate(specs))
     more = f' (", " ({calls}))*' if parallel else ""
+    # a call however a model may space it; free text holds none, so that what the parser reads is what was held
+    names = "|".join(_escaped(name) for name, _ in specs)
+    early = f"\\[[ \\t\\r\\n]*({names})[ \\t\\r\\n]*\\("
     for i, (name, schema) in enumerate(specs):
         lines += _keyword_rules(f"args_{i}", name, schema)
         if auto:
-            lines.append(f"head_{i}[lazy]: /(?s:.*)\\[{_escaped(name)}\\(/")
+            lines.append(f"head_{i}[lazy]: HEAD_{i}")
+            lines.append(f"HEAD_{i}: /(?s:.*)\\[{_escaped(name)}\\(/ & ~/(?s:.*){early}(?s:.+)/")
             firsts.append(f"head_{i} args_{i}")
         else:
             firsts.append(f'"[{name}(" args_{i}')
     listed = f'({" | ".join(firsts)}){more} "]"'
     if not auto:
         return [f"start: {listed}", *lines]
-    names = "|".join(_escaped(name) for name, _ in specs)
-    text = [f"TEXT: /(?s:.*)/ & ~/(?s:.*)\\[[ \\t\\r\\n]*({names})[ \\t\\r\\n]*\\((?s:.*)/"]
-    return [f"start: TEXT | {listed}", *text, *lines]
+    return [f"start: TEXT | {listed}", f"TEXT: /(?s:.*)/ & ~/(?s:.*){early}(?s:.*)/", *lines]
 
 
 def _keyword_rules(rule: str, tool: str, schema: Mapping[str, Any]) -> list[str]:
