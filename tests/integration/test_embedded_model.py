@@ -1,0 +1,162 @@
+"""The shipped checkpoint answers held-out questions with the calculator, and only with it; it is plain Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from caesura.runtime.embedded import FILES, checkpoint_path
+from caesura.runtime.embedded.chat import CALCULATOR_TOOL, CHAT_TEMPLATE, calls_message, render
+from caesura.runtime.embedded.data import ConversationMaker, encode_example
+from caesura.runtime.embedded.evaluate import Chat, ask_each, ask_in_a_row, copies_results
+from caesura.runtime.embedded.net import Cache, Shape, TinyLlama, load_net
+from caesura.runtime.embedded.tasks import Split, make_tasks
+from caesura.runtime.embedded.train import Recipe, export, train
+from rich.console import Console
+from tokenizers import Tokenizer
+
+MAX_CHECKPOINT_BYTES = 8 * 1024 * 1024
+TASKS = make_tasks(77, 30, Split.HELD_OUT)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return checkpoint_path()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Iterator[TinyLlama]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # single rows of a tiny model: a second thread only costs
+    yield load_net(folder)
+    torch.set_num_threads(threads)
+
+
+def test_folder_is_complete_and_small(folder: Path) -> None:
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= MAX_CHECKPOINT_BYTES
+    assert {path.name for path in folder.iterdir()} == {*FILES, "eval.json"}
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == CHAT_TEMPLATE
+
+
+def test_tokenizer_round_trip(tokenizer: Tokenizer) -> None:
+    for text in ("What is 4827 * 396?", "ünïcödé \U0001f600\n\ttabs  and   spaces ", '{"a": [1, {"b": "c"}]}', ""):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == text
+    assert len(tokenizer.encode("907314", add_special_tokens=False).ids) == 6
+    tag = tokenizer.encode("<tool_call>", add_special_tokens=False).ids
+    assert len(tag) == 1
+    assert tokenizer.decode(tag, skip_special_tokens=True) == "<tool_call>"
+    end = tokenizer.encode("<|im_end|>", add_special_tokens=False).ids
+    assert len(end) == 1
+    assert tokenizer.decode(end, skip_special_tokens=True) == ""
+
+
+def test_content_tokenizes_alike_in_pieces_and_whole(tokenizer: Tokenizer) -> None:
+    """A runtime that tokenizes markers and content apart arrives at what the model was trained on."""
+    pieces = (
+        "<|im_start|>user\n", "What is 48 * 39?", "<|im_end|>\n<|im_start|>assistant\n",
+        '<tool_call>\n{"name": "', "calculator", '", "arguments": ', '{"expression": "48 * 39"}', "}\n</tool_call>",
+        "<|im_end|>\n<|im_start|>user\n<tool_response>\n", "1872", "\n</tool_response><|im_end|>\n",
+    )  # fmt: skip
+    apart = [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False).ids]
+    assert apart == tokenizer.encode("".join(pieces), add_special_tokens=False).ids
+
+
+def test_only_assistant_turns_are_learned(tokenizer: Tokenizer) -> None:
+    messages, tools = ConversationMaker(random.Random(3)).make(1.0)
+    example = encode_example(tokenizer, render(messages, tools))
+    learned = tokenizer.decode(
+        [token for token, own in zip(example.ids, example.learn, strict=True) if own], skip_special_tokens=False
+    )
+    own_turns = [render([m]).removeprefix("<|im_start|>assistant\n") for m in messages if m["role"] == "assistant"]
+    assert learned == "".join(turn.removesuffix("\n") for turn in own_turns)
+
+
+def test_answers_with_the_calculator(model: TinyLlama, tokenizer: Tokenizer) -> None:
+    score = ask_each(model, tokenizer, TASKS, "with")
+    assert score.share >= 0.9, score
+
+
+def test_needs_the_calculator(model: TinyLlama, tokenizer: Tokenizer) -> None:
+    score = ask_each(model, tokenizer, TASKS, "without", with_tool=False)
+    assert score.share <= 0.2, score
+
+
+def test_answers_several_questions_after_a_long_prompt(model: TinyLlama, tokenizer: Tokenizer) -> None:
+    score = ask_in_a_row(model, tokenizer, TASKS[:20], "row", questions=5, sentences=20)
+    assert score.share >= 0.85, score
+    assert score.context_tokens > 500
+
+
+def test_answers_from_the_result_and_not_from_its_head(model: TinyLlama, tokenizer: Tokenizer) -> None:
+    score = copies_results(model, tokenizer, TASKS[:20], "odd")
+    assert score.share >= 0.9, score
+
+
+def test_re_rendering_is_token_exact(model: TinyLlama, tokenizer: Tokenizer) -> None:
+    """What the model wrote is what the template makes of it: a context can go on after a round trip through text."""
+    chat = Chat(model, tokenizer)
+    for task in TASKS[:4]:
+        chat.ask(task.question)
+    text = render(chat.messages, [CALCULATOR_TOOL])
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    # the end of the last turn and its newline are the template's
+    assert chat.token_ids == ids[: len(chat.token_ids)]
+    assert len(ids) - len(chat.token_ids) <= 3
+
+
+def test_training_is_reproducible_and_exports_what_it_trained(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    shape = Shape(vocab=tokenizer.get_vocab_size(), hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64)
+    console = Console(quiet=True)
+    models = [train(Recipe(seed=seed, steps=4, batch_tokens=512), shape, tokenizer, console) for seed in (1, 1, 2)]
+    first, again, other = (model.model.embed_tokens.weight for model in models)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    export(models[0], tokenizer, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(FILES)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        assert torch.equal(load_net(tmp_path / "out").hidden_states(ids), models[0].hidden_states(ids))
+
+
+def test_key_value_cache_changes_nothing(model: TinyLlama) -> None:
+    ids = torch.randint(0, model.shape.vocab, (1, 40), generator=torch.Generator().manual_seed(1))
+    cache = Cache([], [])
+    with torch.inference_mode():
+        whole = model.hidden_states(ids)
+        parts = torch.cat([model.hidden_states(part, cache) for part in ids.split((17, 1, 22), dim=1)], dim=1)
+        cache.crop(10)
+        redone = model.hidden_states(ids[:, 10:], cache)
+    torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(redone, whole[:, 10:], atol=1e-4, rtol=1e-4)
+
+
+def test_transformers_agrees(folder: Path, model: TinyLlama, tokenizer: Tokenizer) -> None:
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    their_tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TASKS[0].question}]
+    text = their_tokenizer.apply_chat_template(
+        messages, tools=[CALCULATOR_TOOL], add_generation_prompt=True, tokenize=False
+    )
+    assert text == render(messages, [CALCULATOR_TOOL], add_generation_prompt=True)
+    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False).ids])
+    assert their_tokenizer(text, add_special_tokens=False)["input_ids"] == ids[0].tolist()
+    with torch.inference_mode():
+        ours = model.logits(model.hidden_states(ids))
+        torch.testing.assert_close(theirs(ids).logits, ours, atol=1e-4, rtol=1e-4)
+        written = theirs.generate(ids, attention_mask=torch.ones_like(ids))[0, ids.shape[1] :]
+    assert their_tokenizer.decode(written, skip_special_tokens=True) == render(
+        [calls_message(TASKS[0].calls[: None if TASKS[0].kind == "parallel" else 1])]
+    ).removeprefix("<|im_start|>assistant\n").removesuffix("<|im_end|>\n")
