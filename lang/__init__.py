@@ -61,7 +61,10 @@ from caesura.lang.state import ProgramState, Snapshot
 from caesura.lang.tools import Tool, ToolCall, ToolResult, tool
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from caesura.lang.backends.engine import EngineBackend
+    from caesura.lang.backends.replay import RecordingBackend, ReplayBackend
 
 
 def Engine(model: str | None = None, **options: Any) -> EngineBackend:
@@ -72,6 +75,20 @@ def Engine(model: str | None = None, **options: Any) -> EngineBackend:
     from caesura.lang.backends.engine import EngineBackend
 
     return EngineBackend.start(model, **options)
+
+
+def record(backend: Backend, path: str | Path) -> RecordingBackend:
+    """``backend``, with everything programs get from it and from their tools written to a JSONL file."""
+    from caesura.lang.backends.replay import record as make
+
+    return make(backend, path)
+
+
+def replay(path: str | Path) -> ReplayBackend:
+    """A recording as a backend: no model and no tool runs. A program that has changed gets a ReplayError."""
+    from caesura.lang.backends.replay import replay as make
+
+    return make(path)
 
 
 __all__ = [
@@ -121,6 +138,8 @@ __all__ = [
     "get_server_info",
     "greedy_token_selection",
     "image",
+    "record",
+    "replay",
     "select",
     "separate_reasoning",
     "set_default_backend",

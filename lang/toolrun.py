@@ -6,11 +6,12 @@ import asyncio
 import inspect
 import json
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from caesura.lang import ir
+from caesura.lang.backend import Backend
 from caesura.lang.errors import ToolError, ToolTimeout
 from caesura.lang.threads import tool_threads
 from caesura.lang.tools import Tool, ToolResult, clip, render
@@ -19,6 +20,14 @@ BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
 
 _leftovers: set[asyncio.Task[Any]] = set()  # async tools that are still ending after their timeout
+
+
+@runtime_checkable
+class ToolTape(Protocol):
+    """A backend that records tool calls, or answers them."""
+
+    async def on_tool(self, tool: str, arguments: str, run: Callable[[], Awaitable[ToolResult]]) -> ToolResult:
+        """The result of a call; ``run`` really calls the tool."""
 
 
 def call_deadline_s(call: ir.ToolInvocation) -> float | None:
@@ -35,8 +44,10 @@ def expected_s(call: ir.ToolInvocation) -> float | None:
     return call.expected_s if call.expected_s is not None else call.tool.expected_s
 
 
-async def run_tool(call: ir.ToolInvocation) -> ToolResult:
-    """Call the tool, with retries. Never raises what the tool raised."""
+async def run_tool(call: ir.ToolInvocation, backend: Backend | None = None) -> ToolResult:
+    """Call the tool, with retries. Never raises what the tool raised. A backend that tapes tools stands around it."""
+    if isinstance(backend, ToolTape):
+        return await backend.on_tool(call.tool.name, call_text(call), lambda: run_tool(call))
     timeout_s = call.timeout_s if call.timeout_s is not None else call.tool.timeout_s
     retries = call.retries if call.retries is not None else call.tool.retries
     started = time.monotonic()
@@ -49,9 +60,11 @@ async def run_tool(call: ir.ToolInvocation) -> ToolResult:
     return replace(result, attempts=attempt + 1, elapsed_s=time.monotonic() - started)
 
 
-async def run_tools(calls: Sequence[ir.ToolInvocation], wait: str = "all") -> list[ToolResult | None]:
+async def run_tools(
+    calls: Sequence[ir.ToolInvocation], wait: str = "all", backend: Backend | None = None
+) -> list[ToolResult | None]:
     """Call several at once. ``wait="any"``: the first success ends the others, whose results are None."""
-    tasks = [asyncio.ensure_future(run_tool(call)) for call in calls]
+    tasks = [asyncio.ensure_future(run_tool(call, backend)) for call in calls]
     try:
         if wait == "all":
             return list(await asyncio.gather(*tasks))
