@@ -140,6 +140,6 @@ class Drain:
     def stop(self) -> asyncio.Task[None] | None:
         """Drop everything; returns the task that is ending."""
         self._queue.clear()
-        if self._task is not None:
+        if self._task is not None and not self._task.cancelling():  # twice would cut its cleaning up short
             self._task.cancel()
         return self._task

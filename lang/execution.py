@@ -7,7 +7,7 @@ import contextlib
 import contextvars
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,7 @@ class Execution:
         self.failure: ProgramError | None = None
         self._body = body
         self._sessions: list[Session] = []
+        self._making: set[asyncio.Task[list[Session]]] = set()
         self._nested: list[Execution] = []
         self._task: asyncio.Task[None] | None = None
         self._stop: LangError | None = None
@@ -170,6 +171,8 @@ class Execution:
         for state in self.states:
             with contextlib.suppress(Exception):
                 await state.keep_decisions()
+        if self._making:
+            await asyncio.wait(set(self._making), timeout=CLOSE_TIMEOUT_S)
         sessions, self._sessions = self._sessions, []
         if sessions:
             closing = [asyncio.ensure_future(close_session(session)) for session in sessions]
@@ -186,21 +189,40 @@ class Execution:
 
     async def open_session(self) -> Session:
         """Open a session that this run will close."""
-        session = await self.backend.open(namespace=self.options.namespace, deadline_s=self.options.deadline_s)
-        self._sessions.append(session)
+
+        async def make() -> list[Session]:
+            options = self.options
+            return [await self.backend.open(namespace=options.namespace, deadline_s=options.deadline_s)]
+
+        (session,) = await self._owned(make())
         return session
 
     async def fork_session(self, session: Session, n: int) -> Sequence[Session]:
         """Fork a session; the copies belong to this run too."""
-        copies = list(await session.fork(n))
-        self._sessions.extend(copies)
-        return copies
+
+        async def make() -> list[Session]:
+            return list(await session.fork(n))
+
+        return await self._owned(make())
+
+    async def _owned(self, work: Coroutine[Any, Any, list[Session]]) -> list[Session]:
+        """Wait for sessions that are being made. They belong to this run, also when it is cancelled meanwhile."""
+
+        async def make() -> list[Session]:
+            sessions = await work
+            self._sessions.extend(sessions)
+            return sessions
+
+        task = runner().spawn(make())
+        self._making.add(task)
+        task.add_done_callback(self._making.discard)
+        return await asyncio.shield(task)
 
     async def release(self, session: Session) -> None:
         """Close a session before the run ends."""
+        await close_session(session)
         if session in self._sessions:
             self._sessions.remove(session)
-        await close_session(session)
 
     @property
     def stopping(self) -> bool:

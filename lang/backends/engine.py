@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from caesura.lang.backend import (
@@ -193,7 +193,7 @@ class EngineSession:
         if self._handle.num_tokens == 0:
             await self._handle.append(self._start_tokens())
         await self._handle.prefill()
-        forks = await self._handle.fork(len(texts))
+        forks = await _kept(self._handle.fork(len(texts)))
         try:
             given = await self._gather([self._score(fork, text) for fork, text in zip(forks, texts, strict=True)])
         finally:
@@ -221,12 +221,15 @@ class EngineSession:
         return [min(tokenizer.eos_ids)] if tokenizer.eos_ids else [0]
 
     async def _score_alone(self, text: str) -> tuple[TokenLogprob, ...]:
-        handle = await self._service.open()
+        (handle,) = await _kept(self._open_one())
         try:
             await handle.append(self._start_tokens())
             return await self._score(handle, text)
         finally:
             await handle.close()
+
+    async def _open_one(self) -> list[ContextHandle]:
+        return [await self._service.open()]
 
     async def _score(self, handle: ContextHandle, text: str) -> tuple[TokenLogprob, ...]:
         """Append ``text`` to a context that is of no other use, and score it."""
@@ -271,6 +274,17 @@ class EngineSession:
 
     async def decisions(self) -> Sequence[Any]:
         return await self._service.call(lambda engine: engine.decisions(self._handle.id))
+
+
+async def _kept(work: Coroutine[Any, Any, list[ContextHandle]]) -> list[ContextHandle]:
+    """Wait for contexts that are being made; if the caller is cancelled meanwhile, they are closed when they are."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        for handle in await task:
+            await handle.close()
+        raise
 
 
 def sampling_params(request: GenRequest) -> SamplingParams:

@@ -290,6 +290,28 @@ def test_cancel_and_deadline_free_the_context(engine):
     assert isinstance(waiting.run(backend=engine, deadline_s=0.05).error(), DeadlineExceeded)
 
 
+def test_cancelling_at_any_moment_leaves_no_context(engine):
+    @tool
+    async def short() -> str:
+        await asyncio.sleep(0.002)
+        return "1"
+
+    @function
+    def program(s):
+        s += "a b c " + gen("x", max_tokens=2)
+        forks = s.fork(3)
+        forks += call_tool("y", short) + gen("z", n=2, max_tokens=3)
+        forks.join()
+        s += select("w", ["one", "two"], choices_method=unconditional_likelihood_normalized)
+
+    for i in range(40):
+        state = program.run(backend=engine)
+        time.sleep(0.002 * i)
+        state.cancel()
+        error = state.error()
+        assert error is None or isinstance(error, ProgramCancelled), error
+
+
 def test_errors_come_back_as_themselves(engine):
     @function
     def broken_tool(s):
