@@ -22,6 +22,9 @@ MAX_SCHEMA_DEPTH = 64
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _OPEN, _CLOSE, _PYTHON_TAG = "<tool_call>", "</tool_call>", "<|python_tag|>"
 
+_PROSE = frozenset({"description", "title", "examples", "default", "$comment", "deprecated"})
+_NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+
 Tool = Mapping[str, Any]
 
 
@@ -68,8 +71,8 @@ def _hermes(
     lines = ["body: " + " | ".join(f"call_{i}" for i in range(len(specs)))]
     for i, (name, schema) in enumerate(specs):
         opening = _text('\n{"name": ' + json.dumps(name) + ', "arguments": ')
-        lines.append(f"call_{i}: {opening} args_{i} {_text('}' + chr(10))} {close}")
-        lines.append(f"args_{i}: %json {_json(schema)}")
+        lines.append(f"call_{i}: {opening} a{i} {_text('}' + chr(10))} {close}")
+        lines.append(f"a{i}: %json {_json(schema)}")
     more = f' ("\\n" {_mark(_OPEN, special_ids)} body)*' if parallel else ""
     if not auto:
         return [f"start: {_mark(_OPEN, special_ids)} body{more}", *lines]
@@ -88,8 +91,8 @@ def _llama3(
     lines = ["body: " + " | ".join(f"call_{i}" for i in range(len(specs)))]
     for i, (name, schema) in enumerate(specs):
         opening = _text(f': {json.dumps(name)}, "parameters": ')
-        lines.append(f'call_{i}: {opening} args_{i} "}}"')
-        lines.append(f"args_{i}: %json {_json(schema)}")
+        lines.append(f'call_{i}: {opening} a{i} "}}"')
+        lines.append(f"a{i}: %json {_json(schema)}")
     key = _text('{"name"')
     more = f' ("; " {key} body)*' if parallel else ""
     tag = f"({_mark(_PYTHON_TAG, special_ids)})? " if _PYTHON_TAG in special_ids else ""
@@ -109,27 +112,33 @@ def _pythonic(
     del special_ids
     lines: list[str] = []
     firsts: list[str] = []
-    calls = " | ".join(f'"{name}(" args_{i}' for i, (name, _) in enumerate(specs))
+    values: dict[str, str] = {}
+    calls = " | ".join(f'"{name}(" a{i}' for i, (name, _) in enumerate(specs))
     more = f' (", " ({calls}))*' if parallel else ""
     # a call however a model may space it; free text holds none, so that what the parser reads is what was held
     names = "|".join(_escaped(name) for name, _ in specs)
     early = f"\\[[ \\t\\r\\n]*({names})[ \\t\\r\\n]*\\("
+    shared = ["ANY: /(?s:.*)/", f"EARLY: ANY /{early}(?s:.+)/", f"LATE: ANY /{early}/ ANY", "TEXT: ANY & ~LATE"]
     for i, (name, schema) in enumerate(specs):
-        lines += _keyword_rules(f"args_{i}", name, schema)
+        lines += _keyword_rules(f"a{i}", name, schema, values)
         if auto:
             lines.append(f"head_{i}[lazy]: HEAD_{i}")
-            lines.append(f"HEAD_{i}: /(?s:.*)\\[{_escaped(name)}\\(/ & ~/(?s:.*){early}(?s:.+)/")
-            firsts.append(f"head_{i} args_{i}")
+            lines.append(f'HEAD_{i}: (ANY "[{name}(") & ~EARLY')
+            firsts.append(f"head_{i} a{i}")
         else:
-            firsts.append(f'"[{name}(" args_{i}')
+            firsts.append(f'"[{name}(" a{i}')
+    lines += [f"{rule}: {wanted}" for wanted, rule in values.items()]
     listed = f'({" | ".join(firsts)}){more} "]"'
     if not auto:
         return [f"start: {listed}", *lines]
-    return [f"start: TEXT | {listed}", f"TEXT: /(?s:.*)/ & ~/(?s:.*){early}(?s:.*)/", *lines]
+    return [f"start: TEXT | {listed}", *shared, *lines]
 
 
-def _keyword_rules(rule: str, tool: str, schema: Mapping[str, Any]) -> list[str]:
-    """``a=1, b="x")``: keywords in the schema's order, optional ones may be left out. Ends with the parenthesis."""
+def _keyword_rules(rule: str, tool: str, schema: Mapping[str, Any], values: dict[str, str]) -> list[str]:
+    """``a=1, b="x")``: keywords in the schema's order, optional ones may be left out. Ends with the parenthesis.
+
+    ``values`` collects what the keywords may be, one rule for all that are alike.
+    """
     properties = schema.get("properties") or {}
     if not isinstance(properties, Mapping) or len(properties) > MAX_PARAMETERS:
         raise InvalidRequest(f"tool {tool!r}: properties must be an object of at most {MAX_PARAMETERS}")
@@ -139,11 +148,12 @@ def _keyword_rules(rule: str, tool: str, schema: Mapping[str, Any]) -> list[str]
     for i, (key, value) in enumerate(properties.items()):
         if not (key.isascii() and key.replace(".", "_").replace("-", "_").isidentifier()):
             raise InvalidRequest(f"tool {tool!r}: parameter {key!r} cannot be written as a Python keyword")
-        lines.append(f'{rule}_v{i}: "{key}=" {_python_value(value, shared)}')
+        wanted = _python_value(value, shared)
+        name = values.setdefault(wanted, f"v{len(values)}")
         skip_first = "" if key in required else f" | {rule}_f{i + 1}"
         skip_later = "" if key in required else f" | {rule}_l{i + 1}"
-        lines.append(f"{rule}_f{i}: {rule}_v{i} {rule}_l{i + 1}{skip_first}")
-        lines.append(f'{rule}_l{i}: ", " {rule}_v{i} {rule}_l{i + 1}{skip_later}')
+        lines.append(f'{rule}_f{i}: "{key}=" {name} {rule}_l{i + 1}{skip_first}')
+        lines.append(f'{rule}_l{i}: ", {key}=" {name} {rule}_l{i + 1}{skip_later}')
     end = len(properties)
     lines.append(f"{rule}: {rule}_f0" if end else f'{rule}: ")"')
     if end:
@@ -186,7 +196,24 @@ def _spec(tool: Tool, index: int) -> tuple[str, dict[str, Any]]:
         raise InvalidRequest(f"tool {name!r}: parameters nest deeper than {MAX_SCHEMA_DEPTH}")
     if len(_json(schema)) > MAX_SCHEMA_CHARS:
         raise InvalidRequest(f"tool {name!r}: parameters have more than {MAX_SCHEMA_CHARS} characters")
-    return name, schema
+    return name, dict(_bare(schema))
+
+
+def _bare(schema: Any) -> Any:
+    """A schema without its prose, which says nothing to a grammar. Depth is checked before."""
+    if isinstance(schema, list | tuple):
+        return [_bare(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    out: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _NAMED_SCHEMAS and isinstance(value, Mapping):
+            out[key] = {name: _bare(item) for name, item in value.items()}
+        elif key in ("enum", "const"):
+            out[key] = value
+        elif key not in _PROSE:
+            out[key] = _bare(value)
+    return out
 
 
 def _depth(value: Any) -> int:

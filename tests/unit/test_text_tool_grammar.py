@@ -233,6 +233,36 @@ def test_bad_tools_are_refused_by_name(tools: list[Any], choice: str, reason: st
         tool_grammar(HERMES, tools, choice=choice)
 
 
+def test_prose_in_schemas_costs_nothing_and_parameters_may_be_called_like_it() -> None:
+    tool = {
+        "name": "f",
+        "parameters": {
+            "type": "object",
+            "description": "x" * 50_000,
+            "properties": {
+                "description": {"type": "integer", "title": "y", "default": 3},
+                "title": {"const": "default"},
+            },
+            "required": ["description", "title"],
+        },
+    }
+    grammar = tool_grammar(HERMES, [tool], choice="required")
+    assert grammar is not None and len(grammar) < 1_000
+    walk = Walk(Vocabulary([]), grammar)
+    walk.write('<tool_call>\n{"name": "f", "arguments": {"description": 12, "title": "default"}}\n</tool_call>')
+    assert walk.may_end()
+
+
+@pytest.mark.parametrize("fmt", list(ToolFormat))
+def test_many_tools_make_a_grammar_of_bearable_size(fmt: ToolFormat) -> None:
+    properties = {f"p{i}": {"type": "string", "description": "z" * 60} for i in range(6)}
+    tools = [{"name": f"tool_{i}", "parameters": {"type": "object", "properties": properties}} for i in range(64)]
+    grammar = tool_grammar(fmt, tools)
+    assert grammar is not None and len(grammar) < 1 << 16
+    walk = Walk(Vocabulary([]), grammar).write("Hello")
+    assert walk.may_end()
+
+
 def test_deep_schemas_and_odd_keywords_are_refused() -> None:
     deep: Any = {"type": "string"}
     for _ in range(100):
