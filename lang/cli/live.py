@@ -27,7 +27,7 @@ STYLES = {
     "starting": "dim",
 }
 SHORT = {"preserve": "keep", "swap": "swap", "discard": "drop", "release": "let go"}
-BAR_CHARS = 48
+BAR_CHARS = 40
 CHROME_LINES = 7  # bar, legend, header and footer around the rows
 
 
@@ -45,7 +45,7 @@ class TerminalViewer:
         self._live = Live(console=console, auto_refresh=False, transient=True) if live else None
         self._title = ""
         self._run: FleetRun | None = None
-        self._best = -1
+        self._best = (-1, -1)
 
     def __enter__(self) -> TerminalViewer:
         if self._live is not None:
@@ -63,7 +63,7 @@ class TerminalViewer:
 
     def begin(self, title: str, run: FleetRun) -> None:
         """A run starts."""
-        self._title, self._run, self._best = title, run, -1
+        self._title, self._run, self._best = title, run, (-1, -1)
 
     def show(self, snapshot: Snapshot) -> None:
         """Draw the engine as it is now."""
@@ -89,20 +89,23 @@ class TerminalViewer:
 def fleet_view(title: str, snapshot: Snapshot, run: FleetRun, max_rows: int) -> RenderableType:
     """The pool, a row for each agent, and the running account."""
     heading = Text.assemble(("policy ", "dim"), (title, "bold")) if run.with_tool else Text(title, "bold")
-    table = Table(box=None, padding=(0, 1), expand=True, show_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), expand=True, show_edge=False)
     table.add_column("agent", justify="right", style="dim", no_wrap=True)
     table.add_column("state", no_wrap=True, width=9)
     table.add_column("waits for", no_wrap=True, width=15)
-    table.add_column("since", justify="right", no_wrap=True, width=6)
+    table.add_column("since", justify="right", no_wrap=True, width=5)
     table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column("asked", justify="right", no_wrap=True)
-    table.add_column("last decision: why (waste in token-seconds)", no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column("done", justify="right", no_wrap=True)
+    table.add_column("keep", justify="right", no_wrap=True, width=5)
+    table.add_column("swap", justify="right", no_wrap=True, width=6)
+    table.add_column("drop", justify="right", no_wrap=True, width=5)
+    table.add_column("last decision and why", no_wrap=True, overflow="ellipsis", ratio=1)
     for agent in run.fleet[:max_rows]:
         row = snapshot.rows.get(agent.number)
         answered = f"{run.answered(agent.number)}/{len(agent.tasks)}"
         if row is None:
             state = "done" if run.answered(agent.number) else "starting"
-            table.add_row(str(agent.number), Text(state, STYLES[state]), "", "", "", answered, "")
+            table.add_row(str(agent.number), Text(state, STYLES[state]), "", "", "", answered)
         else:
             table.add_row(str(agent.number), *_cells(row, answered))
     parts: list[RenderableType] = [heading, pool_bar(snapshot.pool), table]
@@ -112,7 +115,8 @@ def fleet_view(title: str, snapshot: Snapshot, run: FleetRun, max_rows: int) -> 
     parts.append(
         Text(
             f"recomputed {snapshot.tokens_recomputed:,} tokens, swapped {megabytes(snapshot.bytes_swapped)}, "
-            f"waste {snapshot.waste_token_s:,.0f} token-seconds",
+            f"waste {snapshot.waste_token_s:,.0f} token-seconds; "
+            "keep, swap, drop: what each would waste, in token-seconds",
             "dim",
         )
     )
@@ -120,28 +124,25 @@ def fleet_view(title: str, snapshot: Snapshot, run: FleetRun, max_rows: int) -> 
 
 
 def _cells(row: ContextRow, answered: str) -> list[RenderableType]:
-    since = f"{row.elapsed_s:.1f} s" if row.tool else ""
-    return [
+    cells: list[RenderableType] = [
         Text(row.state, STYLES.get(row.state, "")),
         Text(row.tool),
-        since,
+        f"{row.elapsed_s:.1f}s" if row.tool else "",
         f"{row.num_tokens:,}",
         answered,
-        _decision(row),
     ]
-
-
-def _decision(row: ContextRow) -> Text:
     decision = row.decision
     if decision is None:
-        return Text("")
+        return cells
     costs = decision.costs
-    return Text.assemble(
-        (SHORT[decision.action.value], "bold"),
-        f" (keep {_short(costs.preserve_token_s)}, swap {_short(costs.swap_token_s)}, "
-        f"drop {_short(costs.discard_token_s)}): ",
-        (decision.reason, "dim"),
+    style = "" if row.fresh else "dim"
+    cells += [Text(_short(cost), style) for cost in (costs.preserve_token_s, costs.swap_token_s, costs.discard_token_s)]
+    cells.append(
+        Text.assemble(
+            (SHORT[decision.action.value], "bold" if row.fresh else "dim"), ": ", decision.reason, style=style
+        )
     )
+    return cells
 
 
 def pool_bar(pool: PoolView) -> Text:
@@ -159,10 +160,10 @@ def pool_bar(pool: PoolView) -> Text:
         width = round(BAR_CHARS * seen / max(1, pool.total)) - drawn
         text.append(char * width, style)
         drawn += width
-    text.append(f" of {pool.total * pool.page_size:,} tokens ")
+    text.append(f" {pool.total * pool.page_size:,} tokens")
     for name, pages, style, char in parts:
-        text.append(f" {char} ", style)
-        text.append(f"{name} {100 * pages / max(1, pool.total):.0f} %")
+        text.append(f"  {char} ", style)
+        text.append(f"{name} {100 * pages / max(1, pool.total):.0f}%")
     return text
 
 
@@ -242,4 +243,4 @@ def megabytes(count: int) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 0.1 else f"{value:.3f}"

@@ -12,13 +12,17 @@ from caesura.scheduler.types import ContextId, PauseDecision, Phase
 
 @dataclass(frozen=True, slots=True)
 class ContextRow:
-    """One context: its state in a person's words, and the last decision about its KV, if there was one."""
+    """One context: its state in a person's words, and the last decision about its KV, if there was one.
+
+    ``fresh``: the decision is about the pause that it is in, not about an earlier one.
+    """
 
     state: str
     tool: str
     elapsed_s: float  # of the pause
     num_tokens: int
     decision: PauseDecision | None
+    fresh: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +49,9 @@ class Snapshot:
     waste_token_s: float = 0.0
 
     @property
-    def variety(self) -> int:
-        """How many different states it shows."""
-        return len({row.state for row in self.rows.values()})
+    def variety(self) -> tuple[int, int]:
+        """How much there is to see: different states, and decisions about present pauses."""
+        return len({row.state for row in self.rows.values()}), sum(row.fresh for row in self.rows.values())
 
 
 def take_snapshot(engine: Engine, roster: Mapping[ContextId, int]) -> Snapshot:
@@ -61,13 +65,14 @@ def take_snapshot(engine: Engine, roster: Mapping[ContextId, int]) -> Snapshot:
         if agent is None:
             continue
         paused = context.phase is Phase.PAUSED
-        decisions = engine.decisions(context.id)
+        decision = next(reversed(engine.decisions(context.id)), None)
         rows[agent] = ContextRow(
             state=state_of(context),
             tool=context.pause.tool if paused else "",
             elapsed_s=max(0.0, now - context.pause.since) if paused else 0.0,
             num_tokens=context.num_tokens,
-            decision=decisions[-1] if decisions else None,
+            decision=decision,
+            fresh=paused and decision is not None and decision.now >= context.pause.since,
         )
     return Snapshot(
         pool=PoolView(
