@@ -1,0 +1,82 @@
+"""The application: middleware, routes, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from caesura.runtime.server.chat import Chat
+from caesura.runtime.server.config import ServerConfig
+from caesura.runtime.server.errors import as_api_error
+from caesura.runtime.server.guard import Auth, BodyLimit, HostGuard, Outermost
+from caesura.runtime.server.info import Info, package_version
+from caesura.runtime.server.ports import Service
+from caesura.runtime.server.state import ServerState
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def create_app(service: Service, config: ServerConfig | None = None) -> FastAPI:
+    """The server's ASGI application on a running engine. The service stays its owner's; its contexts do not."""
+    config = config or ServerConfig()
+    state = ServerState(service, config)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await state.close()
+
+    guard = Middleware(
+        HostGuard, loopback=config.is_loopback, hosts=config.allowed_hosts, origins=config.allowed_origins
+    )
+    app = FastAPI(
+        title="Caesura",
+        version=package_version(),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        redirect_slashes=False,
+        middleware=[
+            Middleware(Outermost),
+            guard,
+            Middleware(Auth, state.keys),
+            Middleware(BodyLimit, deadline_s=config.body_deadline_s),
+        ],
+        exception_handlers={HTTPException: _http_error},
+    )
+    app.state.server = state
+    for methods, path, endpoint in _routes(state):
+        app.add_api_route(path, _plain(endpoint), methods=methods.split(), response_model=None, name=path)
+    return app
+
+
+def _routes(state: ServerState) -> list[tuple[str, str, Endpoint]]:
+    info = Info(state)
+    return [
+        ("GET", "/health", info.health),
+        ("GET", "/ready", info.ready),
+        ("GET", "/version", info.version),
+        ("GET", "/v1/models", info.models),
+        ("GET", "/v1/models/{model:path}", info.model),
+        ("POST", "/v1/chat/completions", Chat(state).__call__),
+    ]
+
+
+def _plain(endpoint: Endpoint) -> Endpoint:
+    """A function of its own for each route: FastAPI reads its signature and names its operation after it."""
+
+    async def answer(request: Request) -> Response:
+        return await endpoint(request)
+
+    answer.__doc__ = endpoint.__doc__
+    return answer
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    return as_api_error(error).response()

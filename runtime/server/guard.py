@@ -1,0 +1,193 @@
+"""Pure ASGI middleware: request ids and errors, Host and Origin, keys, body size.
+
+``BaseHTTPMiddleware`` would hide disconnects from the handlers, so nothing here uses it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from collections.abc import Iterable, Iterator
+
+from caesura.runtime.server.access import Access, access_of
+from caesura.runtime.server.config import is_loopback
+from caesura.runtime.server.errors import ApiError, as_api_error
+from caesura.runtime.server.keys import KeyRing
+from caesura.runtime.server.limits import MAX_BODY_BYTES
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger("caesura.server")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
+_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::([0-9]{1,5}))?")
+PRINCIPAL, REQUEST_ID = "caesura.principal", "caesura.request_id"
+
+
+class Outermost:
+    """Gives every request an id, logs one line without any of its text, and turns exceptions into error objects."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope[REQUEST_ID] = request_id
+        started, status = time.perf_counter(), 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sending)
+        except Exception as error:
+            refusal = as_api_error(error)
+            if refusal.status >= 500:
+                log.exception("request %s failed", request_id)
+            if status:  # the answer has begun: all that is left is to cut it off
+                raise
+            await refusal.response()(scope, receive, sending)
+        finally:
+            took_ms = (time.perf_counter() - started) * 1000
+            log.info("%s %s %s %d %.1f ms", request_id, scope["method"], _shown(scope), status, took_ms)
+
+
+class HostGuard:
+    """Refuses foreign Origin headers, and on loopback foreign Host headers, for every method."""
+
+    def __init__(self, app: ASGIApp, *, loopback: bool, hosts: Iterable[str], origins: Iterable[str]) -> None:
+        self._app = app
+        self._loopback = loopback
+        self._hosts = frozenset(host.lower() for host in hosts)
+        self._origins = frozenset(origin.lower() for origin in origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            self._check(scope)
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        hosts = list(_header(scope, b"host"))
+        if len(hosts) != 1:
+            raise ApiError(400, "the request must have exactly one Host header")
+        found = _HOST.fullmatch(hosts[0])
+        if found is None:
+            raise ApiError(400, "the Host header is malformed")
+        host = hosts[0].decode().lower()
+        name = found.group(1).decode().lower()
+        if self._loopback and not (is_loopback(name) or name in self._hosts or host in self._hosts):
+            raise ApiError(403, "the Host header does not name this server; add it to allowed_hosts")
+        for raw in _header(scope, b"origin"):
+            origin = raw.decode("latin-1").lower()
+            if origin not in self._origins and origin not in (f"http://{host}", f"https://{host}"):
+                raise ApiError(403, "requests from web pages of another origin are refused; see allowed_origins")
+
+
+class Auth:
+    """Finds the key's owner. Decided by the raw path; what is not public needs a key."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            self._check(scope)
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        access = access_of(_raw_path(scope))
+        if access is Access.PUBLIC:
+            return
+        principal = self._keys.find(_bearer(scope))
+        if principal is None:
+            raise ApiError(401, "a valid API key is needed: Authorization: Bearer <key>", code="invalid_api_key")
+        if access is Access.ADMIN and not principal.admin:
+            raise ApiError(403, "this route needs an admin key")
+        scope[PRINCIPAL] = principal
+
+
+class BodyLimit:
+    """Counts body bytes as they arrive, and the time they take."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int = MAX_BODY_BYTES, deadline_s: float = 30.0) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._deadline_s = deadline_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        for encoding in _header(scope, b"content-encoding"):
+            if encoding.strip().lower() not in (b"", b"identity"):
+                raise ApiError(415, "compressed bodies are not accepted")
+        for length in _header(scope, b"content-length"):
+            if not length.isdigit() or int(length[:20]) > self._max_bytes:
+                raise self._refusal()
+        deadline_at = asyncio.get_running_loop().time() + self._deadline_s
+        num_bytes, complete = 0, False
+
+        async def receiving() -> Message:
+            nonlocal num_bytes, complete
+            if complete:  # what follows is a disconnect, which may take its time
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline_at):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(408, f"the body did not arrive within {self._deadline_s:g} s") from None
+            if message["type"] == "http.request":
+                num_bytes += len(message.get("body", b""))
+                complete = not message.get("more_body", False)
+                if num_bytes > self._max_bytes:
+                    raise self._refusal()
+            return message
+
+        await self._app(scope, receiving, send)
+
+    def _refusal(self) -> ApiError:
+        return ApiError(413, f"the body is larger than {self._max_bytes} bytes", code="body_too_large")
+
+
+def _header(scope: Scope, name: bytes) -> Iterator[bytes]:
+    return (value for key, value in scope["headers"] if key.lower() == name)
+
+
+def _raw_path(scope: Scope) -> bytes:
+    raw = scope.get("raw_path")
+    path = raw if isinstance(raw, bytes) else str(scope["path"]).encode("utf-8", "surrogateescape")
+    return path.split(b"?", 1)[0]
+
+
+def _bearer(scope: Scope) -> str | None:
+    """The key of an Authorization header; one of two such headers would be ambiguous."""
+    values = list(_header(scope, b"authorization"))
+    if len(values) != 1:
+        return None
+    scheme, _, token = values[0].decode("latin-1").partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None
+
+
+def _request_id(scope: Scope) -> str:
+    for value in _header(scope, b"x-request-id"):
+        if _REQUEST_ID.fullmatch(value):
+            return value.decode()
+    return f"req_{secrets.token_hex(12)}"
+
+
+def _shown(scope: Scope) -> str:
+    """The path for the log: printable ASCII, bounded."""
+    return ascii(_raw_path(scope)[:200].decode("latin-1"))[1:-1]

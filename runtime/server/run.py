@@ -1,0 +1,82 @@
+"""Running the server: one process, uvicorn, a graceful end."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+from caesura.runtime.server.app import create_app
+from caesura.runtime.server.config import ServerConfig
+from caesura.runtime.server.ports import Service
+
+if TYPE_CHECKING:
+    from caesura.runtime.server.state import ServerState
+
+log = logging.getLogger("caesura.server")
+MAX_HEADER_BYTES = 64 << 10
+KEEP_ALIVE_S = 75
+
+
+class Server(uvicorn.Server):
+    """The first SIGTERM or SIGINT drains, the second stops at once."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+        super().__init__(config)
+        self._state = state
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """See uvicorn. Called in the main thread, by a signal."""
+        self._state.draining = True
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+        log.warning("%s: %s", signal.Signals(sig).name, "stopping now" if self.force_exit else "draining")
+
+
+def make_server(service: Service, config: ServerConfig) -> Server:
+    """A server that has not started yet. Raises InvalidRequest when it would be open to other machines."""
+    config.check_exposure()
+    app = create_app(service, config)
+    settings = uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        http="h11",
+        ws="none",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, round(config.drain_s)),
+        access_log=False,
+        server_header=False,
+        date_header=True,
+        log_config=None,
+        proxy_headers=False,
+    )
+    return Server(settings, app.state.server)
+
+
+def serve(
+    config: ServerConfig | None = None,
+    *,
+    start_service: Callable[[ServerConfig], Service] | None = None,
+    sockets: list[socket.socket] | None = None,
+) -> None:
+    """Run a server until it is told to stop. ``start_service`` makes the engine; in this process unless given."""
+    config = config or ServerConfig()
+    config.check_exposure()
+    service = (start_service or _in_process)(config)
+    try:
+        make_server(service, config).run(sockets)
+    finally:
+        service.close()
+
+
+def _in_process(config: ServerConfig) -> Service:
+    from caesura.runtime.service import EngineService
+
+    return EngineService.start(config.engine)

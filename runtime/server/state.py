@@ -1,0 +1,52 @@
+"""What the routes share: the service, the configuration, and the registries of this server."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from caesura.runtime.server.config import ServerConfig
+from caesura.runtime.server.http import principal_of
+from caesura.runtime.server.kept import KeptContexts, namespace_of
+from caesura.runtime.server.keys import KeyRing
+from caesura.runtime.server.ports import Service
+from caesura.runtime.server.work import Work, WorkBoard
+from starlette.requests import Request
+
+T = TypeVar("T")
+TEXT_DEADLINE_S = 20.0
+TEXT_THREADS = 2
+
+
+class ServerState:
+    """One server's state. Lives on one event loop."""
+
+    def __init__(self, service: Service, config: ServerConfig) -> None:
+        self.service = service
+        self.config = config
+        self.keys = KeyRing(config.api_keys, config.admin_keys, config.key_file)
+        self.board = WorkBoard(config.max_requests)
+        self.kept = KeptContexts(config.max_kept_contexts, config.max_contexts_per_key, config.tool_wait_s)
+        self.model_name = config.model_name or service.model_name
+        self.started_at = time.time()
+        self.draining = False
+        self._text = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="caesura-text")
+
+    async def on_text_thread(self, work: Callable[[], T]) -> T:
+        """Rendering and tokenizing, away from the event loop, with a deadline."""
+        async with asyncio.timeout(TEXT_DEADLINE_S):
+            return await asyncio.get_running_loop().run_in_executor(self._text, work)
+
+    def work(self, request: Request, *, rid: str | None, cache_salt: str | None) -> Work:
+        """A request at work; to be entered."""
+        key_id = principal_of(request).key_id
+        return Work(self.service, self.board, key_id, rid or secrets.token_hex(16), namespace_of(key_id, cache_salt))
+
+    async def close(self) -> None:
+        """Give up every context this server kept. The service is its owner's."""
+        await self.kept.clear()
+        self._text.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,189 @@
+"""The contexts a request holds: opened for it, closed with it, stopped by an abort. Nothing outlives its request
+unless it is handed on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from typing import Any, Self, TypeVar, cast
+
+from caesura.runtime.errors import ContextClosed
+from caesura.runtime.generation import TokenChunk, ToolCalling
+from caesura.runtime.sampling import SamplingParams
+from caesura.runtime.server.errors import ApiError
+from caesura.runtime.server.http import settled
+from caesura.runtime.server.ports import Handle, Service
+
+T = TypeVar("T")
+
+
+class Aborted(ApiError):
+    """Somebody asked for this request to end."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "the request was aborted", code="aborted")
+
+
+class Work:
+    """One request at work. An async context manager; on leaving it, its contexts are closed."""
+
+    def __init__(self, service: Service, board: WorkBoard, key_id: str, request_id: str, namespace: str) -> None:
+        self.service = service
+        self.namespace = namespace
+        self.request_id = request_id
+        self.aborted = False
+        self._board = board
+        self._place = (key_id, request_id)
+        self._handles: list[Handle] = []
+
+    async def __aenter__(self) -> Self:
+        self._board.enter(self._place, self)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._board.leave(self._place)
+        await settled(self._close_all())
+
+    async def open(self, deadline_s: float | None = None) -> Handle:
+        """A context of this request."""
+        if self.aborted:
+            raise Aborted
+        handle = await _even_if_cancelled(self.service.open(self.namespace, deadline_s), _close_one)
+        return self.adopt(handle)
+
+    async def fork(self, parent: Handle, count: int) -> list[Handle]:
+        """Copies of a context, which belong to this request as well."""
+        forks = await _even_if_cancelled(parent.fork(count), _close_many)
+        return [self.adopt(handle) for handle in forks]
+
+    def adopt(self, handle: Handle) -> Handle:
+        """From now on the context ends with this request."""
+        self._handles.append(handle)
+        return handle
+
+    def hand_on(self, handle: Handle) -> None:
+        """Somebody else keeps the context from now on."""
+        self._handles.remove(handle)
+
+    async def generate(
+        self, handle: Handle, params: SamplingParams, tools: ToolCalling | None = None
+    ) -> AsyncGenerator[TokenChunk, None]:
+        """The handle's chunks. Raises Aborted after an abort."""
+        chunks = cast("AsyncGenerator[TokenChunk, None]", handle.generate(params, tools))
+        try:
+            async with contextlib.aclosing(chunks):
+                async for chunk in chunks:
+                    yield chunk
+        except ContextClosed:
+            if self.aborted:
+                raise Aborted from None
+            raise
+
+    async def abort(self) -> None:
+        """End what the request does, in whatever state it is."""
+        self.aborted = True
+        for handle in self._handles:
+            await handle.close()
+
+    async def _close_all(self) -> None:
+        handles, self._handles = self._handles, []
+        for handle in handles:
+            with contextlib.suppress(Exception):  # an engine that died has closed them
+                await handle.close()
+
+
+class WorkBoard:
+    """Requests at work, by key and request id. Bounds how many there are."""
+
+    def __init__(self, max_requests: int) -> None:
+        self._max_requests = max_requests
+        self._at_work: dict[tuple[str, str], Work] = {}
+
+    def __len__(self) -> int:
+        return len(self._at_work)
+
+    def enter(self, place: tuple[str, str], work: Work) -> None:
+        """Raises ApiError 429 when there are too many, 400 for an id in use."""
+        if len(self._at_work) >= self._max_requests:
+            raise ApiError(429, "The request queue is full.", code="queue_full", retry_after_s=1)
+        if place in self._at_work:
+            raise ApiError(400, f"Duplicate request ID {place[1]!r}: a request of this id is still at work")
+        self._at_work[place] = work
+
+    def leave(self, place: tuple[str, str]) -> None:
+        self._at_work.pop(place, None)
+
+    async def abort(self, key_id: str, request_id: str | None) -> int:
+        """Abort one key's request, or all of them. Returns how many."""
+        found = [
+            work
+            for (owner, name), work in list(self._at_work.items())
+            if owner == key_id and request_id in (None, name)
+        ]
+        for work in found:
+            await work.abort()
+        return len(found)
+
+
+async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """Items of several generators as they come. The first failure ends all."""
+    if len(sources) == 1:
+        async with contextlib.aclosing(sources[0]) as only:
+            async for item in only:
+                yield item
+        return
+    queue: asyncio.Queue[T | None | Exception] = asyncio.Queue()
+
+    async def run(source: AsyncGenerator[T, None]) -> None:
+        try:
+            async with contextlib.aclosing(source):
+                async for item in source:
+                    queue.put_nowait(item)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.ensure_future(run(source)) for source in sources]
+    try:
+        left = len(tasks)
+        while left:
+            found = await queue.get()
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
+                left -= 1
+            else:
+                yield found
+    finally:
+        for task in tasks:
+            task.cancel()
+        await settled(asyncio.gather(*tasks, return_exceptions=True))
+
+
+async def _even_if_cancelled(work: Coroutine[Any, Any, T], undo: Any) -> T:
+    """Await ``work``; when the caller is cancelled meanwhile, undo it once it is done. The engine does it anyway."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(lambda done: _undo(done, undo))
+        raise
+
+
+def _undo(done: asyncio.Future[Any], undo: Any) -> None:
+    if not done.cancelled() and done.exception() is None:
+        _background.add(task := asyncio.ensure_future(undo(done.result())))
+        task.add_done_callback(_background.discard)
+
+
+_background: set[asyncio.Future[Any]] = set()  # asyncio keeps only weak references to running tasks
+
+
+async def _close_one(handle: Handle) -> None:
+    await handle.close()
+
+
+async def _close_many(handles: Sequence[Handle]) -> None:
+    for handle in handles:
+        await handle.close()
