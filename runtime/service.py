@@ -12,9 +12,9 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from caesura.runtime.api import PendingCall
 from caesura.runtime.build import Runtime, build
 from caesura.runtime.config import EngineConfig
 from caesura.runtime.engine import Engine, Observer
@@ -28,18 +28,11 @@ from caesura.runtime.text.tool_parser import ToolFormat, detect_format, tool_gra
 from caesura.scheduler.context import Call
 from caesura.scheduler.types import ContextId, PauseDecision
 
+__all__ = ["ContextHandle", "EngineService", "PendingCall"]
+
 T = TypeVar("T")
 MAX_FAILED_STEPS = 3
 GRAMMAR_DEADLINE_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class PendingCall:
-    """A tool call about to start. ``expected_s`` is a hint; the context is closed after ``deadline_s``."""
-
-    tool: str
-    expected_s: float | None = None
-    deadline_s: float | None = None
 
 
 class EngineService:
@@ -62,6 +55,11 @@ class EngineService:
     def start(cls, config: EngineConfig | None = None) -> EngineService:
         """Build an engine and run it on a thread of its own."""
         return cls(build(config or EngineConfig()))
+
+    @property
+    def ready(self) -> bool:
+        """The engine thread takes commands."""
+        return self._thread.is_alive() and not self._stopping and self._stopped_because is None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -90,6 +88,10 @@ class EngineService:
         """Forget every cached prefix no context holds."""
         await self.call(lambda engine: engine.flush_cache())
 
+    async def read_stats(self) -> dict[str, Any]:
+        """As ``stats``, without blocking the event loop."""
+        return await self.call(_stats)
+
     def stats(self) -> dict[str, Any]:
         """The running account and the pools, as of now."""
         return self.call_now(_stats)
@@ -112,6 +114,13 @@ class EngineService:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def stopped(self) -> EngineStopped:
+        """Why the engine no longer runs."""
+        cause = self._stopped_because
+        if isinstance(cause, EngineStopped):
+            return cause
+        return EngineStopped(f"the engine stopped: {cause}" if cause else "the engine was closed")
+
     # -- commands ---------------------------------------------------------------------------------------------
 
     def post(self, command: Callable[[Engine], object]) -> None:
@@ -127,6 +136,8 @@ class EngineService:
             if not future.set_running_or_notify_cancel():
                 return
             try:
+                if self._stopped_because is not None:  # nobody would step what this began
+                    raise self.stopped()
                 future.set_result(command(self._engine))
             except Exception as error:
                 future.set_exception(error)
@@ -184,8 +195,7 @@ class EngineService:
         self._wake.clear()
 
     def _finish(self) -> None:
-        cause = self._stopped_because
-        reason = EngineStopped(f"the engine stopped: {cause}" if cause else "the engine was closed")
+        reason = self.stopped()
         self._stopped_because = self._stopped_because or reason
         for context in list(self._engine.scheduler.contexts):
             self._engine.close(context, reason)
@@ -209,9 +219,12 @@ class ContextHandle:
         self._loop = loop
         self._closed: Exception | None = None
         self.num_tokens = 0
+        self.on_closed: Callable[[Exception], None] | None = None  # hears of an end nobody asked for, on any thread
 
     def _engine_closed(self, reason: Exception) -> None:
         self._closed = reason
+        if self.on_closed is not None:
+            self.on_closed(reason)
 
     async def _call(self, command: Callable[[Engine], T]) -> T:
         if self._closed is not None:
@@ -346,6 +359,10 @@ class ContextHandle:
     async def token_ids(self) -> list[int]:
         """The context's tokens."""
         return await self._call(lambda engine: engine.tokens(self.id))
+
+    async def read_decisions(self) -> list[PauseDecision]:
+        """As ``decisions``, without blocking the event loop."""
+        return await self._call(lambda engine: engine.decisions(self.id))
 
     def decisions(self) -> list[PauseDecision]:
         """The latest pause decisions, oldest first."""

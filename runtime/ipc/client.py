@@ -1,0 +1,291 @@
+"""An engine in a process of its own, with the interface of ``EngineService``. Loads no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+from caesura.runtime.api import PendingCall
+from caesura.runtime.config import EngineConfig
+from caesura.runtime.errors import CaesuraError, ContextClosed, EngineStopped
+from caesura.runtime.generation import TokenChunk, ToolCalling
+from caesura.runtime.ipc import messages as m
+from caesura.runtime.ipc.connection import Connection, State, Supervision
+from caesura.runtime.sampling import SamplingParams
+from caesura.runtime.text.template import ChatTemplate, load_template
+from caesura.runtime.text.tokenizer import Tokenizer, load_tokenizer
+from caesura.runtime.text.tool_parser import detect_format
+from caesura.scheduler.types import ContextId, PauseDecision
+
+A = TypeVar("A", bound=m.Answer)
+
+
+class EngineClient:
+    """The client of one engine process, which is restarted when it dies. Coroutines may run on any event loop.
+
+    While no engine is ready, and for contexts of one that died, every call raises EngineStopped with the reason.
+    """
+
+    def __init__(self, connection: Connection, tokenizer: Tokenizer, template: ChatTemplate, model_name: str) -> None:
+        self._connection = connection
+        self.tokenizer = tokenizer
+        self.template = template
+        self.tool_format = detect_format(template.source)
+        self.model_name = model_name
+        self._handles: weakref.WeakValueDictionary[tuple[int, ContextId], RemoteHandle] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+        connection.on_context_closed = self._context_closed
+
+    @classmethod
+    def start(cls, config: EngineConfig | None = None, supervision: Supervision | None = None) -> EngineClient:
+        """Start the engine process and wait until it is ready. Raises what building the engine raised there."""
+        config = config or EngineConfig()
+        connection = Connection(config, supervision or Supervision())
+        try:
+            folder = Path(connection.started.result().folder)
+            tokenizer = load_tokenizer(folder)
+            return cls(connection, tokenizer, load_template(folder, tokenizer), config.model)
+        except BaseException:
+            connection.close(0.0)
+            raise
+
+    @property
+    def ready(self) -> bool:
+        """The engine process takes requests."""
+        return self._connection.state is State.READY
+
+    @property
+    def state(self) -> State:
+        """Where the engine process is in its life."""
+        return self._connection.state
+
+    @property
+    def engine_pid(self) -> int | None:
+        """The engine's process id; None while there is none."""
+        return self._connection.pid
+
+    async def open(self, namespace: str = "", deadline_s: float | None = None) -> RemoteHandle:
+        """A new, empty context; closed with DeadlineExceeded after ``deadline_s`` seconds."""
+        answer, life = await self._ask(
+            m.Opened,
+            lambda number: m.Open(number, namespace, deadline_s),
+            unwanted=lambda late, life: self._connection.post(m.Close(late.context), life),
+        )
+        return self._handle(answer.context, life)
+
+    async def flush_cache(self) -> None:
+        """Forget every cached prefix no context holds."""
+        await self._ask(m.Done, m.FlushCache)
+
+    async def read_stats(self) -> dict[str, Any]:
+        """The running account and the pools; under ``ipc`` restarts and dropped frames."""
+        answer, _ = await self._ask(m.Account, m.Stats)
+        return answer.values
+
+    def stats(self) -> dict[str, Any]:
+        """As ``read_stats``, blocking the calling thread."""
+        return self._submit(m.Account, m.Stats)[0].result().values
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Take no new contexts, let requests finish for up to ``drain_s``, end the process. Blocks. Idempotent."""
+        self._connection.close(drain_s)
+
+    async def aclose(self, drain_s: float = 0.0) -> None:
+        """As ``close``, without blocking the event loop."""
+        await asyncio.to_thread(self._connection.close, drain_s)
+
+    def __enter__(self) -> EngineClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- plumbing ---------------------------------------------------------------------------------------------
+
+    def _submit(
+        self,
+        kind: type[A],
+        make: Callable[[int], m.Command],
+        life: int | None = None,
+        unwanted: Callable[[A, int], None] | None = None,
+    ) -> tuple[Future[A], int, int]:
+        """Send a request; returns the future of its answer, its number, and the engine process it went to.
+
+        ``unwanted`` gets the answer when the future was cancelled before it came.
+        """
+        future: Future[A] = Future()
+        sent_to: Future[int] = Future()
+
+        def sink(answer: m.Answer | CaesuraError) -> None:
+            if not future.set_running_or_notify_cancel():
+                if unwanted is not None and isinstance(answer, kind):
+                    unwanted(answer, sent_to.result())
+                return
+            if isinstance(answer, kind):
+                future.set_result(answer)
+            else:
+                future.set_exception(_as_error(answer))
+
+        number, at = self._connection.request(make, sink, life)
+        sent_to.set_result(at)
+        return future, number, at
+
+    async def _ask(
+        self,
+        kind: type[A],
+        make: Callable[[int], m.Command],
+        life: int | None = None,
+        unwanted: Callable[[A, int], None] | None = None,
+    ) -> tuple[A, int]:
+        future, _, at = self._submit(kind, make, life, unwanted)
+        return await asyncio.wrap_future(future), at
+
+    def _handle(self, context: ContextId, life: int, num_tokens: int = 0) -> RemoteHandle:
+        handle = RemoteHandle(self, self._connection, context, life, num_tokens)
+        with self._lock:
+            self._handles[life, context] = handle
+        return handle
+
+    def _context_closed(self, life: int, context: ContextId, reason: CaesuraError) -> None:
+        with self._lock:
+            handle = self._handles.get((life, context))
+        if handle is not None:
+            handle._closed = handle._closed or reason
+
+
+class RemoteHandle:
+    """One context of the engine process. Made by ``EngineClient.open`` and ``fork``."""
+
+    def __init__(
+        self, client: EngineClient, connection: Connection, context: ContextId, life: int, num_tokens: int
+    ) -> None:
+        self._client = client
+        self._connection = connection
+        self._life = life
+        self._closed: CaesuraError | None = None
+        self.id = context
+        self.num_tokens = num_tokens
+
+    async def _ask(
+        self,
+        kind: type[A],
+        make: Callable[[int], m.Command],
+        *,
+        stops: bool = False,
+        unwanted: Callable[[A, int], None] | None = None,
+    ) -> A:
+        """A request about this context. ``stops``: it is aborted when the caller is cancelled, else it runs anyway."""
+        if self._closed is not None:
+            raise self._closed
+        future, number, _ = self._client._submit(kind, make, self._life, unwanted)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if stops:
+                self._connection.post(m.Stop(number), self._life)
+            raise
+
+    async def append(self, token_ids: Sequence[int]) -> int:
+        """Add tokens; returns the context's new length. Computed with the next request."""
+        tokens = tuple(token_ids)
+        answer = await self._ask(m.Length, lambda number: m.Append(number, self.id, tokens))
+        self.num_tokens = answer.num_tokens
+        return answer.num_tokens
+
+    async def generate(self, params: SamplingParams, tools: ToolCalling | None = None) -> AsyncIterator[TokenChunk]:
+        """Generate from the end of the context; the last chunk has ``finish``. Leaving early aborts."""
+        if self._closed is not None:
+            raise self._closed
+        loop = asyncio.get_running_loop()
+        answers: asyncio.Queue[m.Answer | CaesuraError] = asyncio.Queue()
+        listening = True
+
+        def sink(answer: m.Answer | CaesuraError) -> None:
+            nonlocal listening
+            try:
+                loop.call_soon_threadsafe(answers.put_nowait, answer)
+            except RuntimeError:  # that loop is gone, and with it whoever was listening
+                if listening:
+                    listening = False
+                    self._connection.post(m.Stop(number), self._life)
+
+        number, _ = self._connection.request(
+            lambda number: m.Generate(number, self.id, params, tools), sink, self._life
+        )
+        finished = False
+        try:
+            while not finished:
+                answer = await answers.get()
+                if not isinstance(answer, m.Chunk):
+                    finished = True
+                    raise self._closed or _as_error(answer)
+                if answer.num_tokens is not None:
+                    finished = True
+                    self.num_tokens = answer.num_tokens
+                yield answer.chunk
+        finally:
+            if not finished:
+                self._connection.post(m.Stop(number), self._life)
+
+    async def score(self, start: int) -> list[float]:
+        """Logprobs of the context's tokens from ``start`` (>= 1) on."""
+        return (await self._ask(m.Scores, lambda number: m.Score(number, self.id, start), stops=True)).logprobs
+
+    async def prefill(self) -> int:
+        """Compute everything appended so far, so that others can share it; returns the number of tokens."""
+        return (await self._ask(m.Length, lambda number: m.Prefill(number, self.id), stops=True)).num_tokens
+
+    async def fork(self, count: int) -> list[RemoteHandle]:
+        """``count`` copies that share this context's KV."""
+
+        def unwanted(late: m.Forked, life: int) -> None:
+            for context in late.contexts:
+                self._connection.post(m.Close(context), life)
+
+        answer = await self._ask(m.Forked, lambda number: m.Fork(number, self.id, count), unwanted=unwanted)
+        return [self._client._handle(context, self._life, answer.num_tokens) for context in answer.contexts]
+
+    async def truncate(self, num_tokens: int) -> None:
+        """Roll back to the first ``num_tokens`` tokens."""
+        await self._ask(m.Done, lambda number: m.Truncate(number, self.id, num_tokens))
+        self.num_tokens = num_tokens
+
+    async def pause(self, calls: Sequence[PendingCall], wait: str = "all") -> None:
+        """These tools are about to start; the runtime may take the KV for something better."""
+        pending = tuple(calls)
+        await self._ask(m.Done, lambda number: m.Pause(number, self.id, pending, wait))
+
+    async def resume(self) -> None:
+        """The tools have answered. Idempotent."""
+        await self._ask(m.Done, lambda number: m.Resume(number, self.id))
+
+    async def token_ids(self) -> list[int]:
+        """The context's tokens."""
+        return (await self._ask(m.TokenIds, lambda number: m.Tokens(number, self.id))).token_ids
+
+    async def read_decisions(self) -> list[PauseDecision]:
+        """The latest pause decisions, oldest first."""
+        return (await self._ask(m.Decided, lambda number: m.Decisions(number, self.id))).decisions
+
+    def decisions(self) -> list[PauseDecision]:
+        """As ``read_decisions``, blocking the calling thread."""
+        future, _, _ = self._client._submit(m.Decided, lambda number: m.Decisions(number, self.id), self._life)
+        return future.result().decisions
+
+    async def close(self) -> None:
+        """Close the context, aborting what it does. Idempotent."""
+        self._connection.post(m.Close(self.id), self._life)
+        self._closed = self._closed or ContextClosed(f"context {self.id} is closed")
+
+
+def _as_error(answer: m.Answer | CaesuraError) -> CaesuraError:
+    if isinstance(answer, CaesuraError):
+        return answer
+    if isinstance(answer, m.Failed):
+        return m.revive(answer.error)
+    return EngineStopped(f"the engine answered with {type(answer).__name__}, which was not asked for")
