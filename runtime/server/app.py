@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+from caesura.runtime.api import Service
 from caesura.runtime.server.chat import Chat
+from caesura.runtime.server.completions import Completions
 from caesura.runtime.server.config import ServerConfig
+from caesura.runtime.server.contexts import Contexts
 from caesura.runtime.server.errors import as_api_error
 from caesura.runtime.server.guard import Auth, BodyLimit, HostGuard, Outermost
 from caesura.runtime.server.info import Info, package_version
-from caesura.runtime.server.ports import Service
+from caesura.runtime.server.metrics import Counting, Metrics
+from caesura.runtime.server.native import Generate
+from caesura.runtime.server.native_info import NativeInfo
 from caesura.runtime.server.state import ServerState
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -25,6 +30,8 @@ def create_app(service: Service, config: ServerConfig | None = None) -> FastAPI:
     """The server's ASGI application on a running engine. The service stays its owner's; its contexts do not."""
     config = config or ServerConfig()
     state = ServerState(service, config)
+    info = Info(state)
+    metrics = Metrics(state, info)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -43,6 +50,7 @@ def create_app(service: Service, config: ServerConfig | None = None) -> FastAPI:
         openapi_url="/openapi.json",
         redirect_slashes=False,
         middleware=[
+            Middleware(Counting, metrics),
             Middleware(Outermost),
             guard,
             Middleware(Auth, state.keys),
@@ -51,20 +59,51 @@ def create_app(service: Service, config: ServerConfig | None = None) -> FastAPI:
         exception_handlers={HTTPException: _http_error},
     )
     app.state.server = state
-    for methods, path, endpoint in _routes(state):
+    for methods, path, endpoint in _routes(state, info, metrics):
         app.add_api_route(path, _plain(endpoint), methods=methods.split(), response_model=None, name=path)
     return app
 
 
-def _routes(state: ServerState) -> list[tuple[str, str, Endpoint]]:
-    info = Info(state)
+def _routes(state: ServerState, info: Info, metrics: Metrics) -> list[tuple[str, str, Endpoint]]:
+    """(methods, path, endpoint). ``access.py`` says who may call what."""
+    native, contexts = NativeInfo(state, info), Contexts(state)
+    one = "/v1/contexts/{context_id}"
     return [
         ("GET", "/health", info.health),
         ("GET", "/ready", info.ready),
         ("GET", "/version", info.version),
         ("GET", "/v1/models", info.models),
         ("GET", "/v1/models/{model:path}", info.model),
+        ("GET", "/metrics", metrics.show),
         ("POST", "/v1/chat/completions", Chat(state).__call__),
+        ("POST", "/v1/completions", Completions(state).__call__),
+        ("POST", "/generate", Generate(state).__call__),
+        ("GET", "/get_model_info", native.model_info),
+        ("GET", "/model_info", native.model_info),
+        ("GET", "/get_server_info", native.server_info),
+        ("GET", "/server_info", native.server_info),
+        ("GET", "/health_generate", native.health_generate),
+        ("POST", "/flush_cache", native.flush_cache),
+        ("POST", "/concate_and_append_request", native.concate_and_append),
+        ("POST", "/abort_request", native.abort),
+        ("POST", "/tokenize", native.tokenize),
+        ("POST", "/v1/tokenize", native.tokenize),
+        ("POST", "/detokenize", native.detokenize),
+        ("POST", "/v1/detokenize", native.detokenize),
+        ("POST", "/v1/contexts", contexts.create),
+        ("GET", one, contexts.show),
+        ("DELETE", one, contexts.delete),
+        ("POST", one + "/append", contexts.append),
+        ("POST", one + "/generate", contexts.generate),
+        ("POST", one + "/prefill", contexts.prefill),
+        ("POST", one + "/score", contexts.score),
+        ("POST", one + "/fork", contexts.fork),
+        ("POST", one + "/pause", contexts.pause),
+        ("POST", one + "/resume", contexts.resume),
+        ("POST", one + "/truncate", contexts.truncate),
+        ("POST", one + "/rollback", contexts.truncate),
+        ("GET", one + "/tokens", contexts.tokens),
+        ("GET", one + "/decisions", contexts.decisions),
     ]
 
 

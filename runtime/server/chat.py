@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
+from caesura.runtime.api import Handle
 from caesura.runtime.errors import ContextClosed, ContextTooLong, DeadlineExceeded
 from caesura.runtime.generation import Finish, TokenChunk, ToolCalling
 from caesura.runtime.sampling import Constraint, ConstraintKind, SamplingParams
@@ -24,7 +25,6 @@ from caesura.runtime.server.conversation import (
 )
 from caesura.runtime.server.http import DONE, event, read, reply, stream, until_disconnect
 from caesura.runtime.server.params import constraint_of, json_schema_of
-from caesura.runtime.server.ports import Handle
 from caesura.runtime.server.state import ServerState
 from caesura.runtime.server.work import Aborted, Work, merged
 from caesura.runtime.text.tool_parser import ToolCallParser, ToolFormat, tool_grammar

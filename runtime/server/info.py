@@ -38,7 +38,7 @@ class Info:
         """The engine answers and requests are taken."""
         if self._state.draining:
             raise ApiError(503, "the server is shutting down", code="draining")
-        if getattr(self._state.service, "ready", True) is False:
+        if not self._state.service.ready:
             raise EngineStopped("not ready")
         await self.stats()
         return reply({"status": "ready"})
@@ -46,7 +46,7 @@ class Info:
     async def stats(self) -> dict[str, Any]:
         """The engine's account. Raises EngineStopped or TimeoutError when it does not answer."""
         async with asyncio.timeout(STATS_DEADLINE_S):
-            return await asyncio.to_thread(self._state.service.stats)
+            return await self._state.service.read_stats()
 
     async def version(self, _: Request) -> Response:
         """The package's version."""

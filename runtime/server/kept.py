@@ -16,9 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from caesura.runtime.api import Handle, PendingCall
 from caesura.runtime.server.conversation import plain_arguments
-from caesura.runtime.server.ports import Handle
-from caesura.runtime.service import PendingCall
 
 MAX_KEPT_TOKENS = 1 << 23  # ids of all kept contexts together
 

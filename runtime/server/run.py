@@ -10,9 +10,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
+from caesura.runtime.api import Service
 from caesura.runtime.server.app import create_app
 from caesura.runtime.server.config import ServerConfig
-from caesura.runtime.server.ports import Service
 
 if TYPE_CHECKING:
     from caesura.runtime.server.state import ServerState

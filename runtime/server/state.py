@@ -9,11 +9,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from caesura.runtime.api import Service
 from caesura.runtime.server.config import ServerConfig
 from caesura.runtime.server.http import principal_of
 from caesura.runtime.server.kept import KeptContexts, namespace_of
 from caesura.runtime.server.keys import KeyRing
-from caesura.runtime.server.ports import Service
+from caesura.runtime.server.registry import ContextRegistry
 from caesura.runtime.server.work import Work, WorkBoard
 from starlette.requests import Request
 
@@ -31,6 +32,7 @@ class ServerState:
         self.keys = KeyRing(config.api_keys, config.admin_keys, config.key_file)
         self.board = WorkBoard(config.max_requests)
         self.kept = KeptContexts(config.max_kept_contexts, config.max_contexts_per_key, config.tool_wait_s)
+        self.contexts = ContextRegistry(config.max_kept_contexts, config.max_contexts_per_key)
         self.model_name = config.model_name or service.model_name
         self.started_at = time.time()
         self.draining = False
@@ -49,4 +51,5 @@ class ServerState:
     async def close(self) -> None:
         """Give up every context this server kept. The service is its owner's."""
         await self.kept.clear()
+        await self.contexts.clear()
         self._text.shutdown(wait=False, cancel_futures=True)

@@ -8,12 +8,12 @@ import contextlib
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any, Self, TypeVar, cast
 
+from caesura.runtime.api import Handle, Service
 from caesura.runtime.errors import ContextClosed
 from caesura.runtime.generation import TokenChunk, ToolCalling
 from caesura.runtime.sampling import SamplingParams
 from caesura.runtime.server.errors import ApiError
 from caesura.runtime.server.http import settled
-from caesura.runtime.server.ports import Handle, Service
 
 T = TypeVar("T")
 

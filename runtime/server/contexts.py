@@ -1,0 +1,249 @@
+"""``/v1/contexts``: contexts as a resource. What no other server offers: pause, resume, fork, rollback, decisions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import asdict
+from typing import Any, TypeVar, cast
+
+from caesura.runtime.api import Handle, PendingCall
+from caesura.runtime.generation import Finish, TokenChunk
+from caesura.runtime.server.contexts_protocol import (
+    AppendRequest,
+    ContextPiece,
+    ContextRequest,
+    ForkRequest,
+    GenerateSpec,
+    PauseRequest,
+    ScoreRequest,
+    TruncateRequest,
+)
+from caesura.runtime.server.errors import ApiError
+from caesura.runtime.server.http import event, principal_of, read, reply, stream, until_disconnect
+from caesura.runtime.server.kept import namespace_of
+from caesura.runtime.server.registry import ContextRegistry, NamedContext
+from caesura.runtime.server.state import ServerState
+from caesura.runtime.server.textgen import checked_ids
+from caesura.runtime.server.work import Work
+from caesura.runtime.text.tokenizer import encode_pieces
+from starlette.requests import Request
+from starlette.responses import Response
+
+T = TypeVar("T")
+
+
+class Contexts:
+    """The routes."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._service = state.service
+        self._contexts: ContextRegistry = state.contexts
+
+    # -- making and ending ------------------------------------------------------------------------------------
+
+    async def create(self, request: Request) -> Response:
+        """A new context, with its first pieces."""
+        body = await read(request, ContextRequest)
+        key_id = principal_of(request).key_id
+        ttl_s = min(body.ttl_s or self._state.config.context_ttl_s, self._state.config.context_ttl_s)
+        ids = await self._encode(body.pieces, 0)
+        await self._contexts.check_room(key_id)
+        work = Work(self._service, self._state.board, key_id, "", namespace_of(key_id, body.cache_salt))
+        handle = await work.open()
+        try:
+            if ids:
+                await handle.append(ids)
+        except BaseException:
+            await handle.close()
+            raise
+        context = self._contexts.add(key_id, handle, ttl_s)
+        return reply(self._described(context), 201)
+
+    async def show(self, request: Request) -> Response:
+        """A context's id and length."""
+        async with self._using(request) as context:
+            return reply(self._described(context))
+
+    async def delete(self, request: Request) -> Response:
+        """Close a context, aborting what it does."""
+        context = self._contexts.get(principal_of(request).key_id, request.path_params["context_id"])
+        if context is None:
+            raise ApiError(404, "there is no context of this id", code="context_not_found")
+        await self._contexts.delete(context)
+        return reply({"id": context.id, "deleted": True})
+
+    async def fork(self, request: Request) -> Response:
+        """Copies that share the context's KV."""
+        body = await read(request, ForkRequest)
+        async with self._using(request) as context:
+            await self._contexts.check_room(context.key_id, body.count)
+            work = Work(self._service, self._state.board, context.key_id, "", "")
+            handles = await work.fork(context.handle, body.count)
+            forks = [self._contexts.add(context.key_id, handle, context.ttl_s) for handle in handles]
+            return reply({"contexts": [self._described(fork) for fork in forks]}, 201)
+
+    # -- tokens -----------------------------------------------------------------------------------------------
+
+    async def append(self, request: Request) -> Response:
+        """Add pieces, or tool results as the chat template writes them."""
+        body = await read(request, AppendRequest)
+        async with self._using(request) as context:
+            ids = await self._encode(body.pieces, context.handle.num_tokens)
+            if body.tool_results:
+                ids += await self._state.on_text_thread(lambda: self._results(body))
+            if ids:
+                await context.handle.append(ids)
+            return reply(self._described(context))
+
+    async def truncate(self, request: Request) -> Response:
+        """Roll back to the first tokens."""
+        body = await read(request, TruncateRequest)
+        async with self._using(request) as context:
+            await context.handle.truncate(body.num_tokens)
+            return reply(self._described(context))
+
+    async def tokens(self, request: Request) -> Response:
+        """All token ids."""
+        async with self._using(request) as context:
+            return reply({"token_ids": await context.handle.token_ids()})
+
+    # -- computing --------------------------------------------------------------------------------------------
+
+    async def prefill(self, request: Request) -> Response:
+        """Compute what was appended, so that others can share it."""
+        return await self._compute(request, lambda handle: handle.prefill(), "computed_tokens")
+
+    async def score(self, request: Request) -> Response:
+        """Logprobs of the context's own tokens."""
+        body = await read(request, ScoreRequest)
+        return await self._compute(request, lambda handle: handle.score(body.start), "logprobs")
+
+    async def generate(self, request: Request) -> Response:
+        """Generate from the end of the context: events ``chunk`` and ``finish``, or one object without ``stream``."""
+        spec = await read(request, GenerateSpec)
+        if spec.stream:
+            events = self._events(request, spec)
+            return await stream(request, events, send_deadline_s=self._state.config.send_deadline_s, named=True)
+
+        async def whole() -> dict[str, Any]:
+            text: list[str] = []
+            ids: list[int] = []
+            logprobs: list[Any] = []
+            out: dict[str, Any] = {}
+            async with contextlib.aclosing(self._chunks(request, spec)) as chunks:
+                async for context, chunk in chunks:
+                    text.append(chunk.text)
+                    ids.extend(chunk.token_ids)
+                    logprobs += chunk.logprobs
+                    if chunk.finish is not None:
+                        out = self._finished(context, chunk.finish)
+            return {**out, "text": "".join(text), "token_ids": ids, "logprobs": logprobs}
+
+        return reply(await until_disconnect(request, whole()))
+
+    async def _events(self, request: Request, spec: GenerateSpec) -> AsyncGenerator[bytes, None]:
+        async with contextlib.aclosing(self._chunks(request, spec)) as chunks:
+            async for context, chunk in chunks:
+                if chunk.text or chunk.token_ids:
+                    piece = {"text": chunk.text, "token_ids": chunk.token_ids, "logprobs": chunk.logprobs}
+                    yield event(piece, "chunk")
+                if chunk.finish is not None:
+                    yield event(self._finished(context, chunk.finish), "finish")
+
+    async def _chunks(
+        self, request: Request, spec: GenerateSpec
+    ) -> AsyncGenerator[tuple[NamedContext, TokenChunk], None]:
+        async with self._at_work(request), self._using(request) as context:
+            chunks = cast("AsyncGenerator[TokenChunk, None]", context.handle.generate(spec.params(), spec.calling()))
+            async with contextlib.aclosing(chunks):
+                async for chunk in chunks:
+                    yield context, chunk
+
+    async def _compute(self, request: Request, do: Callable[[Handle], Awaitable[T]], name: str) -> Response:
+        async def work() -> dict[str, Any]:
+            async with self._at_work(request), self._using(request) as context:
+                return {name: await do(context.handle), **self._described(context)}
+
+        return reply(await until_disconnect(request, work()))
+
+    # -- pausing ----------------------------------------------------------------------------------------------
+
+    async def pause(self, request: Request) -> Response:
+        """Tools are about to run; the runtime may use the context's memory for something better meanwhile."""
+        body = await read(request, PauseRequest)
+        async with self._using(request) as context:
+            calls = [PendingCall(call.tool, call.expected_s, call.deadline_s) for call in body.calls]
+            await context.handle.pause(calls, body.wait)
+            return reply(self._described(context))
+
+    async def resume(self, request: Request) -> Response:
+        """The tools have answered; their results may come along. Without any, idempotent."""
+        body = await read(request, AppendRequest)
+        async with self._using(request) as context:
+            await context.handle.resume()
+            ids = await self._encode(body.pieces, context.handle.num_tokens)
+            if body.tool_results:
+                ids += await self._state.on_text_thread(lambda: self._results(body))
+            if ids:
+                await context.handle.append(ids)
+            return reply(self._described(context))
+
+    async def decisions(self, request: Request) -> Response:
+        """What was decided about the context's memory while it paused, and why."""
+        context = self._contexts.get(principal_of(request).key_id, request.path_params["context_id"])
+        if context is None:
+            raise ApiError(404, "there is no context of this id", code="context_not_found")
+        decisions = await context.handle.read_decisions()
+        return reply({"decisions": [asdict(decision) for decision in decisions]})
+
+    # -- parts ------------------------------------------------------------------------------------------------
+
+    def _using(self, request: Request) -> contextlib.AbstractAsyncContextManager[NamedContext]:
+        return self._contexts.using(principal_of(request).key_id, request.path_params["context_id"])
+
+    def _at_work(self, request: Request) -> Work:
+        """Counts this request among those at work."""
+        return self._state.work(request, rid=None, cache_salt=None)
+
+    def _results(self, body: AppendRequest) -> list[int]:
+        tools = [{"type": "function", "function": tool.spec()} for tool in body.tools] or None
+        results = [(result.name, result.content) for result in body.tool_results]
+        pieces = self._service.template.tool_results(results, tools=tools)
+        return encode_pieces(self._service.tokenizer, pieces, continuation=True)
+
+    async def _encode(self, pieces: list[ContextPiece], num_before: int) -> list[int]:
+        """Token ids of pieces. A context that begins with plain text begins with BOS; templates write their own."""
+        tokenizer = self._service.tokenizer
+
+        def encode() -> list[int]:
+            ids: list[int] = []
+            for piece in pieces:
+                if piece.token_ids is not None:
+                    ids += checked_ids(tokenizer, piece.token_ids, "token_ids") if piece.token_ids else []
+                    continue
+                begins = num_before == 0 and not ids
+                if begins and not piece.special and tokenizer.bos_id is not None:
+                    ids.append(tokenizer.bos_id)
+                ids += tokenizer.encode(piece.text or "", allow_special=piece.special, continuation=not begins)
+            return ids
+
+        return await self._state.on_text_thread(encode) if pieces else []
+
+    @staticmethod
+    def _described(context: NamedContext) -> dict[str, Any]:
+        return {"id": context.id, "object": "context", "num_tokens": context.handle.num_tokens}
+
+    def _finished(self, context: NamedContext, finish: Finish) -> dict[str, Any]:
+        return {
+            **self._described(context),
+            "reason": finish.reason,
+            "matched": finish.matched,
+            "tool_calls": [asdict(call) for call in finish.tool_calls],
+            "usage": {
+                "prompt_tokens": finish.prompt_tokens,
+                "completion_tokens": finish.completion_tokens,
+                "cached_tokens": finish.cached_tokens,
+            },
+        }

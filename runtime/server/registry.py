@@ -1,0 +1,98 @@
+"""Contexts that clients hold by name: owned by a key, bounded, deleted when nobody asks for them any more."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from caesura.runtime.api import Handle
+from caesura.runtime.errors import ContextClosed, DeadlineExceeded
+from caesura.runtime.server.errors import ApiError
+
+
+@dataclass(slots=True, eq=False)
+class NamedContext:
+    """A context with a name nobody can guess. One request at a time uses it."""
+
+    id: str
+    key_id: str
+    handle: Handle
+    ttl_s: float
+    expires_at: float
+    deleted: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class ContextRegistry:
+    """The store. All methods run on the server's event loop."""
+
+    def __init__(self, max_contexts: int, max_per_key: int, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._max_contexts = max_contexts
+        self._max_per_key = max_per_key
+        self._monotonic = monotonic
+        self._named: dict[str, NamedContext] = {}
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+    async def check_room(self, key_id: str, count: int = 1) -> None:
+        """Raises ApiError 429 when a key would hold too many."""
+        await self.expire()
+        mine = sum(context.key_id == key_id for context in self._named.values())
+        if mine + count > self._max_per_key or len(self._named) + count > self._max_contexts:
+            raise ApiError(429, f"there are {mine} contexts of this key; delete some", retry_after_s=5)
+
+    def add(self, key_id: str, handle: Handle, ttl_s: float) -> NamedContext:
+        """Name a context."""
+        context = NamedContext(f"ctx_{secrets.token_hex(16)}", key_id, handle, ttl_s, self._monotonic() + ttl_s)
+        self._named[context.id] = context
+        return context
+
+    @asynccontextmanager
+    async def using(self, key_id: str, context_id: str) -> AsyncIterator[NamedContext]:
+        """One's own context, for one request. Raises ApiError 404, 409 while another request uses it, 410 when its
+        deadline or the engine has ended it."""
+        await self.expire()
+        context = self._named.get(context_id)
+        if context is None or context.key_id != key_id:
+            raise ApiError(404, "there is no context of this id", code="context_not_found")
+        if context.lock.locked():
+            raise ApiError(409, "another request is using this context", code="context_busy")
+        async with context.lock:
+            try:
+                yield context
+            except (ContextClosed, DeadlineExceeded):
+                if context.deleted:
+                    raise ApiError(410, "the context was deleted", code="context_gone") from None
+                await self.delete(context)
+                raise ApiError(410, "the context has ended: its deadline passed", code="context_gone") from None
+            finally:
+                context.expires_at = self._monotonic() + context.ttl_s
+
+    def get(self, key_id: str, context_id: str) -> NamedContext | None:
+        """One's own context, whoever uses it."""
+        context = self._named.get(context_id)
+        return context if context is not None and context.key_id == key_id else None
+
+    async def delete(self, context: NamedContext) -> None:
+        """Forget a context and close it, whatever it does. Idempotent."""
+        context.deleted = True
+        self._named.pop(context.id, None)
+        with contextlib.suppress(Exception):  # an engine that died has closed it
+            await context.handle.close()
+
+    async def expire(self) -> None:
+        """Delete what nobody has asked for."""
+        now = self._monotonic()
+        for context in [c for c in self._named.values() if now >= c.expires_at and not c.lock.locked()]:
+            await self.delete(context)
+
+    async def clear(self) -> None:
+        """Delete everything."""
+        for context in list(self._named.values()):
+            await self.delete(context)
