@@ -115,8 +115,7 @@ def fleet_view(title: str, snapshot: Snapshot, run: FleetRun, max_rows: int) -> 
     parts.append(
         Text(
             f"recomputed {snapshot.tokens_recomputed:,} tokens, swapped {megabytes(snapshot.bytes_swapped)}, "
-            f"waste {snapshot.waste_token_s:,.0f} token-seconds; "
-            "keep, swap, drop: what each would waste, in token-seconds",
+            f"waste {snapshot.waste_token_s:,.0f}; keep, swap, drop and waste in token-seconds",
             "dim",
         )
     )
