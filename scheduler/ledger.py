@@ -52,6 +52,10 @@ class Ledger(Protocol):
     def num_host_pages(self) -> int: ...
 
     @property
+    def free_host_pages(self) -> int:
+        """Host pages that are free now."""
+
+    @property
     def free_pages(self) -> int:
         """Device pages that are free now."""
 

@@ -69,10 +69,13 @@ class MemoryDesk:
 
     def copy_ahead(self) -> None:
         """Write likely victims to the host while the link is idle."""
-        if not self._ledger.num_host_pages or self._ledger.copying_pages:
+        ledger = self._ledger
+        free = ledger.free_pages + ledger.evictable_pages
+        if free >= self._policy.copies_ahead_below * ledger.num_device_pages:
             return
-        view = self._view()
-        for segment in self._policy.copy_ahead(view):
+        if not ledger.free_host_pages or ledger.copying_pages:
+            return
+        for segment in self._policy.copy_ahead(self._view()):
             self._ledger.copy_out(segment.id)
 
     # -- where pages come from --------------------------------------------------------------------------------
@@ -174,6 +177,7 @@ class MemoryDesk:
             num_pages=ledger.num_device_pages,
             page_size=ledger.page_size,
             copying_pages=ledger.copying_pages,
+            free_host_pages=ledger.free_host_pages,
             has_host=ledger.num_host_pages > 0,
         )
 

@@ -40,6 +40,10 @@ class KVLedger:
         return self.host.num_pages
 
     @property
+    def free_host_pages(self) -> int:
+        return self.host.num_free
+
+    @property
     def free_pages(self) -> int:
         return self.device.num_free
 

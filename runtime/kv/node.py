@@ -55,7 +55,7 @@ class Node:
     children: dict[tuple[int, ...], Node] = field(default_factory=dict)
     leases: dict[ContextId, PrefixLease] = field(default_factory=dict)
     transfer: Transfer | None = None
-    leaving: bool = False  # the device pages go when the transfer is acknowledged, unless someone runs on them
+    leaving: bool = False  # the device pages go when copied and nothing below is there, unless someone runs on them
     running: int = 0
     paused: int = 0
     moving: int = 0
@@ -113,7 +113,7 @@ class Node:
     def shares(self) -> Share:
         """What this node adds to the tree's totals as it is now."""
         pages = len(self.device)
-        spare = self.transfer is None and (pages or not self.pinned)
+        spare = self.transfer is None and not self.leaving and (pages or not self.pinned)
         return Share(
             0 if self.pinned else pages,
             pages if self.paused and not self.running else 0,

@@ -53,6 +53,6 @@ def device_evictable(node: Node) -> bool:
 
 def host_evictable(node: Node) -> bool:
     """A second copy, or a leaf that nobody holds."""
-    if not node.host or node.transfer is not None:
+    if not node.host or node.transfer is not None or node.leaving:
         return False
     return bool(node.device) or (not node.pinned and not node.children)

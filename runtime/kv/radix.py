@@ -166,6 +166,7 @@ class RadixTree:
         while node is not None:
             if hold is Hold.RUNNING:
                 node.running += by
+                node.leaving = node.leaving and not node.running
             else:
                 node.paused += by
             if node.running < 0 or node.paused < 0:
@@ -182,6 +183,11 @@ class RadixTree:
             above.moving += by
             self._refresh(above)
             above = above.parent
+
+    def mark_leaving(self, node: Node) -> None:
+        """The node is to leave the device as soon as it can; until then its host copy stays."""
+        node.leaving = True
+        self._refresh(node)
 
     # -- growing ----------------------------------------------------------------------------------------------
 
@@ -294,6 +300,8 @@ class RadixTree:
             and not parent.leases
             and parent.transfer is None
             and node.transfer is None
+            and not parent.leaving
+            and not node.leaving
             and bool(parent.device) == bool(node.device)
             and bool(parent.host) == bool(node.host)
         )

@@ -40,13 +40,14 @@ class Tiers:
     @property
     def pending_pages(self) -> int:
         """Device pages that can be had when the copies in flight have ended."""
-        leaving = sum(
-            len(node.device)
-            for transfer in self.transfers.values()
-            for node in transfer.nodes
-            if node.leaving and node.paused and not node.running
-        )
-        return leaving + self.tree.blocked_pages
+        leaving: dict[int, int] = {}
+        for transfer in self.transfers.values():
+            for moving in transfer.nodes:
+                node: Node | None = moving
+                while node is not None and node.leaving and node.id not in leaving:
+                    leaving[node.id] = len(node.device) if node.paused else 0
+                    node = node.parent
+        return sum(leaving.values()) + self.tree.blocked_pages
 
     # -- giving and taking pages ------------------------------------------------------------------------------
 
@@ -77,6 +78,7 @@ class Tiers:
         """Free a node's device pages; the tails of leases anchored there follow nothing now and go as well."""
         for lease in node.leases.values():
             self.cut_tail(lease, 0)
+        node.leaving = False
         self.device.free(self.tree.set_device(node, []))
 
     def forget(self, node: Node) -> None:
@@ -166,14 +168,17 @@ class Tiers:
             self.tree.set_transfer(node, None)
         deepest_first = sorted(transfer.nodes, key=lambda node: -node.start)
         for node in deepest_first:
-            if node.leaving:
-                node.leaving = False
-                if not node.running and self._clear_below(node):
-                    self.off_device(node)
+            self._depart(node)
         for node in deepest_first:
             for end in [*node.children.values()][:1] + [node]:
                 if end.id in self.tree.nodes:
                     self.tree.merge(end)
+
+    def _depart(self, node: Node | None) -> None:
+        """A run marked as leaving goes once it is copied and the device holds nothing below; then those above it."""
+        while node is not None and node.leaving and node.transfer is None and self._clear_below(node):
+            self.off_device(node)
+            node = node.parent
 
     def copy_out(self, node: Node) -> int:
         """Begin a host copy of a run that has none; returns its tokens, 0 when there is no room or no need."""
@@ -323,7 +328,9 @@ class Tiers:
         if action is Action.PRESERVE or num_pages < 1 or not node.device or node.running or not node.paused:
             return nothing
         before = self.takeable_pages
-        if not self._clear_below(node) or node.leaving:
+        clear = self._clear_below(node)
+        follows = action is Action.SWAP and all(child.leaving for child in node.children.values() if child.device)
+        if node.leaving or not (clear or follows):
             return nothing
         if num_pages < len(node.device):
             self.tree.split(node, (len(node.device) - num_pages) * self.page_size)
@@ -331,14 +338,16 @@ class Tiers:
             self._let_go(node)
             pending = len(node.device) if node.moving else 0
             return Reclaimed(self.takeable_pages - before, pending, action)
-        if node.transfer is None and action is Action.SWAP and node.host:
+        if node.transfer is None and action is Action.SWAP and node.host and clear:
             self.off_device(node)
             return Reclaimed(self.takeable_pages - before, 0, action)
-        if node.transfer is not None or (action is Action.SWAP and self.copy_out(node)):
-            node.leaving = True  # either end of the copy will do: then the host has it all
+        if node.transfer is not None or (action is Action.SWAP and (node.host or self.copy_out(node))):
+            self.tree.mark_leaving(node)  # either end of the copy will do: then the host has it all
             for lease in node.leases.values():
                 self.cut_tail(lease, 0)
             return Reclaimed(self.takeable_pages - before, len(node.device), Action.SWAP)
+        if not clear:
+            return nothing
         self._let_go(node)
         self.forget(node)
         return Reclaimed(self.takeable_pages - before, 0, Action.DISCARD)

@@ -44,6 +44,7 @@ class View:
     num_pages: int
     page_size: int
     copying_pages: int
+    free_host_pages: int
     has_host: bool
 
     def costs(self, context: PausedContext) -> ActionCosts:
@@ -84,6 +85,7 @@ class PausePolicy:
     uses_host: ClassVar[bool] = False
     on_demand: ClassVar[bool] = False
     releases_idle: ClassVar[bool] = False  # lets go of the KV at every end of a generation, tool or not
+    copies_ahead_below: ClassVar[float] = 0.0  # free share of the pool below which `copy_ahead` is asked
     writes_through: ClassVar[bool] = False  # copies to the host what a pause leaves behind
 
     def __init__(self) -> None:

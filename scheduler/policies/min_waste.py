@@ -8,8 +8,6 @@ from caesura.scheduler.ledger import Segment
 from caesura.scheduler.policies.base import PausePolicy, Take, View, leaf_first, segment_costs
 from caesura.scheduler.types import Action, ActionCosts
 
-PRESSURE = 0.25  # below this free share of the pool, likely victims are written to the host ahead of need
-
 
 class MinWaste(PausePolicy):
     """Take the runs whose absence costs least per token kept free.
@@ -28,6 +26,7 @@ class MinWaste(PausePolicy):
     name = "min_waste"
     uses_host = True
     on_demand = True
+    copies_ahead_below = 0.25
 
     def _priced(self, view: View) -> tuple[list[Segment], dict[int, tuple[ActionCosts, float]]]:
         remaining = {paused.id: paused.remaining_s for paused in view.paused}
@@ -59,10 +58,8 @@ class MinWaste(PausePolicy):
             yield Take(segment, pages, Action.SWAP if swaps else Action.DISCARD, costs, left, reason)
 
     def copy_ahead(self, view: View) -> list[Segment]:
-        if not view.has_host or view.copying_pages or view.free_pages > PRESSURE * view.num_pages:
-            return []
         segments, prices = self._priced(view)
-        budget = view.profile.hidden_tokens(view.query_tokens)
+        budget = min(view.profile.hidden_tokens(view.query_tokens), view.free_host_pages * view.page_size)
         chosen = []
         for segment in leaf_first(segments, lambda run: -prices[run.id][1]):  # longest absent first
             costs, _ = prices[segment.id]

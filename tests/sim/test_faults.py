@@ -28,3 +28,12 @@ def test_faults(block: int) -> None:
         populate(world, 8, faults=0.15)
         world.settle()
         assert world.finished + world.lost > 0
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_crowd_on_two_small_tiers(policy: str) -> None:
+    for seed in range(4):
+        world = World(policy, 1000 + seed, device_pages=60, host_pages=(25, 60)[seed % 2], slow=20.0, check_every=9)
+        populate(world, 60, within_s=0.5)
+        world.settle()
+        assert world.finished >= 60

@@ -400,7 +400,7 @@ def test_a_part_is_taken_from_the_end() -> None:
     assert (ledger.computed(A), ledger.free_pages) == (4, 6)
 
 
-def test_a_run_cut_while_it_is_leaving_leaves_in_whole() -> None:
+def test_running_on_a_part_of_a_leaving_run_keeps_that_part() -> None:
     ledger = KVLedger(2, 8, 8)
     run(ledger, A, TEN)
     ledger.pause(A)
@@ -408,6 +408,22 @@ def test_a_run_cut_while_it_is_leaving_leaves_in_whole() -> None:
     ledger.reclaim(segment.id, 5, Action.SWAP)
     run(ledger, B, TEN[:4])  # shares the first half
     ledger.pause(B)
+    assert ledger.pending_pages == 3
+    acknowledge_all(ledger)
+    assert ledger.free_pages == 6
+
+
+def test_a_chain_of_runs_leaves_in_one_step() -> None:
+    ledger = KVLedger(2, 8, 8)
+    run(ledger, A, TEN[:6])
+    ledger.pause(A)
+    ledger.write_back(A)
+    acknowledge_all(ledger)
+    run(ledger, A, TEN)  # grows a second run below the one that has a host copy
+    ledger.pause(A)
+    upper, lower = sorted(ledger.segments(), key=lambda segment: segment.start)
+    assert ledger.reclaim(lower.id, 9, Action.SWAP) == Reclaimed(0, 2, Action.SWAP)
+    assert ledger.reclaim(upper.id, 9, Action.SWAP) == Reclaimed(0, 3, Action.SWAP)
     assert ledger.pending_pages == 5
     acknowledge_all(ledger)
     assert ledger.free_pages == 8

@@ -55,6 +55,7 @@ def view(
         num_pages=100,
         page_size=10,
         copying_pages=0,
+        free_host_pages=100,
         has_host=has_host,
     )
 
@@ -127,10 +128,9 @@ def test_min_waste_copies_when_that_is_cheaper_and_drops_without_a_host() -> Non
     assert next(make_policy("min_waste").reclaim(shown, 1)).action is Action.DISCARD
 
 
-def test_min_waste_copies_ahead_only_under_pressure() -> None:
+def test_min_waste_copies_the_longest_absent_ahead_within_one_step() -> None:
     contexts, segments = [paused(1, remaining_s=1.0), paused(2, remaining_s=9.0)], [run(1, [1]), run(2, [2])]
     policy = make_policy("min_waste")
-    assert policy.copy_ahead(view(contexts, segments, free_pages=90)) == []
     ahead = policy.copy_ahead(view(contexts, segments, batch_tokens=900, query_tokens=10, free_pages=5))
     assert [segment.id for segment in ahead] == [2]  # the longest absent; the budget of one step is 100 tokens
 
