@@ -75,6 +75,7 @@ class Engine:
         self._share_prefixes = share_prefixes
         self._records: dict[ContextId, _Record] = {}
         self._ids = itertools.count(1)
+        self._has_new_pause = False  # the policy has not seen it yet
 
     # -- contexts ---------------------------------------------------------------------------------------------
 
@@ -150,6 +151,7 @@ class Engine:
         """The context waits for these tools from now on."""
         self._idle(context)
         self.scheduler.pause(context, self.clock.now(), calls, wait_any=wait_any, deadline_at=deadline_at)
+        self._has_new_pause = True
 
     def resume(self, context: ContextId) -> None:
         """The tools have answered. Idempotent; generating resumes by itself."""
@@ -201,11 +203,12 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """A step would do something: contexts to run, copies to take in."""
-        return self.scheduler.has_work or self.ledger.copying_pages > 0
+        """A step would do something: contexts to run, copies to take in, a pause to decide about."""
+        return self._has_new_pause or self.scheduler.has_work or self.ledger.copying_pages > 0
 
     def step(self) -> StepPlan:
         """One iteration."""
+        self._has_new_pause = False
         plan = self.scheduler.plan(self.clock.now())
         for context in plan.expired:
             self.close(context, DeadlineExceeded(f"context {context} outlasted its deadline and was closed"))
@@ -311,9 +314,10 @@ class Engine:
         if isinstance(ending.matched, str):
             self.scheduler.truncate(context, state.num_tokens - (len(generation.token_ids) - kept), self.clock.now())
             self.scheduler.append(context, rest)
-        calls = generation.calls()
+        calls = generation.calls(ending)
         if calls:  # no gap between the last token and the pause
             self.scheduler.pause(context, self.clock.now(), [Call(call.name) for call in calls])
+            self._has_new_pause = True
         generation.finish(ending, calls, max(0, state.cached_tokens))
 
     def _collect(self, context: ContextId, record: _Record, piece: Slice, out: SliceOutput) -> None:

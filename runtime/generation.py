@@ -139,11 +139,12 @@ class Generation:
             keep -= 1
         return 0, self.tokenizer.encode(self.text, continuation=True)
 
-    def calls(self) -> tuple[ParsedCall, ...]:
-        """Tool calls in the finished text."""
+    def calls(self, ending: Ending) -> tuple[ParsedCall, ...]:
+        """Tool calls in the finished text; one that the token limit cut off is none."""
         if self.tool_format is None:
             return ()
-        return tuple(parse_calls(self.text, self.tool_format, self.tool_names)[1])
+        found = parse_calls(self.text, self.tool_format, self.tool_names)[1]
+        return tuple(call for call in found if call.complete or ending.reason != "length")
 
     def finish(self, ending: Ending, calls: tuple[ParsedCall, ...], cached_tokens: int) -> None:
         """Send the last chunk."""

@@ -81,7 +81,7 @@ class EngineService:
             deadline_at = None if deadline_s is None else engine.clock.now() + deadline_s
             return engine.open(namespace, deadline_at, handle._engine_closed)
 
-        handle.id = await self.call(run)
+        handle.id = await self._owned(self.submit(run), lambda context: [context])
         return handle
 
     async def flush_cache(self) -> None:
@@ -147,6 +147,19 @@ class EngineService:
         if self._stopped_because is not None or not self._thread.is_alive():
             self._refuse()
         return future
+
+    async def _owned(self, future: Future[T], contexts: Callable[[T], Sequence[ContextId]]) -> T:
+        """Await contexts being made; if the caller is cancelled meanwhile, close them, for nobody else will."""
+        try:
+            return await asyncio.shield(asyncio.wrap_future(future))
+        except asyncio.CancelledError:
+
+            def close(made: Future[T]) -> None:
+                for context in contexts(made.result()) if made.exception() is None else ():
+                    self.post(lambda engine, context=context: engine.close(context))  # type: ignore[misc]
+
+            future.add_done_callback(close)
+            raise
 
     async def call(self, command: Callable[[Engine], T]) -> T:
         """``submit``, awaited. The command runs even if the caller is cancelled meanwhile."""
@@ -328,12 +341,15 @@ class ContextHandle:
         """``count`` copies that share this context's KV."""
         handles = [ContextHandle(self._service, self._loop) for _ in range(count)]
 
-        def run(engine: Engine) -> None:
+        def run(engine: Engine) -> list[ContextId]:
             for handle in handles:
                 handle.id = engine.fork(self.id, handle._engine_closed)
                 handle.num_tokens = engine.num_tokens(handle.id)
+            return [handle.id for handle in handles]
 
-        await self._call(run)
+        if self._closed is not None:
+            raise self._closed
+        await self._service._owned(self._service.submit(run), lambda made: made)
         return handles
 
     async def truncate(self, num_tokens: int) -> None:

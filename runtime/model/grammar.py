@@ -21,7 +21,7 @@ from caesura.runtime.errors import GrammarError
 from caesura.runtime.sampling import Constraint, ConstraintKind, Matcher
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-MAX_SOURCE_BYTES = 64 << 10
+MAX_SOURCE_BYTES = 256 << 10
 MAX_JSON_DEPTH = 64
 MAX_CHOICES = 4096
 MAX_COMPILED = 256
