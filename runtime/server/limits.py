@@ -58,6 +58,7 @@ WaitSeconds = Annotated[float, Meta(ge=0, le=MAX_WAIT_S)]
 T = TypeVar("T")
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_ALL_ALIKE = bytes.maketrans(b"{}", b"[]")
 _WHERE = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
 
 
@@ -81,9 +82,10 @@ def too_deep(body: bytes) -> bool:
     """Whether JSON nests deeper than the limit. Linear, and no deeper than the limit itself."""
     if body.count(b"[") + body.count(b"{") <= MAX_JSON_DEPTH:
         return False
-    brackets = _STRING.sub(b"", body).translate(None, _NOT_BRACKETS)
+    brackets = _STRING.sub(b"", body).translate(_ALL_ALIKE, _NOT_BRACKETS)
     for _ in range(MAX_JSON_DEPTH):  # each round takes the innermost level away
-        if not brackets:
-            return False
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
-    return len(brackets) > 0
+        inner = brackets.replace(b"[]", b"")
+        if len(inner) in (0, len(brackets)):
+            return len(inner) > 0
+        brackets = inner
+    return True

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import Any
 
 import httpx
+from caesura.runtime.config import EngineConfig
 from caesura.runtime.embedded.calculator import calculate
 from caesura.runtime.embedded.chat import CALCULATOR_TOOL
 from caesura.runtime.server import ServerConfig, create_app
@@ -58,3 +61,33 @@ async def nothing_left(service: EngineService) -> None:
             return
         await asyncio.sleep(0.01)
     raise AssertionError(service.stats()["contexts"])
+
+
+@lru_cache(maxsize=1)
+def embedded_service() -> EngineService:
+    """One engine on the embedded model for all of the server's tests; every figure is exact, so it is deterministic."""
+    service = EngineService.start(EngineConfig(num_threads=1, kv_tokens=1 << 15, deterministic=True))
+    atexit.register(service.close)
+    return service
+
+
+def run(test: Callable[[httpx.AsyncClient, FastAPI], Awaitable[None]], **options: Any) -> None:
+    """Run a test on a fresh application with an empty cache; afterwards no context may be left open."""
+
+    async def main() -> None:
+        service = embedded_service()
+        await service.flush_cache()
+        app = make_app(service, **options)
+        async with client_of(app) as client:
+            await test(client, app)
+        await app.state.server.close()
+        await nothing_left(service)
+
+    asyncio.run(main())
+
+
+async def post(client: httpx.AsyncClient, path: str, body: dict[str, Any], **more: Any) -> Any:
+    """The answer's JSON; it must be a success."""
+    answer = await client.post(path, json=body, **more)
+    assert answer.status_code in (200, 201), answer.text
+    return answer.json()
