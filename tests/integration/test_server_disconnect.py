@@ -1,0 +1,239 @@
+"""A client that leaves stops its request, whatever its state, streaming or not; canaries; a real server process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from caesura.runtime.server.http import settled
+from caesura.runtime.server.work import merged
+from fastapi import FastAPI
+
+from tests.integration.server_client import QUESTION, TOOLS, answered, embedded_service, nothing_left, post, run
+
+LONG = {"max_tokens": 1500, "ignore_eos": True, "messages": [QUESTION]}
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": LONG,
+    "/v1/completions": {"prompt": ["a b", "c d"], "max_tokens": 1500, "ignore_eos": True, "n": 2},
+    "/generate": {"text": "a b", "sampling_params": {"max_new_tokens": 1500, "ignore_eos": True}},
+}
+
+
+async def leave(app: FastAPI, path: str, body: dict[str, Any], *, after_events: int, after_s: float) -> int:
+    """Send a request and hang up after so many body messages, or so many seconds. Returns how many came."""
+    raw = json.dumps(body).encode()
+    gone = asyncio.Event()
+    sent = 0
+    first = True
+
+    async def receive() -> dict[str, Any]:
+        nonlocal first
+        if first:
+            first = False
+            return {"type": "http.request", "body": raw, "more_body": False}
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        nonlocal sent
+        if message["type"] == "http.response.body":
+            sent += 1
+            if sent >= after_events:
+                gone.set()
+
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
+        "scheme": "http", "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+        "headers": [(b"host", b"localhost")], "client": ("127.0.0.1", 5), "server": ("127.0.0.1", 1), "state": {},
+    }  # fmt: skip
+    asyncio.get_running_loop().call_later(after_s, gone.set)
+    await asyncio.wait_for(app(scope, receive, send), 20)
+    return sent
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("after_s", [0.0, 0.002, 0.02, 0.2])
+def test_a_client_that_leaves_frees_its_contexts(path: str, stream: bool, after_s: float) -> None:
+    async def test(_: httpx.AsyncClient, app: FastAPI) -> None:
+        await leave(app, path, {**BODIES[path], "stream": stream}, after_events=10_000, after_s=after_s)
+        assert len(app.state.server.board) == 0
+        await nothing_left(embedded_service())
+
+    run(test)
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_stream() -> None:
+    async def test(_: httpx.AsyncClient, app: FastAPI) -> None:
+        sent = await leave(app, "/v1/chat/completions", {**LONG, "stream": True}, after_events=5, after_s=10)
+        assert sent < 100
+        await nothing_left(embedded_service())
+
+    run(test)
+
+
+def test_leaving_while_queued_behind_others() -> None:
+    async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
+        prompts = {"prompt": ["word " * 600] * 16, "max_tokens": 8}
+        ahead = asyncio.ensure_future(client.post("/v1/completions", json=prompts))
+        await asyncio.sleep(0.02)
+        await leave(app, "/generate", BODIES["/generate"], after_events=10_000, after_s=0.02)
+        assert (await ahead).status_code == 200
+        await nothing_left(embedded_service())
+
+    run(test)
+
+
+def test_leaving_while_a_paused_context_is_gone_on_with() -> None:
+    async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
+        chat = "/v1/chat/completions"
+        ask = {"messages": [QUESTION], "tools": TOOLS, "temperature": 0}
+        message = (await post(client, chat, ask))["choices"][0]["message"]
+        body = {**ask, "messages": [QUESTION, *answered(message)]}
+        await leave(app, chat, body, after_events=10_000, after_s=0.004)
+        await nothing_left(embedded_service())
+        answer = await post(client, chat, body)  # the client tries again
+        assert "1911492" in answer["choices"][0]["message"]["content"]
+
+    run(test)
+
+
+def test_canaries_of_many_clients_do_not_mix() -> None:
+    async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
+        async def one(number: int) -> None:
+            word = f"canary{number:04d}"
+            path = ("/v1/chat/completions", "/generate")[number % 2]
+            held: dict[str, Any] = {"messages": [QUESTION], "regex": word, "stream": bool(number % 3)}
+            if number % 2:
+                held = {"text": "x", "sampling_params": {"regex": word}, "stream": bool(number % 3)}
+            answer = await client.post(path, json=held)
+            text = answer.text
+            if number % 3:
+                parts = [json.loads(line[6:]) for line in text.split("\n\n") if line and line != "data: [DONE]"]
+                text = (
+                    parts[-1]["text"]
+                    if number % 2
+                    else "".join(part["choices"][0]["delta"].get("content", "") for part in parts)
+                )
+                assert text == word
+            else:
+                assert word in text
+            assert text.count("canary") == 1
+
+        await asyncio.gather(*(one(number) for number in range(60)))
+
+    run(test)
+
+
+def test_merged_generators_end_together() -> None:
+    closed: list[str] = []
+
+    async def count(name: str, limit: int) -> Any:
+        try:
+            for i in range(limit):
+                await asyncio.sleep(0)
+                yield f"{name}{i}"
+            if limit == 2:
+                raise ValueError("enough")
+        finally:
+            closed.append(name)
+
+    async def main() -> None:
+        assert sorted([item async for item in merged([count("a", 1), count("b", 3)])]) == ["a0", "b0", "b1", "b2"]
+        with pytest.raises(ValueError, match="enough"):
+            async for _ in merged([count("c", 2), count("d", 10_000)]):
+                pass
+        assert sorted(closed) == ["a", "b", "c", "d"]
+        await settled(asyncio.sleep(0))
+
+    asyncio.run(main())
+
+
+# -- a real process ----------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import logging, sys
+from caesura.runtime.config import EngineConfig
+from caesura.runtime.server import ServerConfig, serve
+logging.basicConfig(level=logging.WARNING)
+serve(ServerConfig(EngineConfig(num_threads=1, kv_tokens=8192), port=int(sys.argv[1]), drain_s=20))
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(port)], env=environment)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                if httpx.get(f"{url}/ready", timeout=5, trust_env=False).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                assert process.poll() is None
+            time.sleep(0.1)
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_sigterm_drains_and_disconnects_are_seen_on_real_sockets(server: tuple[subprocess.Popen[bytes], str]) -> None:
+    process, url = server
+    path = f"{url}/v1/chat/completions"
+    with httpx.Client(trust_env=False, timeout=60) as client:
+        with client.stream("POST", path, json={**LONG, "stream": True}) as answer:
+            next(answer.iter_lines())
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(path, json=LONG, timeout=0.1)
+        for _ in range(100):
+            stats = client.get(f"{url}/server_info").json()["internal_states"][0]["contexts"]
+            if not any(stats.values()):
+                break
+            time.sleep(0.02)
+        assert not any(stats.values()), "both clients are gone, so must be their contexts"
+
+        lines: list[str] = []
+        with client.stream("POST", path, json={**LONG, "max_tokens": 300, "stream": True}) as answer:
+            for line in answer.iter_lines():
+                if not lines:
+                    process.send_signal(signal.SIGTERM)
+                lines.append(line)
+        assert "data: [DONE]" in lines, "what runs is finished"
+    assert process.wait(20) in (0, -signal.SIGTERM)
+
+
+def test_the_second_signal_stops_at_once(server: tuple[subprocess.Popen[bytes], str]) -> None:
+    process, url = server
+
+    def ask() -> None:
+        with pytest.raises(httpx.HTTPError):
+            httpx.post(f"{url}/generate", json=endless, timeout=30, trust_env=False).raise_for_status()
+
+    endless = {"text": ["a"] * 64, "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
+    thread = threading.Thread(target=ask)
+    thread.start()
+    time.sleep(0.3)
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.wait(10)
+    assert time.monotonic() - started < 8
+    thread.join(10)
