@@ -25,10 +25,10 @@ from caesura.lang.backend import (
 )
 
 if TYPE_CHECKING:
+    from caesura.runtime.api import Handle, Service
     from caesura.runtime.executors.base import SampledToken
     from caesura.runtime.generation import TokenChunk
     from caesura.runtime.sampling import SamplingParams
-    from caesura.runtime.service import ContextHandle, EngineService
     from caesura.runtime.text.template import ChatTemplate
     from caesura.runtime.text.template import Piece as RuntimePiece
 
@@ -39,9 +39,9 @@ TOOL_GRACE_S = 600.0  # a sync tool may first have to wait for a thread
 
 
 class EngineBackend:
-    """Sessions on an `EngineService`. `Engine(...)` starts one; a running service can be wrapped as it is."""
+    """Sessions on a running service, in this process or another. `Engine(...)` starts one here."""
 
-    def __init__(self, service: EngineService) -> None:
+    def __init__(self, service: Service) -> None:
         self.service = service
         self.name = f"engine({service.model_name})"
         self.capabilities = Capabilities(prompt_logprobs=True)
@@ -109,7 +109,7 @@ def _pieces(pieces: Sequence[RuntimePiece]) -> list[Piece]:
 class EngineSession:
     """One context of the engine."""
 
-    def __init__(self, service: EngineService, handle: ContextHandle) -> None:
+    def __init__(self, service: Service, handle: Handle) -> None:
         self._service = service
         self._handle = handle
 
@@ -228,10 +228,10 @@ class EngineSession:
         finally:
             await handle.close()
 
-    async def _open_one(self) -> list[ContextHandle]:
+    async def _open_one(self) -> Sequence[Handle]:
         return [await self._service.open()]
 
-    async def _score(self, handle: ContextHandle, text: str) -> tuple[TokenLogprob, ...]:
+    async def _score(self, handle: Handle, text: str) -> tuple[TokenLogprob, ...]:
         """Append ``text`` to a context that is of no other use, and score it."""
         start = handle.num_tokens
         ids = self._service.tokenizer.encode(text, continuation=True)
@@ -273,10 +273,10 @@ class EngineSession:
         await self._handle.close()
 
     async def decisions(self) -> Sequence[Any]:
-        return await self._service.call(lambda engine: engine.decisions(self._handle.id))
+        return await self._handle.read_decisions()
 
 
-async def _kept(work: Coroutine[Any, Any, list[ContextHandle]]) -> list[ContextHandle]:
+async def _kept(work: Coroutine[Any, Any, Sequence[Handle]]) -> Sequence[Handle]:
     """Wait for contexts that are being made; if the caller is cancelled meanwhile, they are closed when they are."""
     task = asyncio.ensure_future(work)
     try:
