@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 from caesura.runtime.errors import CaesuraError
-from caesura.runtime.ipc.messages import MAX_FRAME_BYTES, PROTOCOL
+from caesura.runtime.ipc.messages import MAX_FRAME_BYTES, PROTOCOL, UNREADABLE
 
 KEY_BYTES = 32
 TAG_BYTES = 16
@@ -144,7 +144,7 @@ class Channel(Generic[M]):
             return Received(authentic=False)
         try:
             header = self._headers.decode(body)
-        except (msgspec.DecodeError, RecursionError):
+        except UNREADABLE:
             self.counts.malformed += 1
             return Received()
         if header.protocol != PROTOCOL:
@@ -174,7 +174,7 @@ class Channel(Generic[M]):
     def _in_order(self, header: _Header, received: Received[M]) -> None:
         try:
             received.messages = self._decoder.decode(header.messages)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             # The other end holds the key and yet sends this: a bug or a version skew, which a resend will not mend.
             self.counts.malformed += 1
             raise LinkBroken(f"a frame could not be read: {error}") from error

@@ -256,6 +256,7 @@ Answer = Done | Opened | Length | Scores | Forked | TokenIds | Decided | Account
 
 # -- bytes ----------------------------------------------------------------------------------------------------
 
+UNREADABLE = (msgspec.MsgspecError, ValueError, OverflowError, RecursionError)  # what decoding may raise
 _encoder = msgspec.msgpack.Encoder()
 
 
