@@ -29,7 +29,7 @@ lint: $(VENV)/.installed .types
 	$(BIN)/lint-imports --no-cache
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks all
 
 clean:
 	rm -rf $(VENV) .types build dist *.egg-info
