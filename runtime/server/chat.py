@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from caesura.runtime.api import Handle
-from caesura.runtime.errors import ContextClosed, ContextTooLong, DeadlineExceeded
+from caesura.runtime.errors import ContextClosed, ContextTooLong, DeadlineExceeded, EngineStopped
 from caesura.runtime.generation import Finish, TokenChunk, ToolCalling
 from caesura.runtime.sampling import Constraint, ConstraintKind, SamplingParams
 from caesura.runtime.server.answer import AnswerReader, Delta, Ended, usage
@@ -199,7 +199,7 @@ class Chat:
             waiting = self._state.kept.take_handle(kept)
             if waiting is not None:
                 work.adopt(waiting)
-                with contextlib.suppress(ContextClosed, DeadlineExceeded):  # it was given up: its tokens are enough
+                with contextlib.suppress(ContextClosed, DeadlineExceeded, EngineStopped):  # lost: its tokens are enough
                     await waiting.append(new)
                     self._state.kept.continued += 1
                     return waiting

@@ -16,6 +16,7 @@ class ServerConfig:
 
     ``api_keys`` and ``admin_keys`` are secrets in clear (hashed at once); ``key_file`` holds one ``name:key`` or
     ``name:key:admin`` a line and may change while the server runs. Without any admin key every key may do everything.
+    ``in_process`` keeps the engine in this process instead of one of its own.
     ``allowed_hosts`` and ``allowed_origins`` are accepted beside the loopback names when bound to loopback.
     ``tool_wait_s`` is how long a context waits for its tool results before it is given up; ``context_ttl_s`` how
     long one made by ``POST /v1/contexts`` lives unused. ``drain_s`` is the time that SIGTERM leaves to requests.
@@ -29,6 +30,7 @@ class ServerConfig:
     admin_keys: tuple[str, ...] = ()
     key_file: Path | None = None
     insecure: bool = False
+    in_process: bool = False
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     max_requests: int = 256

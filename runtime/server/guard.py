@@ -54,7 +54,9 @@ class Outermost:
             await self._app(scope, receive, sending)
         except Exception as error:
             refusal = as_api_error(error)
-            if refusal.status >= 500:
+            if refusal.status == 503:
+                log.warning("request %s refused: %r", request_id, error)
+            elif refusal.status >= 500:
                 log.exception("request %s failed", request_id)
             if status:  # the answer has begun: all that is left is to cut it off
                 raise

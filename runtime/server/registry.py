@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from caesura.runtime.api import Handle
-from caesura.runtime.errors import ContextClosed, DeadlineExceeded
+from caesura.runtime.errors import ContextClosed, DeadlineExceeded, EngineStopped
 from caesura.runtime.server.errors import ApiError
 
 
@@ -66,6 +66,9 @@ class ContextRegistry:
         async with context.lock:
             try:
                 yield context
+            except EngineStopped:
+                await self.delete(context)
+                raise ApiError(410, "the engine was restarted: the context is lost", code="context_gone") from None
             except (ContextClosed, DeadlineExceeded):
                 if context.deleted:
                     raise ApiError(410, "the context was deleted", code="context_gone") from None

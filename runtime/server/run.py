@@ -1,4 +1,4 @@
-"""Running the server: one process, uvicorn, a graceful end."""
+"""Running the server: uvicorn here, the engine in a process of its own, a graceful end."""
 
 from __future__ import annotations
 
@@ -66,17 +66,22 @@ def serve(
     start_service: Callable[[ServerConfig], Service] | None = None,
     sockets: list[socket.socket] | None = None,
 ) -> None:
-    """Run a server until it is told to stop. ``start_service`` makes the engine; in this process unless given."""
+    """Run a server until it is told to stop. The engine runs in a process of its own, unless ``config.in_process`` or
+    ``start_service`` says otherwise."""
     config = config or ServerConfig()
     config.check_exposure()
-    service = (start_service or _in_process)(config)
+    service = (start_service or _start)(config)
     try:
         make_server(service, config).run(sockets)
     finally:
         service.close()
 
 
-def _in_process(config: ServerConfig) -> Service:
+def _start(config: ServerConfig) -> Service:
+    if not config.in_process:
+        from caesura.runtime.ipc.client import EngineClient
+
+        return EngineClient.start(config.engine)
     from caesura.runtime.service import EngineService
 
     return EngineService.start(config.engine)

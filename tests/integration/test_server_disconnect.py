@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -167,47 +169,96 @@ import logging, sys
 from caesura.runtime.config import EngineConfig
 from caesura.runtime.server import ServerConfig, serve
 logging.basicConfig(level=logging.WARNING)
-serve(ServerConfig(EngineConfig(num_threads=1, kv_tokens=8192), port=int(sys.argv[1]), drain_s=20))
+if __name__ == "__main__":
+    engine = EngineConfig(num_threads=1, kv_tokens=8192)
+    serve(ServerConfig(engine, port=int(sys.argv[1]), in_process=sys.argv[2] == "in", drain_s=20))
 """
 
 
-@pytest.fixture
-def server() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+@contextmanager
+def server(where: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server process that is ready, and its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(port)], env=environment)
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(port), where], env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
-            try:
-                if httpx.get(f"{url}/ready", timeout=5, trust_env=False).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                assert process.poll() is None
-            time.sleep(0.1)
+        wait_until_ready(process, url)
         yield process, url
     finally:
         process.kill()
         process.wait()
 
 
-def test_sigterm_drains_and_disconnects_are_seen_on_real_sockets(server: tuple[subprocess.Popen[bytes], str]) -> None:
-    process, url = server
-    path = f"{url}/v1/chat/completions"
-    with httpx.Client(trust_env=False, timeout=60) as client:
+def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
+    for _ in range(600):
+        try:
+            if httpx.get(f"{url}/ready", timeout=5, trust_env=False).status_code == 200:
+                return
+        except httpx.HTTPError:
+            assert process.poll() is None
+        time.sleep(0.1)
+    raise AssertionError("the server does not get ready")
+
+
+def children(pid: int) -> list[int]:
+    found: list[int] = []
+    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += map(int, tasks.read_text().split())
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the engine's process in /proc")
+def test_a_server_process_from_disconnects_to_a_killed_engine_to_sigterm() -> None:
+    with server("own") as (process, url), httpx.Client(trust_env=False, timeout=60, base_url=url) as client:
+        path = "/v1/chat/completions"
         with client.stream("POST", path, json={**LONG, "stream": True}) as answer:
             next(answer.iter_lines())
         with pytest.raises(httpx.ReadTimeout):
             client.post(path, json=LONG, timeout=0.1)
-        for _ in range(100):
-            stats = client.get(f"{url}/server_info").json()["internal_states"][0]["contexts"]
+        for _ in range(200):
+            stats = client.get("/server_info").json()["internal_states"][0]["contexts"]
             if not any(stats.values()):
                 break
             time.sleep(0.02)
         assert not any(stats.values()), "both clients are gone, so must be their contexts"
 
+        ask = {"messages": [QUESTION], "tools": TOOLS, "temperature": 0}
+        message = client.post(path, json=ask).json()["choices"][0]["message"]
+        name = client.post("/v1/contexts", json={"pieces": [{"text": "a"}]}).json()["id"]
+        engines = children(process.pid)
+        answers: list[httpx.Response] = []
+
+        def wait_for_answer(stream: bool) -> None:
+            body = {**LONG, "max_tokens": 1900, "stream": stream}
+            answers.append(httpx.post(url + path, json=body, timeout=30, trust_env=False))
+
+        threads = [threading.Thread(target=wait_for_answer, args=(stream,)) for stream in (False, True)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.2)
+        for pid in engines:
+            os.kill(pid, signal.SIGKILL)
+        for thread in threads:
+            thread.join(10)
+        assert sorted(answer.status_code for answer in answers) == [200, 503], "every client is answered"
+        assert all("engine_unavailable" in answer.text for answer in answers)
+        wait_until_ready(process, url)
+        body = {**ask, "messages": [QUESTION, *answered(message)]}  # the tokens outlived the engine
+        assert "1911492" in client.post(path, json=body).json()["choices"][0]["message"]["content"]
+        assert 'how="rebuilt"} 1.0' in client.get("/metrics").text
+        assert client.post(f"/v1/contexts/{name}/append", json={"pieces": [{"text": "b"}]}).status_code == 410
+
+        engines = children(process.pid)
         lines: list[str] = []
         with client.stream("POST", path, json={**LONG, "max_tokens": 300, "stream": True}) as answer:
             for line in answer.iter_lines():
@@ -215,25 +266,26 @@ def test_sigterm_drains_and_disconnects_are_seen_on_real_sockets(server: tuple[s
                     process.send_signal(signal.SIGTERM)
                 lines.append(line)
         assert "data: [DONE]" in lines, "what runs is finished"
-    assert process.wait(20) in (0, -signal.SIGTERM)
+        assert process.wait(20) in (0, -signal.SIGTERM)
+        assert not any(alive(pid) for pid in engines)
 
 
-def test_the_second_signal_stops_at_once(server: tuple[subprocess.Popen[bytes], str]) -> None:
-    process, url = server
+def test_the_second_signal_stops_at_once() -> None:
+    with server("in") as (process, url):
 
-    def ask() -> None:
-        with pytest.raises(httpx.HTTPError):
-            httpx.post(f"{url}/generate", json=endless, timeout=30, trust_env=False).raise_for_status()
+        def ask() -> None:
+            with pytest.raises(httpx.HTTPError):
+                httpx.post(f"{url}/generate", json=endless, timeout=30, trust_env=False).raise_for_status()
 
-    endless = {"text": ["a"] * 64, "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
-    thread = threading.Thread(target=ask)
-    thread.start()
-    time.sleep(0.3)
-    started = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    process.wait(10)
-    assert time.monotonic() - started < 8
-    thread.join(10)
+        endless = {"text": ["a"] * 64, "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
+        thread = threading.Thread(target=ask)
+        thread.start()
+        time.sleep(0.3)
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        process.wait(10)
+        assert time.monotonic() - started < 8
+        thread.join(10)
