@@ -187,9 +187,9 @@ class Engine:
         if record is None:
             return
         self.scheduler.close(context)
-        self._fail(record, reason or ContextClosed("the context was closed"))
-        if reason is not None:
+        if reason is not None:  # first, so that whoever waits for a request finds the reason
             record.on_closed(reason)
+        self._fail(record, reason or ContextClosed("the context was closed"))
 
     def flush_cache(self) -> None:
         """Forget every cached prefix that no context holds."""
