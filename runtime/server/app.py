@@ -16,6 +16,7 @@ from caesura.runtime.server.info import Info, package_version
 from caesura.runtime.server.metrics import Counting, Metrics
 from caesura.runtime.server.native import Generate
 from caesura.runtime.server.native_info import NativeInfo
+from caesura.runtime.server.openapi import describe
 from caesura.runtime.server.state import ServerState
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -61,6 +62,7 @@ def create_app(service: Service, config: ServerConfig | None = None) -> FastAPI:
     app.state.server = state
     for methods, path, endpoint in _routes(state, info, metrics):
         app.add_api_route(path, _plain(endpoint), methods=methods.split(), response_model=None, name=path)
+    describe(app)
     return app
 
 

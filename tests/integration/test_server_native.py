@@ -214,7 +214,9 @@ def test_information_routes() -> None:
         assert 'caesura_http_requests_total{route="/health",status="200"} 1.0' in metrics
         assert "caesura_decisions_total" in metrics and "caesura_device_pages" in metrics
         document = (await client.get("/openapi.json")).json()
-        assert "/v1/contexts/{context_id}/pause" in document["paths"]
+        body = document["paths"]["/v1/contexts/{context_id}/pause"]["post"]["requestBody"]
+        reference = body["content"]["application/json"]["schema"]["$ref"]
+        assert document["components"]["schemas"][reference.rsplit("/", 1)[1]]["required"] == ["calls"]
 
     run(test)
 

@@ -1,0 +1,68 @@
+"""The OpenAPI document: FastAPI's routes, with request bodies from the types that read them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from caesura.runtime.server.chat_protocol import ChatRequest
+from caesura.runtime.server.completions import CompletionRequest
+from caesura.runtime.server.contexts_protocol import (
+    AppendRequest,
+    ContextRequest,
+    ForkRequest,
+    GenerateSpec,
+    PauseRequest,
+    ScoreRequest,
+    TruncateRequest,
+)
+from caesura.runtime.server.native_info import AbortRequest, DetokenizeRequest, TokenizeRequest
+from caesura.runtime.server.native_protocol import GenerateRequest
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+_CONTEXT = "/v1/contexts/{context_id}"
+BODIES: dict[str, type[msgspec.Struct]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/generate": GenerateRequest,
+    "/abort_request": AbortRequest,
+    "/tokenize": TokenizeRequest,
+    "/v1/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+    "/v1/detokenize": DetokenizeRequest,
+    "/v1/contexts": ContextRequest,
+    f"{_CONTEXT}/append": AppendRequest,
+    f"{_CONTEXT}/resume": AppendRequest,
+    f"{_CONTEXT}/generate": GenerateSpec,
+    f"{_CONTEXT}/fork": ForkRequest,
+    f"{_CONTEXT}/pause": PauseRequest,
+    f"{_CONTEXT}/score": ScoreRequest,
+    f"{_CONTEXT}/truncate": TruncateRequest,
+    f"{_CONTEXT}/rollback": TruncateRequest,
+}
+
+
+def describe(app: FastAPI) -> None:
+    """Let the application answer ``/openapi.json`` with request bodies."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _document(app)
+        return app.openapi_schema
+
+    setattr(app, "openapi", document)  # noqa: B010 - FastAPI's own way, which a type checker does not take
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    out = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    kinds = list(BODIES.values())
+    schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    out.setdefault("components", {}).setdefault("schemas", {}).update(components)
+    out["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, schema in zip(BODIES, schemas, strict=True):
+        out["paths"][path]["post"]["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": schema}},
+        }
+    return out
