@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from caesura.lang.cli.demo import Report, run_demo
 from caesura.lang.cli.live import TerminalViewer, report_view
-from caesura.lang.cli.output import FAILED, CliError, print_json, stderr, stdout
+from caesura.lang.cli.output import FAILED, USAGE, CliError, print_json, stderr, stdout
 from rich.console import Console, RenderableType
 from rich.text import Text
 
@@ -58,5 +59,10 @@ def save_picture(path: Path, view: RenderableType | None, report: Report) -> Non
     if view is not None:
         console.print(view)
     console.print(report_view(report, trace=None))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    console.save_svg(str(path), title="caesura demo")
+    svg = console.export_svg(title="caesura demo")
+    svg = re.sub(r"@font-face\s*\{[^}]*\}", "", svg)  # a picture must not fetch fonts from elsewhere
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(svg, encoding="utf-8")
+    except OSError as error:
+        raise CliError(f"cannot write {path}: {error.strerror or error}", "caesura demo --svg FILE", USAGE) from None

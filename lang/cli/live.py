@@ -212,7 +212,8 @@ def _table(report: Report) -> Table:
         title_justify="left",
         caption="computed and recomputed in tokens, waste in token-seconds; ratios to the first row",
         caption_justify="left",
-        padding=(0, 1),
+        padding=(0, 1, 0, 0),
+        show_edge=False,
         pad_edge=False,
     )
     table.add_column("policy", style="bold", no_wrap=True)
