@@ -217,8 +217,9 @@ def test_contexts_nobody_waited_for_are_closed(remote: EngineClient) -> None:
                 await asyncio.sleep(0)
                 task.cancel()
                 await asyncio.wait([task])
-        await remote.flush_cache()
-        assert await opened(remote) == before
+        async with asyncio.timeout(10):  # each is closed when its late answer comes
+            while await opened(remote) != before:
+                await asyncio.sleep(0.01)
         await handle.close()
 
     asyncio.run(scenario())
