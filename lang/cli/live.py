@@ -210,7 +210,7 @@ def _table(report: Report) -> Table:
         box=box.SIMPLE_HEAD,
         title=f"{report.agents} agents, one KV pool of {report.pool_tokens:,} tokens",
         title_justify="left",
-        caption="computed and recomputed in tokens, waste in token-seconds; ratios to the first row",
+        caption="tokens, token-seconds of waste, ratios to the first row; one run each, so near ties are noise",
         caption_justify="left",
         padding=(0, 1, 0, 0),
         show_edge=False,
