@@ -7,8 +7,9 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from caesura.runtime.api import PendingCall
 from caesura.runtime.config import EngineConfig
@@ -23,6 +24,15 @@ from caesura.runtime.text.tool_parser import detect_format
 from caesura.scheduler.types import ContextId, PauseDecision
 
 A = TypeVar("A", bound=m.Answer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent(Generic[A]):
+    """A request on its way: the future of its answer, its number, and the engine process it went to."""
+
+    future: Future[A]
+    number: int
+    life: int
 
 
 class EngineClient:
@@ -89,7 +99,7 @@ class EngineClient:
 
     def stats(self) -> dict[str, Any]:
         """As ``read_stats``, blocking the calling thread."""
-        return self._submit(m.Account, m.Stats)[0].result().values
+        return self._submit(m.Account, m.Stats).future.result().values
 
     def close(self, drain_s: float = 0.0) -> None:
         """Take no new contexts, let requests finish for up to ``drain_s``, end the process. Blocks. Idempotent."""
@@ -107,33 +117,17 @@ class EngineClient:
 
     # -- plumbing ---------------------------------------------------------------------------------------------
 
-    def _submit(
-        self,
-        kind: type[A],
-        make: Callable[[int], m.Command],
-        life: int | None = None,
-        unwanted: Callable[[A, int], None] | None = None,
-    ) -> tuple[Future[A], int, int]:
-        """Send a request; returns the future of its answer, its number, and the engine process it went to.
-
-        ``unwanted`` gets the answer when the future was cancelled before it came.
-        """
+    def _submit(self, kind: type[A], make: Callable[[int], m.Command], life: int | None = None) -> _Sent[A]:
+        """Send a request."""
         future: Future[A] = Future()
-        sent_to: Future[int] = Future()
 
         def sink(answer: m.Answer | CaesuraError) -> None:
-            if not future.set_running_or_notify_cancel():
-                if unwanted is not None and isinstance(answer, kind):
-                    unwanted(answer, sent_to.result())
-                return
             if isinstance(answer, kind):
                 future.set_result(answer)
             else:
                 future.set_exception(_as_error(answer))
 
-        number, at = self._connection.request(make, sink, life)
-        sent_to.set_result(at)
-        return future, number, at
+        return _Sent(future, *self._connection.request(make, sink, life))
 
     async def _ask(
         self,
@@ -141,9 +135,25 @@ class EngineClient:
         make: Callable[[int], m.Command],
         life: int | None = None,
         unwanted: Callable[[A, int], None] | None = None,
+        *,
+        stops: bool = False,
     ) -> tuple[A, int]:
-        future, _, at = self._submit(kind, make, life, unwanted)
-        return await asyncio.wrap_future(future), at
+        """A request and its answer, with the number of the engine process that gave it.
+
+        When the caller is cancelled the request is aborted if it ``stops``, else it runs anyway; ``unwanted`` gets the
+        answer that nobody waits for any more, whenever it comes.
+        """
+        sent = self._submit(kind, make, life)
+        try:
+            # Shielded: a cancelled caller must not cancel the future, or an answer on its way could get lost.
+            return await asyncio.shield(asyncio.wrap_future(sent.future)), sent.life
+        except asyncio.CancelledError:
+            if stops:
+                self._connection.post(m.Stop(sent.number), sent.life)
+            if unwanted is not None:
+                late = unwanted
+                sent.future.add_done_callback(lambda done: done.exception() or late(done.result(), sent.life))
+            raise
 
     def _handle(self, context: ContextId, life: int, num_tokens: int = 0) -> RemoteHandle:
         handle = RemoteHandle(self, self._connection, context, life, num_tokens)
@@ -179,16 +189,11 @@ class RemoteHandle:
         stops: bool = False,
         unwanted: Callable[[A, int], None] | None = None,
     ) -> A:
-        """A request about this context. ``stops``: it is aborted when the caller is cancelled, else it runs anyway."""
+        """A request about this context."""
         if self._closed is not None:
             raise self._closed
-        future, number, _ = self._client._submit(kind, make, self._life, unwanted)
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            if stops:
-                self._connection.post(m.Stop(number), self._life)
-            raise
+        answer, _ = await self._client._ask(kind, make, self._life, unwanted, stops=stops)
+        return answer
 
     async def append(self, token_ids: Sequence[int]) -> int:
         """Add tokens; returns the context's new length. Computed with the next request."""
@@ -274,8 +279,8 @@ class RemoteHandle:
 
     def decisions(self) -> list[PauseDecision]:
         """As ``read_decisions``, blocking the calling thread."""
-        future, _, _ = self._client._submit(m.Decided, lambda number: m.Decisions(number, self.id), self._life)
-        return future.result().decisions
+        sent = self._client._submit(m.Decided, lambda number: m.Decisions(number, self.id), self._life)
+        return sent.future.result().decisions
 
     async def close(self) -> None:
         """Close the context, aborting what it does. Idempotent."""

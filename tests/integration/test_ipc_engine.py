@@ -211,12 +211,15 @@ def test_contexts_nobody_waited_for_are_closed(remote: EngineClient) -> None:
         handle = await remote.open()
         await handle.append([5, 6, 7])
         before = await opened(remote)
-        for _ in range(20):
-            for work in (remote.open(), handle.fork(3)):
-                task = asyncio.ensure_future(work)
-                await asyncio.sleep(0)
-                task.cancel()
-                await asyncio.wait([task])
+        for attempt in range(100):  # cancelled before, while and after the answer comes
+            task: asyncio.Task[Any] = asyncio.ensure_future(remote.open() if attempt % 2 else handle.fork(3))
+            await asyncio.sleep(attempt * 1e-5)
+            task.cancel()
+            await asyncio.wait([task])
+            if not task.cancelled():
+                made = task.result()
+                for one in made if isinstance(made, list) else [made]:
+                    await one.close()
         async with asyncio.timeout(10):  # each is closed when its late answer comes
             while await opened(remote) != before:
                 await asyncio.sleep(0.01)
