@@ -179,9 +179,9 @@ def test_a_stopped_service_takes_no_commands() -> None:
 
     async def scenario() -> None:
         while service.ready:
-            handle = await service.open()
-            await handle.append([5, 6])
             with pytest.raises((ContextClosed, EngineStopped), match="the device is gone"):
+                handle = await service.open()
+                await handle.append([5, 6])
                 await handle.prefill()
         with pytest.raises(EngineStopped, match="the device is gone"):
             await service.open()
