@@ -88,7 +88,7 @@ def _bandwidth() -> float:
     """Bytes per second of a read over far more than the caches hold."""
     block = torch.ones(256 << 18)  # 256 MiB
     best = 0.0
-    for _ in range(5):
+    for _ in range(20):
         begun = time.perf_counter()
         block.sum()
         best = max(best, block.nbytes / (time.perf_counter() - begun))
@@ -99,7 +99,7 @@ def _flops() -> float:
     """Multiply-adds times two per second of a large fp32 product."""
     left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
     best = 0.0
-    for _ in range(8):
+    for _ in range(60):
         begun = time.perf_counter()
         left @ right
         best = max(best, 2 * 1024**3 / (time.perf_counter() - begun))
@@ -108,7 +108,7 @@ def _flops() -> float:
 
 def run(bench: Bench, *, quick: bool) -> None:
     """Batch 1, 4 and 16, prompt 512, 64 new tokens each."""
-    bandwidth, flops = _bandwidth(), _flops()
+    bandwidth, flops = _bandwidth(), _flops()  # best of many: a limit is what the machine can do, not what it did
     bench.configure(prompt_tokens=PROMPT, new_tokens=NEW, threads=torch.get_num_threads())
     bench.record("memory bandwidth", [bandwidth / 1e9], unit="GB/s")
     bench.record("fp32 matrix rate", [flops / 1e9], unit="GFLOP/s")

@@ -17,7 +17,8 @@ from caesura.scheduler.types import ContextId, Move, MoveId, MoveKind, PageId
 
 BUDGET_S = 2.0
 ROWS = (1, 4, 16, 64, 256)
-FORMAT = 2
+COPIED_BYTES = 64 << 20  # more than a last-level cache, or copies look cheaper than they are
+FORMAT = 3
 
 
 def measure(executor: Executor) -> CostProfile:
@@ -81,7 +82,8 @@ def _line(times: dict[int, float]) -> tuple[float, float]:
 
 
 def _copy_line(executor: Executor) -> tuple[float, float]:
-    most = min(executor.num_device_pages, executor.num_host_pages, 64)
+    beyond_caches = -(-COPIED_BYTES // executor.page_bytes)
+    most = min(executor.num_device_pages, executor.num_host_pages, beyond_caches)
     if most < 2:
         return 0.0, 0.0
 

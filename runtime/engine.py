@@ -199,6 +199,15 @@ class Engine:
         """The latest pause decisions of a context, oldest first."""
         return list(self._record(context).decisions)
 
+    @property
+    def _pool_tokens(self) -> int:
+        return (self.executor.num_device_pages - 1) * self.executor.page_size
+
+    @property
+    def max_context_tokens(self) -> int:
+        """The longest context that fits both the model's window and the device pool."""
+        return min(self.executor.max_context_tokens, self._pool_tokens)
+
     # -- the loop ---------------------------------------------------------------------------------------------
 
     @property
@@ -221,8 +230,8 @@ class Engine:
         except Exception as error:
             self._fail_step(plan, error)
             raise
-        waits = not inputs and self.scheduler.has_work
-        moves_done = self.executor.acknowledged(wait_s=COPY_WAIT_S if waits else 0.0)
+        wait_s = 0.0 if inputs or not self.has_work else COPY_WAIT_S  # nothing to compute before a copy ends
+        moves_done = self.executor.acknowledged(wait_s=wait_s)
         endings: dict[ContextId, Ending] = {}
         tokens = self._read(output, endings)
         duration_s = self.clock.now() - plan.now
@@ -373,11 +382,10 @@ class Engine:
         return record
 
     def _check_length(self, num_tokens: int) -> None:
-        pool = (self.executor.num_device_pages - 1) * self.executor.page_size
-        limit = min(self.executor.max_context_tokens, pool)
+        limit = self.max_context_tokens
         if num_tokens > limit:
             raise ContextTooLong(
                 f"the context needs {num_tokens} tokens; the limit is {limit} (model window "
-                f"{self.executor.max_context_tokens}, KV pool {pool}): shorten it, lower max_new_tokens "
-                "or enlarge the pool"
+                f"{self.executor.max_context_tokens}, KV pool {self._pool_tokens}): shorten it, "
+                "lower max_new_tokens or enlarge the pool"
             )

@@ -277,9 +277,10 @@ class ContextHandle:
             )
             engine.generate(self.id, generation)
 
-        await self._call(begin)
-        finished = False
+        begun = finished = False
         try:
+            await self._call(begin)
+            begun = True
             while not finished:
                 chunk = await chunks.get()
                 finished = chunk.finish is not None
@@ -288,8 +289,11 @@ class ContextHandle:
                 if finished:
                     self.num_tokens = await self._call(lambda engine: engine.num_tokens(self.id))
                 yield chunk
+        except asyncio.CancelledError:  # the command may still be on its way
+            begun = True
+            raise
         finally:
-            if not finished:
+            if begun and not finished:
                 self._service.post(lambda engine: engine.stop(self.id))
 
     async def _prepare(
@@ -330,8 +334,8 @@ class ContextHandle:
             else:
                 answer.set_result(result)
 
-        await self._call(lambda engine: begin(engine, done))
         try:
+            await self._call(lambda engine: begin(engine, done))
             return await asyncio.shield(asyncio.wrap_future(answer))
         except asyncio.CancelledError:
             self._service.post(lambda engine: engine.stop(self.id))
@@ -403,5 +407,6 @@ def _stats(engine: Engine) -> dict[str, Any]:
         "page_size": ledger.page_size,
         "page_bytes": engine.executor.page_bytes,
         "policy": scheduler.policy.name,
+        "max_context_tokens": engine.max_context_tokens,
         **scheduler.meter.snapshot(),
     }

@@ -124,3 +124,28 @@ def bench(
     from caesura.lang.cli.bench_command import bench_command
 
     bench_command(what, [*context.args, *(["--json"] if as_json else [])])
+
+
+@app.command()
+@guarded
+def serve(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")] = "embedded",
+    host: Annotated[str, typer.Option(help="Address to listen on; other than loopback needs keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 30000,
+    policy: Annotated[str, typer.Option(help="Pause policy.")] = "min_waste",
+    kv_tokens: Annotated[int | None, typer.Option(help="Tokens the device pool holds.")] = None,
+    host_kv_tokens: Annotated[int | None, typer.Option(help="Tokens the host pool holds.")] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(help="API keys, one name:key a line; read anew when changed.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen anywhere without keys.")] = False,
+) -> None:
+    """Serve a model over HTTP: OpenAI's and SGLang's routes, and contexts that survive their tool calls."""
+    from caesura.lang.cli.serve_command import serve_command
+
+    serve_command(
+        model=model,
+        key_file=key_file,
+        server={"host": host, "port": port, "insecure": insecure},
+        engine={"policy": policy, "kv_tokens": kv_tokens, "host_kv_tokens": host_kv_tokens},
+    )
