@@ -18,7 +18,7 @@ def service() -> Iterator[EngineService]:
 
 
 async def _generate(handle: ContextHandle) -> None:
-    async for _ in handle.generate(SamplingParams(max_new_tokens=2000, ignore_eos=True)):
+    async for _ in handle.generate(SamplingParams(max_new_tokens=1000, ignore_eos=True)):
         pass
 
 
