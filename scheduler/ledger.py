@@ -27,7 +27,7 @@ class Segment:
     num_tokens: int
     num_pages: int
     on_host: bool  # a complete host copy exists, so the device pages can go for nothing
-    leaving: bool  # a copy-out is in flight already
+    leaving: bool  # goes when its copy ends
     holders: tuple[ContextId, ...]
 
 
