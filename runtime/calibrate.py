@@ -26,7 +26,12 @@ def measure(executor: Executor) -> CostProfile:
     size = executor.page_size
     room = min(executor.num_device_pages * size, executor.max_context_tokens)
     rows = [count for count in ROWS if count <= room] or [room]
-    times = {count: _timed(partial(_run, executor, 0, count), BUDGET_S / 2 / len(rows)) for count in rows}
+    times: dict[int, float] = {}
+    begun = time.perf_counter()
+    for count in rows:
+        if len(times) > 1 and time.perf_counter() - begun > BUDGET_S / 2:
+            break  # a model so slow that the smaller steps tell enough
+        times[count] = _timed(partial(_run, executor, 0, count), BUDGET_S / 2 / len(rows))
     step_s, token_s = _line(times)
     depth = min(room - 1, 1024)
     attention_s = 0.0
@@ -34,7 +39,7 @@ def measure(executor: Executor) -> CostProfile:
         deep = _timed(partial(_run, executor, depth, 1), BUDGET_S / 8)
         attention_s = max(0.0, (deep - times[rows[0]]) / depth)
     swap_base_s, swap_token_s = _copy_line(executor)
-    saturation = next((n for n in rows if n * token_s >= step_s), rows[-1])
+    saturation = next((n for n in times if n * token_s >= step_s), max(times))
     return CostProfile(step_s, token_s, attention_s, swap_base_s, swap_token_s, max(16, saturation), "measured")
 
 
@@ -62,9 +67,13 @@ def _run(executor: Executor, start: int, rows: int) -> None:
 
 
 def _timed(action: Callable[[], None], budget_s: float) -> float:
-    """Least seconds of one call, from as many as fit the budget (at least two after one to warm up)."""
+    """Least seconds of one call, from as many as fit the budget; the first only warms up, unless it took all of it."""
+    begun = time.perf_counter()
     action()
-    samples: list[float] = []
+    samples = [time.perf_counter() - begun]
+    if samples[0] > budget_s:
+        return samples[0]
+    samples.clear()
     begun = time.perf_counter()
     while len(samples) < 2 or (time.perf_counter() - begun < budget_s and len(samples) < 20):
         before = time.perf_counter()
