@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, overload
 
 from caesura.lang.errors import DefinitionError
@@ -278,8 +278,3 @@ def clip(text: str, max_chars: int) -> str:
     if len(text) <= max_chars:
         return text
     return f"{text[:max_chars]}\n[cut: {max_chars} of {len(text)} characters shown]"
-
-
-def clipped(result: ToolResult, max_chars: int) -> ToolResult:
-    """``result`` with its text within the limit."""
-    return replace(result, text=clip(result.text, max_chars))

@@ -75,7 +75,7 @@ class EngineService:
 
     async def open(self, namespace: str = "", deadline_s: float | None = None) -> ContextHandle:
         """A new, empty context; closed with DeadlineExceeded after ``deadline_s`` seconds."""
-        handle = ContextHandle(self, asyncio.get_running_loop())
+        handle = ContextHandle(self)
 
         def run(engine: Engine) -> ContextId:
             deadline_at = None if deadline_s is None else engine.clock.now() + deadline_s
@@ -227,9 +227,8 @@ class ContextHandle:
 
     id: ContextId
 
-    def __init__(self, service: EngineService, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, service: EngineService) -> None:
         self._service = service
-        self._loop = loop
         self._closed: Exception | None = None
         self.num_tokens = 0
         self.on_closed: Callable[[Exception], None] | None = None  # hears of an end nobody asked for, on any thread
@@ -343,7 +342,7 @@ class ContextHandle:
 
     async def fork(self, count: int) -> list[ContextHandle]:
         """``count`` copies that share this context's KV."""
-        handles = [ContextHandle(self._service, self._loop) for _ in range(count)]
+        handles = [ContextHandle(self._service) for _ in range(count)]
 
         def run(engine: Engine) -> list[ContextId]:
             for handle in handles:

@@ -63,7 +63,6 @@ class Context:
     cached_tokens: int = 0  # found computed at the last admission
     deadline_at: float | None = None
     decided: Action | None = None  # the last decision of this pause
-    num_preemptions: int = 0
 
     @property
     def num_tokens(self) -> int:

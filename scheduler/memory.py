@@ -19,9 +19,9 @@ class MemoryDesk:
         self._policy = policy
         self._profile = profile
         self._contexts = contexts
-        self.begin(0.0, 0)
+        self.begin(0.0)
 
-    def begin(self, now: float, number: int) -> None:
+    def begin(self, now: float) -> None:
         """Start a step."""
         self._now = now
         self.decisions: list[PauseDecision] = []
@@ -109,7 +109,6 @@ class MemoryDesk:
         """Back to the queue. What it holds stays, revocably, so memory is taken only as far as it is needed."""
         self.contended = True
         state.become(Phase.QUEUED)
-        state.num_preemptions += 1
         self._ledger.pause(state.id)
         self.preempted.append(state.id)
 

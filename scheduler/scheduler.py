@@ -128,7 +128,7 @@ class Scheduler:
         self._number += 1
         self.ledger.advance(self._number)
         expired = self._expired(now)
-        self._memory.begin(now, self._number)
+        self._memory.begin(now)
         self._memory.review()
         draft = self._draft()
         self._memory.copy_ahead()

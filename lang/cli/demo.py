@@ -18,7 +18,6 @@ from caesura.runtime.trace import TraceRecorder, write_perfetto
 from caesura.scheduler.policies import POLICIES
 from caesura.scheduler.profile import CostProfile
 
-MAX_AGENTS = 200
 POOL_SHARE = 3  # the pool holds one third of what the fleet's contexts grow to
 HOST_SHARE = 2  # the host pool holds twice the device pool
 START_GAP_S = 0.03
