@@ -22,6 +22,7 @@ from caesura.runtime.errors import ContextClosed, EngineStopped
 from caesura.runtime.generation import Generation, TokenChunk, ToolCalling
 from caesura.runtime.model.grammar import GrammarCompiler
 from caesura.runtime.sampling import Constraint, ConstraintKind, SamplerState, SamplingParams
+from caesura.runtime.telemetry import Telemetry
 from caesura.runtime.text.template import ChatTemplate
 from caesura.runtime.text.tokenizer import Tokenizer
 from caesura.runtime.text.tool_parser import ToolFormat, detect_format, tool_grammar
@@ -41,6 +42,7 @@ class EngineService:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._engine = runtime.engine
+        self._telemetry = Telemetry(runtime.engine)
         self._commands: deque[Callable[[], object]] = deque()
         self._wake = threading.Event()
         self._stopping = False
@@ -90,11 +92,14 @@ class EngineService:
 
     async def read_stats(self) -> dict[str, Any]:
         """As ``stats``, without blocking the event loop."""
-        return await self.call(_stats)
+        return await self.call(self._account)
 
     def stats(self) -> dict[str, Any]:
         """The running account and the pools, as of now."""
-        return self.call_now(_stats)
+        return self.call_now(self._account)
+
+    def _account(self, engine: Engine) -> dict[str, Any]:
+        return {**_stats(engine), "telemetry": self._telemetry.account(engine)}
 
     def observe(self, observer: Observer) -> None:
         """Let ``observer`` see every step from now on (called on the engine thread)."""
