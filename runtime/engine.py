@@ -246,7 +246,7 @@ class Engine:
         """The earliest moment at which a step would have to act by itself."""
         moments = [
             moment
-            for state in self.scheduler.contexts.values()
+            for state in self.scheduler.contexts.with_deadline.values()
             for moment in (state.deadline_at, state.pause.deadline_at if state.phase is Phase.PAUSED else None)
             if moment is not None
         ]

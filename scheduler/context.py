@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from caesura.scheduler.types import Action, ContextId, Phase
@@ -79,3 +80,43 @@ class Context:
         if phase not in TRANSITIONS[self.phase]:
             raise IllegalTransition(f"context {self.id}: {self.phase} -> {phase}")
         self.phase = phase
+
+
+class ContextTable(dict[ContextId, Context]):
+    """All open contexts, and those of each phase, so that a step never looks at contexts it has nothing to do with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._of_phase: dict[Phase, dict[ContextId, Context]] = {phase: {} for phase in Phase}
+        self.with_deadline: dict[ContextId, Context] = {}  # an own one or, while paused, the pause's
+
+    def add(self, context: Context) -> None:
+        """A new context, in the phase it says."""
+        self[context.id] = context
+        self._of_phase[context.phase][context.id] = context
+        self.note_deadline(context)
+
+    def remove(self, context: ContextId) -> None:
+        """Finish a context and forget it."""
+        state = self.pop(context)
+        del self._of_phase[state.phase][context]
+        self.with_deadline.pop(context, None)
+        state.become(Phase.FINISHED)
+
+    def become(self, state: Context, phase: Phase) -> None:
+        """Change a context's phase."""
+        before = state.phase
+        state.become(phase)
+        del self._of_phase[before][state.id]
+        self._of_phase[phase][state.id] = state
+
+    def note_deadline(self, state: Context) -> None:
+        """To be called after a deadline was set or a pause replaced."""
+        if state.deadline_at is None and state.pause.deadline_at is None:
+            self.with_deadline.pop(state.id, None)
+        else:
+            self.with_deadline[state.id] = state
+
+    def in_phase(self, phase: Phase) -> Collection[Context]:
+        """The contexts of one phase; do not change phases while iterating."""
+        return self._of_phase[phase].values()

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from caesura.scheduler.context import Context
+from caesura.scheduler.context import Context, ContextTable
 from caesura.scheduler.ledger import Ledger, Segment
 from caesura.scheduler.policies.base import Choice, PausedContext, PausePolicy, Take, View, leaf_first
 from caesura.scheduler.profile import CostProfile
 from caesura.scheduler.types import Action, ActionCosts, ContextId, PauseDecision, Phase
 
+COPY_AHEAD_EVERY = 8  # steps after which paused contexts that were not worth a copy are looked at again
+
 
 class MemoryDesk:
     """Carries out the policy's decisions on the ledger and writes each down. One instance, begun anew per step."""
 
-    def __init__(
-        self, ledger: Ledger, policy: PausePolicy, profile: CostProfile, contexts: dict[ContextId, Context]
-    ) -> None:
+    def __init__(self, ledger: Ledger, policy: PausePolicy, profile: CostProfile, contexts: ContextTable) -> None:
         self._ledger = ledger
         self._policy = policy
         self._profile = profile
         self._contexts = contexts
+        self._reviews = type(policy).review is not PausePolicy.review
+        self.paused = 0  # pauses begun so far
+        self._fruitless = (-1, 0)  # `paused` when there was last nothing to copy ahead, and steps since
         self.begin(0.0)
 
     def begin(self, now: float) -> None:
@@ -32,11 +35,10 @@ class MemoryDesk:
 
     def review(self) -> None:
         """Let the policy look at the paused contexts it may want to act on now."""
-        waiting = [
-            state
-            for state in self._contexts.values()
-            if state.phase is Phase.PAUSED and state.decided in (None, Action.PRESERVE)
-        ]
+        if not self._reviews:
+            return
+        paused = self._contexts.in_phase(Phase.PAUSED)
+        waiting = [state for state in paused if state.decided in (None, Action.PRESERVE)]
         if not waiting:
             return
         for choice in self._policy.review(self._view(waiting)):
@@ -75,8 +77,14 @@ class MemoryDesk:
             return
         if not ledger.free_host_pages or ledger.copying_pages:
             return
-        for segment in self._policy.copy_ahead(self._view()):
+        paused, steps = self._fruitless
+        if paused == self.paused and steps < COPY_AHEAD_EVERY:  # the same contexts: look again later
+            self._fruitless = paused, steps + 1
+            return
+        chosen = self._policy.copy_ahead(self._view())
+        for segment in chosen:
             self._ledger.copy_out(segment.id)
+        self._fruitless = (-1, 0) if chosen else (self.paused, 0)
 
     # -- where pages come from --------------------------------------------------------------------------------
 
@@ -84,7 +92,7 @@ class MemoryDesk:
         """Make room for a queued context; False: not now (no room, or the copies that make it are in flight)."""
         lacking = self._ledger.shortfall(context, num_tokens)
         if lacking:
-            busy = any(state.phase is Phase.RUNNING for state in self._contexts.values())
+            busy = bool(self._contexts.in_phase(Phase.RUNNING))
             if self._policy.on_demand or not (busy or self._ledger.copying_pages):
                 lacking -= self._reclaim(lacking)
             if lacking > 0:
@@ -108,7 +116,7 @@ class MemoryDesk:
     def preempt(self, state: Context) -> None:
         """Back to the queue. What it holds stays, revocably, so memory is taken only as far as it is needed."""
         self.contended = True
-        state.become(Phase.QUEUED)
+        self._contexts.become(state, Phase.QUEUED)
         self._ledger.pause(state.id)
         self.preempted.append(state.id)
 
@@ -140,8 +148,8 @@ class MemoryDesk:
         mine = key(self._contexts[context])
         behind = {
             state.id: key(state)
-            for state in self._contexts.values()
-            if state.phase is Phase.QUEUED and state.id != context and key(state) > mine
+            for state in self._contexts.in_phase(Phase.QUEUED)
+            if state.id != context and key(state) > mine
         }
         action = Action.SWAP if self._policy.uses_host and self._ledger.num_host_pages else Action.DISCARD
         segments = [s for s in self._ledger.segments() if any(holder in behind for holder in s.holders)]
@@ -161,8 +169,8 @@ class MemoryDesk:
 
     def _view(self, states: list[Context] | None = None) -> View:
         ledger = self._ledger
-        paused = [state for state in self._contexts.values() if state.phase is Phase.PAUSED]
-        running = [state for state in self._contexts.values() if state.phase is Phase.RUNNING]
+        paused = self._contexts.in_phase(Phase.PAUSED)
+        running = self._contexts.in_phase(Phase.RUNNING)
         ids = {state.id for state in paused}
         shown = paused if states is None else states
         return View(
@@ -203,7 +211,7 @@ class MemoryDesk:
         remaining_s: float | None = None,
     ) -> None:
         state = self._contexts[context]
-        running = [other for other in self._contexts.values() if other.phase is Phase.RUNNING]
+        running = self._contexts.in_phase(Phase.RUNNING)
         if remaining_s is None:
             remaining_s = self._policy.estimator.remaining_s(state.pause, self._now)
         self.decisions.append(

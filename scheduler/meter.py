@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from caesura.scheduler.context import Context
+from caesura.scheduler.context import ContextTable
 from caesura.scheduler.ledger import Ledger
-from caesura.scheduler.types import Action, ContextId, MoveKind, Phase, StepPlan, StepResult
+from caesura.scheduler.types import Action, MoveKind, Phase, StepPlan, StepResult
 
 
 @dataclass(slots=True)
@@ -49,7 +48,7 @@ class WasteMeter:
         result: StepResult,
         ledger: Ledger,
         contended: bool,
-        contexts: Mapping[ContextId, Context],
+        contexts: ContextTable,
     ) -> None:
         """Account for one step. Called before its results change the ledger."""
         rows = plan.num_query_tokens
@@ -72,7 +71,7 @@ class WasteMeter:
         if contended:
             self.preserve_token_s += held * result.duration_s
         if again:
-            batch = sum(ledger.computed(c.id) for c in contexts.values() if c.phase is Phase.RUNNING)
+            batch = sum(ledger.computed(c.id) for c in contexts.in_phase(Phase.RUNNING))
             self.recompute_token_s += result.duration_s * again / rows * batch
         self.swap_token_s += ledger.copying_pages * self.page_size * result.duration_s
 

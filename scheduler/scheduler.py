@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from caesura.scheduler.context import Call, Context, Pause
+from caesura.scheduler.context import Call, Context, ContextTable, Pause
 from caesura.scheduler.ledger import Ledger
 from caesura.scheduler.memory import MemoryDesk
 from caesura.scheduler.meter import WasteMeter
@@ -37,7 +37,7 @@ class Scheduler:
         self.policy = policy
         self.profile = profile
         self.config = config
-        self.contexts: dict[ContextId, Context] = {}
+        self.contexts = ContextTable()
         self.meter = WasteMeter(ledger.page_size)
         self._memory = MemoryDesk(ledger, policy, profile, self.contexts)
         self._number = 0
@@ -47,7 +47,7 @@ class Scheduler:
     def open(self, context: ContextId, namespace: str, now: float, deadline_at: float | None = None) -> None:
         """A new context, empty and idle."""
         self.ledger.open(context, namespace)
-        self.contexts[context] = Context(context, now, pause=Pause(now), deadline_at=deadline_at)
+        self.contexts.add(Context(context, now, pause=Pause(now), deadline_at=deadline_at))
 
     def append(self, context: ContextId, tokens: Sequence[int]) -> None:
         """Tokens to catch up with; nothing is computed before a ``submit``."""
@@ -60,7 +60,7 @@ class Scheduler:
         state.samples, state.recompute_from, state.requeued = samples, recompute_from, now
         if self.ledger.computed(context) > state.reuse_limit:
             self.ledger.truncate(context, state.reuse_limit)
-        state.become(Phase.QUEUED)
+        self.contexts.become(state, Phase.QUEUED)
         state.cached_tokens = -1
 
     def pause(
@@ -89,7 +89,7 @@ class Scheduler:
                 self.policy.estimator.observe(call.tool, elapsed)
         else:
             self.policy.estimator.observe("", elapsed)
-        state.pause, state.decided = Pause(now), None
+        self._set_pause(state, Pause(now))
 
     def stop(self, context: ContextId, now: float) -> None:
         """End a generation where it is; the context is idle again."""
@@ -117,8 +117,7 @@ class Scheduler:
 
     def close(self, context: ContextId, *, keep_cached: bool = True) -> None:
         """Forget a context in whatever state it is; its cached prefix may serve others."""
-        state = self.contexts.pop(context)
-        state.become(Phase.FINISHED)
+        self.contexts.remove(context)
         self.ledger.close(context, keep_cached=keep_cached)
 
     # -- the step ---------------------------------------------------------------------------------------------
@@ -169,34 +168,37 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Some context is queued or running."""
-        return any(state.phase in (Phase.QUEUED, Phase.RUNNING) for state in self.contexts.values())
+        return bool(self.contexts.in_phase(Phase.RUNNING) or self.contexts.in_phase(Phase.QUEUED))
 
     # -- parts ------------------------------------------------------------------------------------------------
 
     def _rest(self, state: Context, now: float) -> None:
-        state.become(Phase.PAUSED)
+        self.contexts.become(state, Phase.PAUSED)
         state.samples, state.recompute_from = False, None
         self._begin_pause(state, Pause(now))
 
     def _begin_pause(self, state: Context, pause: Pause) -> None:
-        state.pause, state.decided = pause, None
+        self._set_pause(state, pause)
         self.ledger.pause(state.id)
+        self._memory.paused += 1
         if self.policy.writes_through and (pause.calls or self.policy.releases_idle):
             self.ledger.write_back(state.id)
+
+    def _set_pause(self, state: Context, pause: Pause) -> None:
+        state.pause, state.decided = pause, None
+        self.contexts.note_deadline(state)
 
     def _expired(self, now: float) -> tuple[ContextId, ...]:
         """Contexts past their own or their pause's deadline. The engine closes them and tells their owner."""
         return tuple(
             state.id
-            for state in self.contexts.values()
+            for state in self.contexts.with_deadline.values()
             if (state.deadline_at is not None and now >= state.deadline_at)
             or (state.phase is Phase.PAUSED and state.pause.deadline_at is not None and now >= state.pause.deadline_at)
         )
 
     def _in_order(self, phase: Phase) -> list[Context]:
-        found = [state for state in self.contexts.values() if state.phase is phase]
-        found.sort(key=self.policy.order_key)
-        return found
+        return sorted(self.contexts.in_phase(phase), key=self.policy.order_key)
 
     def _draft(self) -> dict[ContextId, Slice]:
         """Running contexts first: single tokens, then chunks; then queued ones until memory or budget ends."""
@@ -239,7 +241,7 @@ class Scheduler:
             self.ledger.pause(state.id)
             return None
         self._note_cached(state, computed)
-        state.become(Phase.RUNNING)
+        self.contexts.become(state, Phase.RUNNING)
         return True
 
     @staticmethod
