@@ -9,7 +9,7 @@ first context in order can always take what it needs, since everything but runni
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from caesura.scheduler.context import Call, Context, ContextTable, Pause
@@ -40,6 +40,7 @@ class Scheduler:
         self.contexts = ContextTable()
         self.meter = WasteMeter(ledger.page_size)
         self._memory = MemoryDesk(ledger, policy, profile, self.contexts)
+        self.on_resumed: Callable[[Pause, float], None] = lambda *_: None  # hears how long a pause has lasted (s)
         self._number = 0
 
     # -- what callers ask -------------------------------------------------------------------------------------
@@ -84,6 +85,7 @@ class Scheduler:
         if state.phase is not Phase.PAUSED:
             return
         elapsed = now - state.pause.since
+        self.on_resumed(state.pause, elapsed)
         if state.pause.calls:
             for call in state.pause.calls:
                 self.policy.estimator.observe(call.tool, elapsed)
