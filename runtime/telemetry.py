@@ -14,7 +14,6 @@ from typing import Any
 from caesura.runtime.engine import Engine
 from caesura.runtime.trace import state_of
 from caesura.scheduler.context import Context, Pause
-from caesura.scheduler.estimate import Estimator
 from caesura.scheduler.types import ContextId, Phase, Slice, StepPlan, StepResult
 
 MAX_TOOLS = 256  # tool names come from clients; what goes beyond is counted as OTHER
@@ -32,7 +31,8 @@ STEP_TOKENS = tuple(float(1 << power) for power in (0, *range(3, 15)))
 
 
 class Distribution:
-    """Values counted in buckets: ``counts[i]`` of them lie at or below ``bounds[i]``, the last count is of those above."""
+    """Values counted in buckets: ``counts[i]`` of them lie at or below ``bounds[i]`` (and above the bound before), the last
+    count is of those above all bounds."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
@@ -58,24 +58,6 @@ class _Request:
     num_tokens: int = 0
 
 
-class _ListeningEstimator:
-    """The policy's estimator, with an ear on what it is told."""
-
-    def __init__(self, estimator: Estimator, telemetry: Telemetry) -> None:
-        self._estimator = estimator
-        self._telemetry = telemetry
-
-    def observe(self, tool: str, duration_s: float) -> None:
-        self._telemetry.tool_ended(tool, duration_s)
-        self._estimator.observe(tool, duration_s)
-
-    def remaining_s(self, pause: Pause, now: float) -> float:
-        return self._estimator.remaining_s(pause, now)
-
-    def __getattr__(self, name: str) -> Any:  # what a policy may ask of its own kind of estimator
-        return getattr(self._estimator, name)
-
-
 class Telemetry:
     """Figures since the engine was made. Lives on the engine's thread."""
 
@@ -87,16 +69,14 @@ class Telemetry:
         self._prompts, self._answers = Distribution(TOKENS), Distribution(TOKENS)
         self._steps = Distribution(STEP_TOKENS)
         self._tools: dict[str, Distribution] = {}
-        policy = engine.scheduler.policy
-        policy.estimator = _ListeningEstimator(policy.estimator, self)
+        engine.scheduler.on_resumed = self._resumed
         engine.observers.append(self)
 
-    def tool_ended(self, tool: str, duration_s: float) -> None:
-        """A call of ``tool`` lasted so long. A program that was merely thinking ("") is no tool."""
-        if not tool:
-            return
-        name = tool if tool in self._tools or len(self._tools) < MAX_TOOLS else OTHER
-        self._tools.setdefault(name, Distribution(TOOL_S)).add(duration_s)
+    def _resumed(self, pause: Pause, duration_s: float) -> None:
+        """A pause has ended. One without calls was a program thinking, and no tool's time."""
+        for call in pause.calls:
+            name = call.tool if call.tool in self._tools or len(self._tools) < MAX_TOOLS else OTHER
+            self._tools.setdefault(name, Distribution(TOOL_S)).add(duration_s)
 
     def on_step(self, engine: Engine, plan: StepPlan, result: StepResult) -> None:
         """Account for one step."""
