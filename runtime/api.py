@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from caesura.runtime.generation import TokenChunk, ToolCalling
 from caesura.runtime.sampling import SamplingParams
+from caesura.runtime.snapshot import EngineSnapshot
 from caesura.runtime.text.template import ChatTemplate
 from caesura.runtime.text.tokenizer import Tokenizer
 from caesura.runtime.text.tool_parser import ToolFormat
@@ -106,6 +107,9 @@ class Service(Protocol):
 
     async def read_stats(self) -> dict[str, Any]:
         """The running account and the pools, as of now."""
+
+    async def read_snapshot(self, since: int = 0) -> EngineSnapshot:
+        """The engine as it is, and what happened after event ``since``."""
 
     def stats(self) -> dict[str, Any]:
         """As ``read_stats``, blocking the calling thread."""

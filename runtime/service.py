@@ -20,8 +20,10 @@ from caesura.runtime.config import EngineConfig
 from caesura.runtime.engine import Engine, Observer
 from caesura.runtime.errors import ContextClosed, EngineStopped
 from caesura.runtime.generation import Generation, TokenChunk, ToolCalling
+from caesura.runtime.history import History
 from caesura.runtime.model.grammar import GrammarCompiler
 from caesura.runtime.sampling import Constraint, ConstraintKind, SamplerState, SamplingParams
+from caesura.runtime.snapshot import EngineSnapshot, take_snapshot
 from caesura.runtime.telemetry import Telemetry
 from caesura.runtime.text.template import ChatTemplate
 from caesura.runtime.text.tokenizer import Tokenizer
@@ -43,6 +45,8 @@ class EngineService:
         self._runtime = runtime
         self._engine = runtime.engine
         self._telemetry = Telemetry(runtime.engine)
+        self._history = History()
+        self._engine.observers.append(self._history)
         self._commands: deque[Callable[[], object]] = deque()
         self._wake = threading.Event()
         self._stopping = False
@@ -97,6 +101,10 @@ class EngineService:
     def stats(self) -> dict[str, Any]:
         """The running account and the pools, as of now."""
         return self.call_now(self._account)
+
+    async def read_snapshot(self, since: int = 0) -> EngineSnapshot:
+        """The engine as it is, and what happened after event ``since``."""
+        return await self.call(lambda engine: take_snapshot(engine, self._history, since))
 
     def _account(self, engine: Engine) -> dict[str, Any]:
         return {**_stats(engine), "telemetry": self._telemetry.account(engine)}

@@ -18,6 +18,7 @@ from caesura.runtime.generation import TokenChunk, ToolCalling
 from caesura.runtime.ipc import messages as m
 from caesura.runtime.ipc.connection import Connection, State, Supervision
 from caesura.runtime.sampling import SamplingParams
+from caesura.runtime.snapshot import EngineSnapshot
 from caesura.runtime.text.template import ChatTemplate, load_template
 from caesura.runtime.text.tokenizer import Tokenizer, load_tokenizer
 from caesura.runtime.text.tool_parser import detect_format
@@ -96,6 +97,11 @@ class EngineClient:
         """The running account and the pools; under ``ipc`` restarts and dropped frames."""
         answer, _ = await self._ask(m.Account, m.Stats)
         return answer.values
+
+    async def read_snapshot(self, since: int = 0) -> EngineSnapshot:
+        """The engine as it is, and what happened after event ``since``."""
+        answer, _ = await self._ask(m.Seen, lambda number: m.Look(number, since))
+        return answer.snapshot
 
     def stats(self) -> dict[str, Any]:
         """As ``read_stats``, blocking the calling thread."""

@@ -13,6 +13,7 @@ from caesura.runtime import errors
 from caesura.runtime.api import PendingCall
 from caesura.runtime.generation import TokenChunk, ToolCalling
 from caesura.runtime.sampling import SamplingParams
+from caesura.runtime.snapshot import EngineSnapshot
 from caesura.scheduler.types import ContextId, PauseDecision
 
 PROTOCOL = 1
@@ -106,6 +107,13 @@ class Stats(Message, frozen=True, tag=True):
     request: int
 
 
+class Look(Message, frozen=True, tag=True):
+    """Take a snapshot, with what happened after event ``since``."""
+
+    request: int
+    since: int
+
+
 class Ping(Message, frozen=True, tag=True):
     """Answered with a heartbeat at once. The first one tells the engine process who its client is."""
 
@@ -142,6 +150,7 @@ Command = (
     | Decisions
     | FlushCache
     | Stats
+    | Look
     | Ping
     | Stop
     | Close
@@ -202,6 +211,11 @@ class Account(Message, frozen=True, tag=True):
     values: dict[str, Any]
 
 
+class Seen(Message, frozen=True, tag=True):
+    request: int
+    snapshot: EngineSnapshot
+
+
 class Chunk(Message, frozen=True, tag=True):
     """A piece of output; the last one has ``finish`` and ``num_tokens``, the context's length."""
 
@@ -246,13 +260,14 @@ Event = (
     | TokenIds
     | Decided
     | Account
+    | Seen
     | Chunk
     | Failed
     | Closed
     | Heartbeat
     | Fatal
 )
-Answer = Done | Opened | Length | Scores | Forked | TokenIds | Decided | Account | Chunk | Failed
+Answer = Done | Opened | Length | Scores | Forked | TokenIds | Decided | Account | Seen | Chunk | Failed
 
 # -- bytes ----------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ _Request = (
     | m.Decisions
     | m.FlushCache
     | m.Stats
+    | m.Look
 )
 
 
@@ -92,6 +93,8 @@ class Worker:
                 return m.Done(command.request)
             case m.Stats():
                 return m.Account(command.request, await self._service.read_stats())
+            case m.Look():
+                return m.Seen(command.request, await self._service.read_snapshot(command.since))
         handle = self._handles.get(command.context)
         if handle is None:
             raise ContextClosed(f"context {command.context} is closed")

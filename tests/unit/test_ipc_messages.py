@@ -12,10 +12,14 @@ from caesura.runtime import errors
 from caesura.runtime.api import PendingCall
 from caesura.runtime.executors.base import SampledToken
 from caesura.runtime.generation import Finish, TokenChunk, ToolCalling
+from caesura.runtime.history import History
 from caesura.runtime.ipc import messages as m
 from caesura.runtime.sampling import Constraint, ConstraintKind, SamplingParams
+from caesura.runtime.snapshot import take_snapshot
 from caesura.runtime.text.tool_parser import ParsedCall
 from caesura.scheduler.types import Action, ActionCosts, ContextId, PauseDecision
+
+from tests.sim.agents import World
 
 CONTEXT = ContextId(7)
 PARAMS = SamplingParams(
@@ -33,6 +37,7 @@ DECISION = PauseDecision(
     CONTEXT, 1.5, "min_waste", Action.SWAP, "add", "cheapest", ActionCosts(1.0, 2.0, 3.0), 40, 32, 0.1, 2.0, 64, 3
 )
 FINISH = Finish("tool_calls", "\n", (ParsedCall("add", '{"a": 1}'),), 4, 2, 0)
+SNAPSHOT = take_snapshot(World("lru").engine, History())
 CHUNK = TokenChunk("hé", (1, 2), (SampledToken(1, -0.5, ((1, -0.5), (2, -1.0))), SampledToken(2, -0.1)), FINISH)
 
 COMMANDS: list[m.Command] = [
@@ -50,6 +55,7 @@ COMMANDS: list[m.Command] = [
     m.Decisions(11, CONTEXT),
     m.FlushCache(12),
     m.Stats(13),
+    m.Look(14, 3),
     m.Ping(),
     m.Stop(3),
     m.Close(CONTEXT),
@@ -65,6 +71,7 @@ EVENTS: list[m.Event] = [
     m.TokenIds(6, [1, 2]),
     m.Decided(7, [DECISION]),
     m.Account(8, {"steps": 3, "contexts": {"queued": 0}, "policy": "lru"}),
+    m.Seen(8, SNAPSHOT),
     m.Chunk(9, CHUNK, 12),
     m.Failed(10, m.Error("InvalidRequest", "no")),
     m.Closed(CONTEXT, m.Error("DeadlineExceeded", "late")),
