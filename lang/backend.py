@@ -152,6 +152,7 @@ class Capabilities:
     rollback: bool = True
     logprobs: bool = True
     prompt_logprobs: bool = False
+    pause: bool = True  # contexts are paused while tools run; without it programs run all the same
     images: bool = False
     constraints: frozenset[ConstraintKind] = field(
         default_factory=lambda: frozenset(("regex", "json_schema", "ebnf", "choices"))
@@ -159,19 +160,22 @@ class Capabilities:
 
 
 class ChatFormat(Protocol):
-    """How turns look as text. Markers are special text; content, and what tools say of themselves, is plain."""
+    """How turns look as text. Markers are special text; content, and what tools say of themselves, is plain.
+
+    Methods are awaited, because the template may live on a server.
+    """
 
     @property
     def stop(self) -> tuple[str, ...]:
         """Stop strings of an assistant turn besides the end-of-turn token."""
 
-    def turn(
+    async def turn(
         self, role: str, *, first: bool, tools: Sequence[ToolSpec] | None = None
     ) -> tuple[Sequence[Piece], Sequence[Piece]]:
         """Opening and closing of a turn. ``first`` adds what starts a context; ``tools`` their declarations, which
         may lie in either."""
 
-    def tool_results(
+    async def tool_results(
         self, results: Sequence[tuple[str, str]], *, tools: Sequence[ToolSpec] | None = None
     ) -> Sequence[Piece]:
         """What follows the text of an assistant turn that called tools: its end, ``(tool name, content)`` results,

@@ -195,12 +195,12 @@ class Core:
             )
         return chat
 
-    def open_turn(self, role: str) -> None:
+    async def open_turn(self, role: str) -> None:
         """Open a turn of ``role``. Raises StateError inside another turn."""
         if self.values.turn is not None:
             raise StateError(f"{role} opens inside the turn of {self.values.turn.role}; roles do not nest")
         first = self.values.num_turns == 0
-        opening, closing = self.chat.turn(role, first=first, tools=self.tool_specs if first else None)
+        opening, closing = await self.chat.turn(role, first=first, tools=self.tool_specs if first else None)
         self.add_segment(Segment(tuple(opening), "open", role))
         self.values.turn = Turn(role, len(self.log), tuple(closing))
         self.values.num_turns += 1
@@ -214,12 +214,12 @@ class Core:
         self.values.turn = None
         self.add_segment(Segment(turn.closing, "close", role))
 
-    def answer_calls(self, message: dict[str, Any], results: Sequence[tuple[ToolCall, ToolResult]]) -> None:
+    async def answer_calls(self, message: dict[str, Any], results: Sequence[tuple[ToolCall, ToolResult]]) -> None:
         """End the assistant's turn with its calls (``message``), append the results and open its next turn."""
         turn = self.values.turn
         assert turn is not None
         pairs = [(call.tool, result.text) for call, result in results]
-        pieces = self.chat.tool_results(pairs, tools=self.tool_specs)
+        pieces = await self.chat.tool_results(pairs, tools=self.tool_specs)
         self.values.messages.append(message)
         self.values.messages += [
             {"role": "tool", "name": call.tool, "tool_call_id": call.id, "content": result.text}
@@ -253,7 +253,7 @@ class Core:
         if not places:
             return
         role = self.log[places[0]].role
-        opening, closing = self.chat.turn(role, first=True, tools=self.tool_specs)
+        opening, closing = await self.chat.turn(role, first=True, tools=self.tool_specs)
         self.log[places[0]] = Segment(tuple(opening), "open", role)
         if len(places) == 2 and self.log[places[1]].marker == "close":
             self.log[places[1]] = Segment(tuple(closing), "close", role)

@@ -109,7 +109,7 @@ async def _call_tools(state: ProgramState, node: ir.CallTools, context: contextv
 
 
 async def _role_begin(state: ProgramState, node: ir.RoleBegin, _: contextvars.Context) -> None:
-    state.core.open_turn(node.role)
+    await state.core.open_turn(node.role)
 
 
 async def _role_end(state: ProgramState, node: ir.RoleEnd, _: contextvars.Context) -> None:

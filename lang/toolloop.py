@@ -62,7 +62,7 @@ async def _round(
                 check_raise(call, result)
         content = output.finish.content
         message = {"role": "assistant", "content": output.text if content is None else content}
-        core.answer_calls({**message, "tool_calls": _shown(calls)}, list(zip(calls, done, strict=True)))
+        await core.answer_calls({**message, "tool_calls": _shown(calls)}, list(zip(calls, done, strict=True)))
         await core.flush()
     return list(zip(calls, done, strict=True))
 

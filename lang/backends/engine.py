@@ -90,13 +90,13 @@ class TemplateChat:
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
 
-    def turn(
+    async def turn(
         self, role: str, *, first: bool, tools: Sequence[ToolSpec] | None = None
     ) -> tuple[Sequence[Piece], Sequence[Piece]]:
         opening, closing = self._template.turn_pieces(role, first=first, tools=tools)
         return _pieces(opening), _pieces(closing)
 
-    def tool_results(
+    async def tool_results(
         self, results: Sequence[tuple[str, str]], *, tools: Sequence[ToolSpec] | None = None
     ) -> Sequence[Piece]:
         return _pieces(self._template.tool_results(results, tools=tools))

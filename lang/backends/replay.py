@@ -107,18 +107,18 @@ class _RecordingChat:
         self._chat = chat
         self.stop = chat.stop
 
-    def turn(
+    async def turn(
         self, role: str, *, first: bool, tools: Sequence[ToolSpec] | None = None
     ) -> tuple[Sequence[Piece], Sequence[Piece]]:
-        opening, closing = self._chat.turn(role, first=first, tools=tools)
+        opening, closing = await self._chat.turn(role, first=first, tools=tools)
         pieces = [[asdict(piece) for piece in side] for side in (opening, closing)]
         self._owner.write_once(_key("turn", role, first, tools), pieces)
         return opening, closing
 
-    def tool_results(
+    async def tool_results(
         self, results: Sequence[tuple[str, str]], *, tools: Sequence[ToolSpec] | None = None
     ) -> Sequence[Piece]:
-        pieces = self._chat.tool_results(results, tools=tools)
+        pieces = await self._chat.tool_results(results, tools=tools)
         self._owner.write_once(_key("results", results, tools), [asdict(piece) for piece in pieces])
         return pieces
 
@@ -240,13 +240,13 @@ class _ReplayChat:
         self._owner = owner
         self.stop = stop
 
-    def turn(
+    async def turn(
         self, role: str, *, first: bool, tools: Sequence[ToolSpec] | None = None
     ) -> tuple[Sequence[Piece], Sequence[Piece]]:
         opening, closing = self._owner.take(_key("turn", role, first, tools), f"turn of {role}", keep=True)
         return [Piece(**piece) for piece in opening], [Piece(**piece) for piece in closing]
 
-    def tool_results(
+    async def tool_results(
         self, results: Sequence[tuple[str, str]], *, tools: Sequence[ToolSpec] | None = None
     ) -> Sequence[Piece]:
         told = self._owner.take(_key("results", results, tools), f"tool results {results!r:.200}", keep=True)

@@ -60,7 +60,7 @@ class PlainChat:
 
     stop: tuple[str, ...] = ()
 
-    def turn(
+    async def turn(
         self, role: str, *, first: bool, tools: Sequence[ToolSpec] | None = None
     ) -> tuple[Sequence[Piece], Sequence[Piece]]:
         opening = [Piece(f"<|{role}|>", special=True)]
@@ -69,7 +69,7 @@ class PlainChat:
             opening = [Piece("<|tools|>", special=True), declared, _END, *opening]
         return opening, [_END]
 
-    def tool_results(
+    async def tool_results(
         self, results: Sequence[tuple[str, str]], *, tools: Sequence[ToolSpec] | None = None
     ) -> Sequence[Piece]:
         pieces = [_END]
