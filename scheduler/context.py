@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from caesura.scheduler.types import Action, ContextId, Phase
 
@@ -21,27 +21,47 @@ class IllegalTransition(AssertionError):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One tool call a context waits for. ``expected_s`` is the program's hint, None when it gave none."""
+    """One tool call a context waits for. ``expected_s`` is the program's hint, None when it gave none.
+
+    ``true_s`` is what it will really take: known to a simulation, and read by the oracle alone.
+    """
 
     tool: str
     expected_s: float | None = None
+    true_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A tool's word at the moment ``at`` (engine's clock) that ``fraction`` of its work is done, 0 to 1."""
+
+    at: float
+    fraction: float
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
     """Why a context waits, since when (seconds on the engine's clock), and for how long at most.
 
-    No calls at all means the program itself is thinking: an idle moment between two requests.
+    No calls at all means the program itself is thinking: an idle moment between two requests. ``progress`` holds the
+    latest report of each call, None without one, and is empty when there is none at all.
     """
 
     since: float
     calls: tuple[Call, ...] = ()
     wait_any: bool = False
     deadline_at: float | None = None
+    progress: tuple[Progress | None, ...] = ()
 
     @property
     def tool(self) -> str:
         return "+".join(call.tool for call in self.calls)
+
+    def reported(self, call: int, progress: Progress) -> Pause:
+        """The same pause with a newer report of one call."""
+        reports = list(self.progress or (None,) * len(self.calls))
+        reports[call] = progress
+        return replace(self, progress=tuple(reports))
 
 
 @dataclass(slots=True, eq=False)

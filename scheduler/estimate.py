@@ -1,9 +1,22 @@
-"""How much longer will this pause last? Elapsed time, hints, and what earlier calls of the tool took."""
+"""How much longer will this pause last? Estimators are parts that any policy can take.
+
+Each answers two questions about a pause that has lasted ``elapsed`` seconds, R being the rest of it:
+
+- ``remaining_s``: E[R], the plain expectation;
+- ``hold_s``: what holding costs per return, ``min over t of E[min(R, t)] / P(R <= t)``. Memory may be given up at any
+  time t, and then the return is missed. A tool that answers in 0.2 s nine times of ten and in a minute otherwise has
+  E[R] = 6 s, but is worth 0.22 s of holding for each return - until 0.2 s have passed, and then a minute. For an
+  exponential R both are the mean.
+
+Both are infinite (``GONE_S``) once the pause has outlasted its deadline: such a tool does not come back.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections import deque
+from collections.abc import Callable
+from itertools import accumulate
 from typing import Protocol
 
 from caesura.scheduler.context import Call, Pause
@@ -11,61 +24,297 @@ from caesura.scheduler.context import Call, Pause
 PRIOR_S = 0.5  # nothing known of a tool: between a shell command and a search
 KEPT_CALLS = 256
 MIN_CALLS = 3
+GONE_S = 1e9  # finite, so that it can be multiplied by tokens and written as JSON
+ERROR_WEIGHT = 0.1  # of the newest call in the running errors of hints and of history
 
 
 class Estimator(Protocol):
     """Expected remaining seconds of a pause."""
 
-    def observe(self, tool: str, duration_s: float) -> None:
-        """A call of ``tool`` took this long."""
+    def observe(self, pause: Pause, duration_s: float) -> None:
+        """``pause`` has ended after this long."""
 
     def remaining_s(self, pause: Pause, now: float) -> float:
         """Expected seconds until the pause ends."""
 
+    def hold_s(self, pause: Pause, now: float) -> float:
+        """Seconds of holding that one return costs."""
 
-class Elapsed:
-    """T_int = now - call time (InferCept, section 4.3): what has lasted long will last as long again."""
 
-    def observe(self, tool: str, duration_s: float) -> None:
+class PerCall:
+    """Base: a pause ends with the last of its calls, or with the first for ``wait_any``; a deadline bounds both.
+
+    Subclasses say what one call costs. Durations that were seen for the same set of calls together stand for the set.
+    """
+
+    def observe(self, pause: Pause, duration_s: float) -> None:
         """Learns nothing."""
 
     def remaining_s(self, pause: Pause, now: float) -> float:
-        return max(0.0, now - pause.since)
+        return self._of_pause(pause, now, self._call_s)
+
+    def hold_s(self, pause: Pause, now: float) -> float:
+        return self._of_pause(pause, now, self._call_hold_s)
+
+    def _of_pause(self, pause: Pause, now: float, of_call: Callable[[Pause, int, float], float]) -> float:
+        deadline_at = pause.deadline_at
+        if deadline_at is not None and now >= deadline_at:
+            return GONE_S
+        elapsed = max(0.0, now - pause.since)
+        if len(pause.calls) <= 1:
+            expected = of_call(pause, 0, elapsed)
+        else:
+            each = [of_call(pause, index, elapsed) for index in range(len(pause.calls))]
+            expected = min(each) if pause.wait_any else max(each)
+        return expected if deadline_at is None else min(expected, deadline_at - now)
+
+    def _call_s(self, pause: Pause, index: int, elapsed: float) -> float:
+        """Expected seconds until call ``index`` answers (0 also stands for the idle program of no calls)."""
+        raise NotImplementedError
+
+    def _call_hold_s(self, pause: Pause, index: int, elapsed: float) -> float:
+        """The same as a price of holding; the expectation where no distribution is known."""
+        return self._call_s(pause, index, elapsed)
 
 
-class Conditional:
-    """E[remaining | elapsed] from each tool's own durations; the hint, then a prior, until there are enough.
+class Elapsed(PerCall):
+    """T_int = now - call time (InferCept, section 4.4): what has lasted long will last as long again."""
 
-    Past everything ever seen, the pause is expected to last as long again as it has lasted. A pause on several
-    calls ends at the longest of them, or at the shortest for ``wait_any``. A deadline bounds all.
+    def _call_s(self, pause: Pause, index: int, elapsed: float) -> float:
+        return elapsed
+
+
+class Hint(PerCall):
+    """What the program said the tool takes; past that, or without a word, as :class:`Elapsed` (from a prior on)."""
+
+    def __init__(self, prior_s: float = PRIOR_S) -> None:
+        self._prior_s = prior_s
+
+    def _call_s(self, pause: Pause, index: int, elapsed: float) -> float:
+        hint_s = pause.calls[index].expected_s if pause.calls else None
+        return _or_as_long_again(self._prior_s if hint_s is None else hint_s, elapsed)
+
+
+class Oracle(PerCall):
+    """The true duration, which only a simulation knows; where it does not, as :class:`Conditional`."""
+
+    def __init__(self) -> None:
+        self._fallback = Conditional()
+
+    def observe(self, pause: Pause, duration_s: float) -> None:
+        self._fallback.observe(pause, duration_s)
+
+    def _call_s(self, pause: Pause, index: int, elapsed: float) -> float:
+        true_s = pause.calls[index].true_s if pause.calls else None
+        if true_s is None:
+            return self._fallback.call_s(pause, index, elapsed)
+        return max(0.0, true_s - elapsed)
+
+
+class History:
+    """The latest durations of one tool, sorted, with what can be asked of them in O(log n)."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque()
+        self._sorted: list[float] = []
+        self._sums: list[float] = []  # sums of the first i durations; empty when out of date
+        self._best: dict[int, int] = {}  # at how many outlasted: the time to hold to, as an index
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    @property
+    def mean_s(self) -> float:
+        """Of what was kept; 0 without any."""
+        return self._prefix()[-1] / len(self._sorted) if self._sorted else 0.0
+
+    def add(self, duration_s: float) -> None:
+        """Remember a duration and forget the oldest of too many. O(n)."""
+        self._recent.append(duration_s)
+        insort(self._sorted, duration_s)
+        if len(self._recent) > KEPT_CALLS:
+            del self._sorted[bisect_right(self._sorted, self._recent.popleft()) - 1]
+        self._sums, self._best = [], {}
+
+    def remaining_s(self, elapsed: float) -> float | None:
+        """E[R | elapsed]; None when nothing seen lasted longer."""
+        passed = bisect_right(self._sorted, elapsed)
+        left = len(self._sorted) - passed
+        if not left:
+            return None
+        sums = self._prefix()
+        return (sums[-1] - sums[passed]) / left - elapsed
+
+    def hold_s(self, elapsed: float) -> float | None:
+        """min over t of E[min(R, t)] / P(R <= t), t among the durations seen; None when nothing lasted longer."""
+        passed = bisect_right(self._sorted, elapsed)
+        if passed == len(self._sorted):
+            return None
+        last = self._best.get(passed)
+        if last is None:
+            last = self._best[passed] = min(
+                range(passed, len(self._sorted)), key=lambda index: self._price(passed, index, elapsed)
+            )
+        return self._price(passed, last, elapsed)
+
+    def _price(self, passed: int, last: int, elapsed: float) -> float:
+        """Holding to the ``last``-th duration: those that end by then take their time, the others all of it."""
+        sums = self._prefix()
+        count = len(self._sorted)
+        held = sums[last + 1] - sums[passed] + (count - last - 1) * self._sorted[last] - (count - passed) * elapsed
+        return held / (last + 1 - passed)
+
+    def _prefix(self) -> list[float]:
+        if not self._sums:
+            self._sums = list(accumulate(self._sorted, initial=0.0))
+        return self._sums
+
+
+class Profiled(PerCall):
+    """T_int = the mean of the tool's calls, whatever has elapsed (InferCept, section 4.4, the rule it does not use)."""
+
+    def __init__(self, prior_s: float = PRIOR_S) -> None:
+        self._prior_s = prior_s
+        self._seen: dict[str, History] = {}
+
+    def observe(self, pause: Pause, duration_s: float) -> None:
+        for call in pause.calls:
+            self._seen.setdefault(call.tool, History()).add(duration_s)
+
+    def _call_s(self, pause: Pause, index: int, elapsed: float) -> float:
+        seen = self._seen.get(pause.calls[index].tool) if pause.calls else None
+        return seen.mean_s if seen is not None and len(seen) else self._prior_s
+
+
+class Conditional(PerCall):
+    """E[R | elapsed] from each tool's own durations; the program's hint, then a prior, until there are enough.
+
+    A hint goes before history as long as the tool's hints have been nearer to the truth than its mean was. Past
+    everything ever seen, the pause is expected to last as long again as it has lasted.
     """
 
     def __init__(self, prior_s: float = PRIOR_S) -> None:
         self._prior_s = prior_s
-        self._sorted: dict[str, list[float]] = {}
-        self._recent: dict[str, deque[float]] = {}
+        self._seen: dict[str, History] = {}
+        self._errors: dict[str, tuple[float, float]] = {}  # running errors of a tool's hints and of its history
 
-    def observe(self, tool: str, duration_s: float) -> None:
-        recent = self._recent.setdefault(tool, deque())
-        ordered = self._sorted.setdefault(tool, [])
-        recent.append(duration_s)
-        insort(ordered, duration_s)
-        if len(recent) > KEPT_CALLS:
-            del ordered[bisect_right(ordered, recent.popleft()) - 1]
+    def observe(self, pause: Pause, duration_s: float) -> None:
+        if len(pause.calls) == 1:
+            self._score_hint(pause.calls[0], duration_s)
+        self._seen.setdefault(_name(pause), History()).add(duration_s)
 
-    def remaining_s(self, pause: Pause, now: float) -> float:
-        elapsed = max(0.0, now - pause.since)
-        calls = pause.calls or (Call(""),)
-        expected = [self._call_s(call, elapsed) for call in calls]
-        remaining = min(expected) if pause.wait_any else max(expected)
-        if pause.deadline_at is not None:
-            remaining = min(remaining, max(0.0, pause.deadline_at - now))
-        return remaining
+    def _score_hint(self, call: Call, duration_s: float) -> None:
+        seen = self._seen.get(call.tool)
+        if call.expected_s is None or seen is None or len(seen) < MIN_CALLS:
+            return
+        errors = abs(call.expected_s - duration_s), abs(seen.mean_s - duration_s)
+        before = self._errors.get(call.tool, errors)
+        self._errors[call.tool] = (
+            before[0] + ERROR_WEIGHT * (errors[0] - before[0]),
+            before[1] + ERROR_WEIGHT * (errors[1] - before[1]),
+        )
 
-    def _call_s(self, call: Call, elapsed: float) -> float:
-        seen = self._sorted.get(call.tool, [])
-        if len(seen) >= MIN_CALLS:
-            longer = seen[bisect_right(seen, elapsed) :]
-            return sum(longer) / len(longer) - elapsed if longer else elapsed
-        known = call.expected_s if call.expected_s is not None else (sum(seen) / len(seen) if seen else self._prior_s)
-        return known - elapsed if known > elapsed else elapsed
+    def _of_pause(self, pause: Pause, now: float, of_call: Callable[[Pause, int, float], float]) -> float:
+        if len(pause.calls) > 1:
+            name = _name(pause)
+            together = self._seen.get(name)
+            if together is not None and len(together) >= MIN_CALLS:
+                pause = Pause(pause.since, (Call(name),), deadline_at=pause.deadline_at)
+        return super()._of_pause(pause, now, of_call)
+
+    def call_s(self, pause: Pause, index: int, elapsed: float) -> float:
+        """Expected seconds until call ``index`` answers."""
+        return self._call_s(pause, index, elapsed)
+
+    def _call_s(self, pause: Pause, index: int, elapsed: float) -> float:
+        seen = self._history(pause, index)
+        if seen is None:
+            return self._known_s(pause, index, elapsed)
+        remaining = seen.remaining_s(elapsed)
+        return elapsed if remaining is None else remaining
+
+    def _call_hold_s(self, pause: Pause, index: int, elapsed: float) -> float:
+        seen = self._history(pause, index)
+        if seen is None:
+            return self._known_s(pause, index, elapsed)
+        price = seen.hold_s(elapsed)
+        return elapsed if price is None else price
+
+    def _history(self, pause: Pause, index: int) -> History | None:
+        """The durations to go by; None when they are too few, or the tool's hints better."""
+        call = pause.calls[index] if pause.calls else None
+        seen = self._seen.get("" if call is None else call.tool)
+        if seen is None or len(seen) < MIN_CALLS:
+            return None
+        if call is not None and call.expected_s is not None:
+            of_hints, of_history = self._errors.get(call.tool, (1.0, 0.0))
+            if of_hints < of_history:
+                return None
+        return seen
+
+    def _known_s(self, pause: Pause, index: int, elapsed: float) -> float:
+        call = pause.calls[index] if pause.calls else None
+        known = call.expected_s if call is not None else None
+        if known is None:
+            seen = self._seen.get("" if call is None else call.tool)
+            known = seen.mean_s if seen is not None else self._prior_s
+        return _or_as_long_again(known, elapsed)
+
+
+class Reported(Conditional):
+    """What the tool itself says of its progress, where it says anything; else as :class:`Conditional`.
+
+    A report of fraction f after a seconds means ``a (1 - f) / f`` more from then on. Past that, as long again as the
+    time since the report. A fraction of 0 says nothing.
+    """
+
+    def _call_s(self, pause: Pause, index: int, elapsed: float) -> float:
+        reported = self._reported_s(pause, index, elapsed)
+        return super()._call_s(pause, index, elapsed) if reported is None else reported
+
+    def _call_hold_s(self, pause: Pause, index: int, elapsed: float) -> float:
+        reported = self._reported_s(pause, index, elapsed)
+        return super()._call_hold_s(pause, index, elapsed) if reported is None else reported
+
+    @staticmethod
+    def _reported_s(pause: Pause, index: int, elapsed: float) -> float | None:
+        report = pause.progress[index] if index < len(pause.progress) else None
+        if report is None or report.fraction <= 0.0:
+            return None
+        after_s = report.at - pause.since
+        left_s = after_s * (1.0 - report.fraction) / report.fraction
+        return _or_as_long_again(left_s, max(0.0, elapsed - after_s))
+
+    def _of_pause(self, pause: Pause, now: float, of_call: Callable[[Pause, int, float], float]) -> float:
+        if any(report is not None for report in pause.progress):
+            return PerCall._of_pause(self, pause, now, of_call)  # reports of the parts beat durations of the whole
+        return super()._of_pause(pause, now, of_call)
+
+
+def _or_as_long_again(known_s: float, elapsed: float) -> float:
+    return known_s - elapsed if known_s > elapsed else elapsed
+
+
+def _name(pause: Pause) -> str:
+    """One tool's name, or those of a set of parallel calls in an order that does not matter."""
+    if len(pause.calls) == 1:
+        return pause.calls[0].tool
+    return ("|" if pause.wait_any else "+").join(sorted(call.tool for call in pause.calls))
+
+
+ESTIMATORS: dict[str, Callable[[], Estimator]] = {
+    "elapsed": Elapsed,
+    "profiled": Profiled,
+    "conditional": Conditional,
+    "hint": Hint,
+    "progress": Reported,
+    "oracle": Oracle,
+}
+
+
+def make_estimator(name: str) -> Estimator:
+    """A fresh estimator; ValueError names the ones there are."""
+    try:
+        return ESTIMATORS[name]()
+    except KeyError:
+        raise ValueError(f"estimator is {name!r}; it must be one of {', '.join(ESTIMATORS)}") from None

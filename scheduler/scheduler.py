@@ -86,11 +86,7 @@ class Scheduler:
             return
         elapsed = now - state.pause.since
         self.on_resumed(state.pause, elapsed)
-        if state.pause.calls:
-            for call in state.pause.calls:
-                self.policy.estimator.observe(call.tool, elapsed)
-        else:
-            self.policy.estimator.observe("", elapsed)
+        self.policy.estimator.observe(state.pause, elapsed)
         self._set_pause(state, Pause(now))
 
     def stop(self, context: ContextId, now: float) -> None:

@@ -71,7 +71,7 @@ def test_conditional_uses_the_hint_until_it_has_seen_enough() -> None:
 def test_conditional_is_the_mean_of_what_lasted_longer() -> None:
     estimator = Conditional()
     for duration_s in (1.0, 1.0, 1.0, 9.0):
-        estimator.observe("shell", duration_s)
+        estimator.observe(Pause(0.0, (Call("shell"),)), duration_s)
     pause = Pause(0.0, (Call("shell", 100.0),))
     assert estimator.remaining_s(pause, 0.0) == 3.0  # (1 + 1 + 1 + 9) / 4
     assert estimator.remaining_s(pause, 2.0) == 7.0  # only the 9 is left
@@ -90,12 +90,12 @@ def test_a_deadline_bounds_every_expectation() -> None:
 
 
 def test_old_durations_are_forgotten() -> None:
-    estimator = Conditional()
+    estimator, api = Conditional(), Pause(0.0, (Call("api"),))
     for _ in range(256):
-        estimator.observe("api", 1.0)
+        estimator.observe(api, 1.0)
     for _ in range(256):
-        estimator.observe("api", 3.0)
-    assert estimator.remaining_s(Pause(0.0, (Call("api"),)), 0.0) == 3.0
+        estimator.observe(api, 3.0)
+    assert estimator.remaining_s(api, 0.0) == 3.0
 
 
 def test_phases_change_by_the_table_alone() -> None:
