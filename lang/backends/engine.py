@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from caesura.lang.backend import (
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from caesura.runtime.executors.base import SampledToken
     from caesura.runtime.generation import TokenChunk
     from caesura.runtime.sampling import SamplingParams
+    from caesura.runtime.scoring import TokenScore
     from caesura.runtime.text.template import ChatTemplate
     from caesura.runtime.text.template import Piece as RuntimePiece
 
@@ -180,69 +181,27 @@ class EngineSession:
             kept_token_ids=kept,
         )
 
-    def _text(self, token_id: int) -> str:
-        return self._service.tokenizer.decode([token_id], skip_special=False, continuation=True)
-
     def _logprob(self, token: SampledToken) -> TokenLogprob:
-        top = tuple((logprob, token_id, self._text(token_id)) for token_id, logprob in token.top_logprobs)
+        from caesura.runtime.scoring import token_text
+
+        tokenizer = self._service.tokenizer
+        top = tuple((logprob, token_id, token_text(tokenizer, token_id)) for token_id, logprob in token.top_logprobs)
         logprob = token.logprob if token.logprob is not None else 0.0
-        return TokenLogprob(logprob, token.token_id, self._text(token.token_id), top)
+        return TokenLogprob(logprob, token.token_id, token_text(tokenizer, token.token_id), top)
 
     async def score(self, texts: Sequence[str], *, unconditional: bool = False) -> list[OptionScore]:
-        """Each option on a fork of its own, all at once; alone, it follows BOS (or an end token, without BOS)."""
-        if self._handle.num_tokens == 0:
-            await self._handle.append(self._start_tokens())
-        await self._handle.prefill()
-        forks = await _kept(self._handle.fork(len(texts)))
-        try:
-            given = await self._gather([self._score(fork, text) for fork, text in zip(forks, texts, strict=True)])
-        finally:
-            for fork in forks:
-                await fork.close()
-        if not unconditional:
-            return [OptionScore(scores) for scores in given]
-        alone = await self._gather([self._score_alone(text) for text in texts])
-        return [OptionScore(scores, other) for scores, other in zip(given, alone, strict=True)]
+        from caesura.runtime.scoring import score_texts
 
-    @staticmethod
-    async def _gather(work: Sequence[Any]) -> list[tuple[TokenLogprob, ...]]:
-        tasks = [asyncio.ensure_future(one) for one in work]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-
-    def _start_tokens(self) -> list[int]:
-        tokenizer = self._service.tokenizer
-        if tokenizer.bos_id is not None:
-            return [tokenizer.bos_id]
-        return [min(tokenizer.eos_ids)] if tokenizer.eos_ids else [0]
-
-    async def _score_alone(self, text: str) -> tuple[TokenLogprob, ...]:
-        (handle,) = await _kept(self._open_one())
-        try:
-            await handle.append(self._start_tokens())
-            return await self._score(handle, text)
-        finally:
-            await handle.close()
-
-    async def _open_one(self) -> Sequence[Handle]:
-        return [await self._service.open()]
-
-    async def _score(self, handle: Handle, text: str) -> tuple[TokenLogprob, ...]:
-        """Append ``text`` to a context that is of no other use, and score it."""
-        start = handle.num_tokens
-        ids = self._service.tokenizer.encode(text, continuation=True)
-        await handle.append(ids)
-        scores = await handle.score(start)
-        return tuple(TokenLogprob(score, i, self._text(i)) for score, i in zip(scores, ids, strict=True))
+        scores = await score_texts(self._service, self._handle, texts, unconditional=unconditional)
+        return [
+            OptionScore(_scored(one.conditional), None if one.unconditional is None else _scored(one.unconditional))
+            for one in scores
+        ]
 
     async def prompt_logprobs(self, start: int) -> list[TokenLogprob]:
-        ids = (await self._handle.token_ids())[start:]
-        scores = await self._handle.score(start) if ids else []
-        return [TokenLogprob(score, i, self._text(i)) for score, i in zip(scores, ids, strict=True)]
+        from caesura.runtime.scoring import score_own
+
+        return list(_scored(await score_own(self._service, self._handle, start)))
 
     async def prefill(self) -> None:
         if self._handle.num_tokens:
@@ -276,15 +235,8 @@ class EngineSession:
         return await self._handle.read_decisions()
 
 
-async def _kept(work: Coroutine[Any, Any, Sequence[Handle]]) -> Sequence[Handle]:
-    """Wait for contexts that are being made; if the caller is cancelled meanwhile, they are closed when they are."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        for handle in await task:
-            await handle.close()
-        raise
+def _scored(scores: Sequence[TokenScore]) -> tuple[TokenLogprob, ...]:
+    return tuple(TokenLogprob(score.logprob, score.token_id, score.text) for score in scores)
 
 
 def sampling_params(request: GenRequest) -> SamplingParams:
