@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+SLOW_OPTIONS ?= --timeout 1800
+
+.PHONY: demo test test-slow lint bench clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml
@@ -21,6 +23,9 @@ demo: $(VENV)/.installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow $(SLOW_OPTIONS)
 
 lint: $(VENV)/.installed .types
 	$(BIN)/ruff format --check .

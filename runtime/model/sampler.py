@@ -20,6 +20,7 @@ from caesura.runtime.executors.base import SampledToken
 from caesura.runtime.sampling import SamplerState
 from torch import Tensor
 
+_COLD, _COLDEST = 1e-3, 1e-30
 _CANDIDATES = 256  # most truncated rows are decided by so few tokens; the others pay for a full sort
 
 
@@ -44,8 +45,7 @@ def sample(logits: Tensor, states: Sequence[SamplerState], eos_ids: Iterable[int
         if failure is not None:
             outcomes[row] = SampleFailure(failure)
             logits[row].zero_()
-    temperatures = torch.tensor([[state.params.temperature or 1.0] for state in states])
-    logits.div_(temperatures)
+    logits.div_(torch.tensor([[_temperature(logits[row], state)] for row, state in enumerate(states)]))
     top, greedy_ids = logits.max(dim=-1)
     finite = torch.isfinite(top).tolist()
     drawn = greedy_ids.tolist()
@@ -69,6 +69,15 @@ def uniform(seed: int, position: int) -> float:
 
 _NOT_FINITE = SampleFailure("the model produced logits that are not finite numbers")
 _NOTHING_ALLOWED = "the grammar allows no further token"
+
+
+def _temperature(row: Tensor, state: SamplerState) -> float:
+    """What to divide a row [vocab] by. Near zero the quotients would overflow, so the row is shifted: its top is 0."""
+    temperature = state.params.temperature or 1.0
+    if temperature >= _COLD:
+        return temperature
+    row.sub_(row.max().clone())
+    return max(temperature, _COLDEST)
 
 
 def _is_plain_greedy(state: SamplerState) -> bool:

@@ -211,3 +211,11 @@ def test_failures_stay_in_their_row() -> None:
     assert isinstance(outcomes[3], SampledToken)
     bad = sample(torch.full((2, 5), float("nan")), [state(temperature=0.0)] * 2, EOS)
     assert all(isinstance(outcome, SampleFailure) for outcome in bad)
+
+
+@pytest.mark.parametrize("temperature", [9e-4, 1e-20, 5e-324])
+def test_the_coldest_temperatures_take_the_likeliest_token(temperature: float) -> None:
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(3)) * 40
+    drawn = one(logits, state(temperature=temperature, logprobs=3))
+    assert drawn.token_id == int(logits.argmax())
+    assert drawn.logprob == pytest.approx(0.0, abs=1e-3)
