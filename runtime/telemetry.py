@@ -31,7 +31,7 @@ STEP_TOKENS = tuple(float(1 << power) for power in (0, *range(3, 15)))
 
 
 class Distribution:
-    """Values counted in buckets: ``counts[i]`` of them lie at or below ``bounds[i]`` (and above the bound before), the last
+    """Values counted in buckets: each bound's count is of the values up to it and above the bound before it; one more
     count is of those above all bounds."""
 
     def __init__(self, bounds: Sequence[float]) -> None:

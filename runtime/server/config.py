@@ -43,6 +43,7 @@ class ServerConfig:
     send_deadline_s: float = 60.0
     body_deadline_s: float = 30.0
     drain_s: float = 30.0
+    metrics_compat: str = "none"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -77,6 +77,7 @@ class NativeInfo:
     async def server_info(self, _: Request) -> Response:
         """The engine's account and this server's settings; no secrets."""
         stats = await self._info.stats()
+        stats.pop("telemetry", None)  # has other keys' tool names
         config = self._state.config
         return reply(
             {

@@ -15,12 +15,14 @@ from caesura.runtime.server.http import principal_of
 from caesura.runtime.server.kept import KeptContexts, namespace_of
 from caesura.runtime.server.keys import KeyRing
 from caesura.runtime.server.registry import ContextRegistry
+from caesura.runtime.server.tally import TALLY, RequestTally, ServerCounts
 from caesura.runtime.server.work import Work, WorkBoard
 from starlette.requests import Request
 
 T = TypeVar("T")
 TEXT_DEADLINE_S = 20.0
 TEXT_THREADS = 2
+STATS_DEADLINE_S = 5.0
 
 
 class ServerState:
@@ -34,19 +36,30 @@ class ServerState:
         self.kept = KeptContexts(config.max_kept_contexts, config.max_contexts_per_key, config.tool_wait_s)
         self.contexts = ContextRegistry(config.max_kept_contexts, config.max_contexts_per_key)
         self.model_name = config.model_name or service.model_name
+        self.counts = ServerCounts()
         self.started_at = time.time()
         self.draining = False
         self._text = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="caesura-text")
+        self._max_context_tokens: int | None = None
 
     async def on_text_thread(self, work: Callable[[], T]) -> T:
         """Rendering and tokenizing, away from the event loop, with a deadline."""
         async with asyncio.timeout(TEXT_DEADLINE_S):
             return await asyncio.get_running_loop().run_in_executor(self._text, work)
 
+    async def max_context_tokens(self) -> int:
+        """The longest context the engine takes, asked for once. Raises EngineStopped, TimeoutError."""
+        if self._max_context_tokens is None:
+            async with asyncio.timeout(STATS_DEADLINE_S):
+                self._max_context_tokens = int((await self.service.read_stats())["max_context_tokens"])
+        return self._max_context_tokens
+
     def work(self, request: Request, *, rid: str | None, cache_salt: str | None) -> Work:
         """A request at work; to be entered."""
         key_id = principal_of(request).key_id
-        return Work(self.service, self.board, key_id, rid or secrets.token_hex(16), namespace_of(key_id, cache_salt))
+        tally = request.scope[TALLY] = RequestTally(self.counts)
+        name = rid or secrets.token_hex(16)
+        return Work(self.service, self.board, key_id, name, namespace_of(key_id, cache_salt), tally)
 
     async def close(self) -> None:
         """Give up every context this server kept. The service is its owner's."""

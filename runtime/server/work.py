@@ -14,6 +14,7 @@ from caesura.runtime.generation import TokenChunk, ToolCalling
 from caesura.runtime.sampling import SamplingParams
 from caesura.runtime.server.errors import ApiError
 from caesura.runtime.server.http import settled
+from caesura.runtime.server.tally import RequestTally
 
 T = TypeVar("T")
 
@@ -28,7 +29,15 @@ class Aborted(ApiError):
 class Work:
     """One request at work. An async context manager; on leaving it, its contexts are closed."""
 
-    def __init__(self, service: Service, board: WorkBoard, key_id: str, request_id: str, namespace: str) -> None:
+    def __init__(
+        self,
+        service: Service,
+        board: WorkBoard,
+        key_id: str,
+        request_id: str,
+        namespace: str,
+        tally: RequestTally | None = None,
+    ) -> None:
         self.service = service
         self.namespace = namespace
         self.request_id = request_id
@@ -36,6 +45,8 @@ class Work:
         self._board = board
         self._place = (key_id, request_id)
         self._handles: list[Handle] = []
+        self._tally = tally or RequestTally()
+        self._prompts: dict[Handle, int] = {}  # forks have their parent's prompt
 
     async def __aenter__(self) -> Self:
         self._board.enter(self._place, self)
@@ -55,6 +66,7 @@ class Work:
     async def fork(self, parent: Handle, count: int) -> list[Handle]:
         """Copies of a context, which belong to this request as well."""
         forks = await _even_if_cancelled(parent.fork(count), _close_many)
+        self._prompts.update(dict.fromkeys(forks, self._prompt(parent)))
         return [self.adopt(handle) for handle in forks]
 
     def adopt(self, handle: Handle) -> Handle:
@@ -71,14 +83,26 @@ class Work:
     ) -> AsyncGenerator[TokenChunk, None]:
         """The handle's chunks. Raises Aborted after an abort."""
         chunks = cast("AsyncGenerator[TokenChunk, None]", handle.generate(params, tools))
+        counted = params.max_new_tokens == 0  # computing a prompt is no generation
         try:
             async with contextlib.aclosing(chunks):
                 async for chunk in chunks:
+                    self._tally.chunk(chunk)
+                    if chunk.finish is not None:
+                        self._tally.prompt(self._prompt(handle), chunk.finish)
+                        if not counted:
+                            self._tally.finish(chunk.finish.reason)
+                        counted = True
                     yield chunk
-        except ContextClosed:
-            if self.aborted:
+        except (GeneratorExit, asyncio.CancelledError, ContextClosed) as error:
+            if not counted:
+                self._tally.finish("abort")
+            if self.aborted and isinstance(error, ContextClosed):
                 raise Aborted from None
             raise
+
+    def _prompt(self, handle: Handle) -> int:
+        return self._prompts.setdefault(handle, len(self._prompts))
 
     async def abort(self) -> None:
         """End what the request does, in whatever state it is."""

@@ -212,7 +212,7 @@ def test_information_routes() -> None:
         assert (await client.post("/detokenize", json={"tokens": [1 << 20]})).status_code == 400
         metrics = (await client.get("/metrics")).text
         assert 'caesura_http_requests_total{route="/health",status="200"} 1.0' in metrics
-        assert "caesura_decisions_total" in metrics and "caesura_device_pages" in metrics
+        assert "caesura_decisions_total" in metrics and "caesura_kv_pages" in metrics
         document = (await client.get("/openapi.json")).json()
         body = document["paths"]["/v1/contexts/{context_id}/pause"]["post"]["requestBody"]
         reference = body["content"]["application/json"]["schema"]["$ref"]
