@@ -10,6 +10,8 @@ from caesura.runtime.server.chat import Chat
 from caesura.runtime.server.completions import Completions
 from caesura.runtime.server.config import ServerConfig
 from caesura.runtime.server.contexts import Contexts
+from caesura.runtime.server.contexts_template import Template
+from caesura.runtime.server.dashboard import Dashboard
 from caesura.runtime.server.errors import as_api_error
 from caesura.runtime.server.guard import Auth, BodyLimit, HostGuard, Outermost
 from caesura.runtime.server.info import Info, package_version
@@ -68,7 +70,8 @@ def create_app(service: Service, config: ServerConfig | None = None) -> FastAPI:
 
 def _routes(state: ServerState, info: Info, metrics: Metrics) -> list[tuple[str, str, Endpoint]]:
     """(methods, path, endpoint). ``access.py`` says who may call what."""
-    native, contexts = NativeInfo(state, info), Contexts(state)
+    native, contexts, template = NativeInfo(state, info), Contexts(state), Template(state)
+    dashboard = Dashboard(state)
     one = "/v1/contexts/{context_id}"
     return [
         ("GET", "/health", info.health),
@@ -77,6 +80,8 @@ def _routes(state: ServerState, info: Info, metrics: Metrics) -> list[tuple[str,
         ("GET", "/v1/models", info.models),
         ("GET", "/v1/models/{model:path}", info.model),
         ("GET", "/metrics", metrics.show),
+        ("GET", "/dashboard", dashboard.page),
+        ("GET", "/v1/dashboard/state", dashboard.state),
         ("POST", "/v1/chat/completions", Chat(state).__call__),
         ("POST", "/v1/completions", Completions(state).__call__),
         ("POST", "/generate", Generate(state).__call__),
@@ -106,6 +111,8 @@ def _routes(state: ServerState, info: Info, metrics: Metrics) -> list[tuple[str,
         ("POST", one + "/rollback", contexts.truncate),
         ("GET", one + "/tokens", contexts.tokens),
         ("GET", one + "/decisions", contexts.decisions),
+        ("POST", "/v1/template/turn", template.turn),
+        ("POST", "/v1/template/tool_results", template.tool_results),
     ]
 
 

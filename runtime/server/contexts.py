@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import asdict
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from caesura.runtime.api import Handle, PendingCall
 from caesura.runtime.generation import Finish, TokenChunk
+from caesura.runtime.scoring import TextScore, TokenScore, score_own, score_texts, token_text
 from caesura.runtime.server.contexts_protocol import (
     AppendRequest,
     ContextPiece,
@@ -19,6 +20,7 @@ from caesura.runtime.server.contexts_protocol import (
     ScoreRequest,
     TruncateRequest,
 )
+from caesura.runtime.server.contexts_template import result_pieces
 from caesura.runtime.server.errors import ApiError
 from caesura.runtime.server.http import event, principal_of, read, reply, stream, until_disconnect
 from caesura.runtime.server.kept import namespace_of
@@ -27,6 +29,7 @@ from caesura.runtime.server.state import ServerState
 from caesura.runtime.server.textgen import checked_ids
 from caesura.runtime.server.work import Work
 from caesura.runtime.text.tokenizer import encode_pieces
+from caesura.runtime.text.tool_parser import parse
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -51,7 +54,7 @@ class Contexts:
         ids = await self._encode(body.pieces, 0)
         await self._contexts.check_room(key_id)
         work = Work(self._service, self._state.board, key_id, "", namespace_of(key_id, body.cache_salt))
-        handle = await work.open()
+        handle = await work.open(body.deadline_s)
         try:
             if ids:
                 await handle.append(ids)
@@ -116,9 +119,22 @@ class Contexts:
         return await self._compute(request, lambda handle: handle.prefill(), "computed_tokens")
 
     async def score(self, request: Request) -> Response:
-        """Logprobs of the context's own tokens."""
+        """Logprobs of the context's own tokens, or of texts that could follow it."""
         body = await read(request, ScoreRequest)
-        return await self._compute(request, lambda handle: handle.score(body.start), "logprobs")
+        body.check()
+        start = body.start
+        if start is None:
+            return await self._compute(request, lambda handle: self._score_texts(request, handle, body), "options")
+
+        async def own(handle: Handle) -> list[TokenScore]:
+            return await score_own(self._service, handle, start)
+
+        return await self._compute(request, own, "tokens", lambda scores: {"logprobs": [one.logprob for one in scores]})
+
+    async def _score_texts(self, request: Request, handle: Handle, body: ScoreRequest) -> list[TextScore]:
+        namespace = namespace_of(principal_of(request).key_id, None)
+        texts, unconditional = body.texts, body.unconditional
+        return await score_texts(self._service, handle, texts, unconditional=unconditional, namespace=namespace)
 
     async def generate(self, request: Request) -> Response:
         """Generate from the end of the context: events ``chunk`` and ``finish``, or one object without ``stream``."""
@@ -133,38 +149,48 @@ class Contexts:
             logprobs: list[Any] = []
             out: dict[str, Any] = {}
             async with contextlib.aclosing(self._chunks(request, spec)) as chunks:
-                async for context, chunk in chunks:
+                async for chunk, finished in chunks:
                     text.append(chunk.text)
                     ids.extend(chunk.token_ids)
-                    logprobs += chunk.logprobs
-                    if chunk.finish is not None:
-                        out = self._finished(context, chunk.finish)
+                    logprobs += self._logprobs(chunk)
+                    out = finished or out
             return {**out, "text": "".join(text), "token_ids": ids, "logprobs": logprobs}
 
         return reply(await until_disconnect(request, whole()))
 
     async def _events(self, request: Request, spec: GenerateSpec) -> AsyncGenerator[bytes, None]:
         async with contextlib.aclosing(self._chunks(request, spec)) as chunks:
-            async for context, chunk in chunks:
+            async for chunk, finished in chunks:
                 if chunk.text or chunk.token_ids:
-                    piece = {"text": chunk.text, "token_ids": chunk.token_ids, "logprobs": chunk.logprobs}
+                    piece = {"text": chunk.text, "token_ids": chunk.token_ids, "logprobs": self._logprobs(chunk)}
                     yield event(piece, "chunk")
-                if chunk.finish is not None:
-                    yield event(self._finished(context, chunk.finish), "finish")
+                if finished is not None:
+                    yield event(finished, "finish")
 
     async def _chunks(
         self, request: Request, spec: GenerateSpec
-    ) -> AsyncGenerator[tuple[NamedContext, TokenChunk], None]:
-        async with self._at_work(request), self._using(request) as context:
-            chunks = cast("AsyncGenerator[TokenChunk, None]", context.handle.generate(spec.params(), spec.calling()))
+    ) -> AsyncGenerator[tuple[TokenChunk, dict[str, Any] | None], None]:
+        """Chunks as they come, the last one with the body of the ``finish`` event."""
+        async with self._at_work(request) as work, self._using(request) as context:
+            start, text = context.handle.num_tokens, ""
+            chunks = work.generate(context.handle, spec.params(), spec.calling())
             async with contextlib.aclosing(chunks):
                 async for chunk in chunks:
-                    yield context, chunk
+                    text += chunk.text
+                    finish = chunk.finish
+                    yield chunk, None if finish is None else await self._finished(context, spec, finish, start, text)
 
-    async def _compute(self, request: Request, do: Callable[[Handle], Awaitable[T]], name: str) -> Response:
+    async def _compute(
+        self,
+        request: Request,
+        do: Callable[[Handle], Awaitable[T]],
+        name: str,
+        more: Callable[[T], dict[str, Any]] = lambda _: {},
+    ) -> Response:
         async def work() -> dict[str, Any]:
             async with self._at_work(request), self._using(request) as context:
-                return {name: await do(context.handle), **self._described(context)}
+                found = await do(context.handle)
+                return {name: found, **more(found), **self._described(context)}
 
         return reply(await until_disconnect(request, work()))
 
@@ -208,9 +234,7 @@ class Contexts:
         return self._state.work(request, rid=None, cache_salt=None)
 
     def _results(self, body: AppendRequest) -> list[int]:
-        tools = [{"type": "function", "function": tool.spec()} for tool in body.tools] or None
-        results = [(result.name, result.content) for result in body.tool_results]
-        pieces = self._service.template.tool_results(results, tools=tools)
+        pieces = result_pieces(self._service, body.tool_results, body.tools)
         return encode_pieces(self._service.tokenizer, pieces, continuation=True)
 
     async def _encode(self, pieces: list[ContextPiece], num_before: int) -> list[int]:
@@ -235,9 +259,36 @@ class Contexts:
     def _described(context: NamedContext) -> dict[str, Any]:
         return {"id": context.id, "object": "context", "num_tokens": context.handle.num_tokens}
 
-    def _finished(self, context: NamedContext, finish: Finish) -> dict[str, Any]:
+    def _logprobs(self, chunk: TokenChunk) -> list[dict[str, Any]]:
+        """Logprobs with the tokens' texts; ``top_logprobs`` are [token id, logprob, text]."""
+
+        def text(token_id: int) -> str:
+            return token_text(self._service.tokenizer, token_id)
+
+        return [
+            {
+                "token_id": token.token_id,
+                "logprob": token.logprob,
+                "text": text(token.token_id),
+                "top_logprobs": [(other, logprob, text(other)) for other, logprob in token.top_logprobs],
+            }
+            for token in chunk.logprobs
+        ]
+
+    async def _finished(
+        self, context: NamedContext, spec: GenerateSpec, finish: Finish, start: int, text: str
+    ) -> dict[str, Any]:
+        """The end of a generation. ``content`` is the text apart from calls; ``kept_token_ids`` what stays in the
+        context when a stop string cut the last tokens off. Null where that is all of it."""
+        content = kept = None
+        if finish.tool_calls:
+            content = parse(text, self._service.tool_format, [tool.function.name for tool in spec.tools])[0]
+        if isinstance(finish.matched, str):
+            kept = (await context.handle.token_ids())[start:]
         return {
             **self._described(context),
+            "content": content,
+            "kept_token_ids": kept,
             "reason": finish.reason,
             "matched": finish.matched,
             "tool_calls": [asdict(call) for call in finish.tool_calls],

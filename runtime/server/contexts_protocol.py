@@ -34,11 +34,13 @@ Results = Annotated[list[NamedResult], Meta(max_length=limits.MAX_CALLS)]
 
 
 class ContextRequest(msgspec.Struct):
-    """The body of ``POST /v1/contexts``. The context is deleted after ``ttl_s`` seconds without a request."""
+    """The body of ``POST /v1/contexts``. The context is deleted after ``ttl_s`` seconds without a request, and
+    ``deadline_s`` seconds after it was made."""
 
     pieces: Pieces = []
     cache_salt: limits.Id | None = None
     ttl_s: Annotated[float, Meta(gt=0, le=limits.MAX_WAIT_S)] | None = None
+    deadline_s: Annotated[float, Meta(gt=0, le=limits.MAX_WAIT_S)] | None = None
 
 
 class AppendRequest(msgspec.Struct):
@@ -128,9 +130,32 @@ class TruncateRequest(msgspec.Struct):
 
 
 class ScoreRequest(msgspec.Struct):
-    """The body of ``.../score``: logprobs of the context's tokens from ``start`` on."""
+    """The body of ``.../score``: either ``start``, for logprobs of the context's own tokens from there on, or
+    ``texts``, each scored as if it followed (and on its own, with ``unconditional``)."""
 
-    start: Annotated[int, Meta(ge=1, le=limits.MAX_PROMPT_TOKENS)]
+    start: Annotated[int, Meta(ge=1, le=limits.MAX_PROMPT_TOKENS)] | None = None
+    texts: Annotated[list[limits.Text], Meta(max_length=limits.MAX_PROMPTS)] = []
+    unconditional: bool = False
+
+    def check(self) -> None:
+        """What the types cannot say."""
+        if (self.start is None) == (not self.texts):
+            raise ApiError(400, "exactly one of start and texts must be given", param="start")
+
+
+class TurnRequest(msgspec.Struct):
+    """The body of ``/v1/template/turn``: what the chat template writes around the content of one turn."""
+
+    role: limits.Name
+    first: bool = False
+    tools: Annotated[list[Tool], Meta(max_length=limits.MAX_TOOLS)] = []
+
+
+class ResultsRequest(msgspec.Struct):
+    """The body of ``/v1/template/tool_results``: how the chat template writes the results of tools."""
+
+    results: Annotated[list[NamedResult], Meta(min_length=1, max_length=limits.MAX_CALLS)]
+    tools: Annotated[list[Tool], Meta(max_length=limits.MAX_TOOLS)] = []
 
 
 class CallSpec(msgspec.Struct):

@@ -11,6 +11,7 @@ from caesura.runtime.errors import (
     ContextTooLong,
     DeadlineExceeded,
     EngineStopped,
+    GrammarError,
     InvalidRequest,
 )
 from starlette.exceptions import HTTPException
@@ -81,6 +82,8 @@ def as_api_error(error: BaseException) -> ApiError:
             return error
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
+        case GrammarError():
+            return ApiError(400, str(error), code="invalid_grammar")
         case ContextTooLong():
             return ApiError(400, str(error), code="context_length_exceeded")
         case InvalidRequest():

@@ -13,8 +13,10 @@ from caesura.runtime.server.contexts_protocol import (
     ForkRequest,
     GenerateSpec,
     PauseRequest,
+    ResultsRequest,
     ScoreRequest,
     TruncateRequest,
+    TurnRequest,
 )
 from caesura.runtime.server.native_info import AbortRequest, DetokenizeRequest, TokenizeRequest
 from caesura.runtime.server.native_protocol import GenerateRequest
@@ -40,6 +42,8 @@ BODIES: dict[str, type[msgspec.Struct]] = {
     f"{_CONTEXT}/score": ScoreRequest,
     f"{_CONTEXT}/truncate": TruncateRequest,
     f"{_CONTEXT}/rollback": TruncateRequest,
+    "/v1/template/turn": TurnRequest,
+    "/v1/template/tool_results": ResultsRequest,
 }
 
 
