@@ -47,6 +47,7 @@ class Message(msgspec.Struct):
     name: limits.Id | None = None
     tool_calls: Annotated[list[MessageToolCall], Meta(max_length=limits.MAX_CALLS)] | None = None
     tool_call_id: limits.Id | None = None
+    reasoning_content: limits.Text | None = None
 
     def text(self, index: int) -> str:
         """The content as one text. Raises ApiError for parts that are no text; nothing is ever fetched."""
@@ -54,7 +55,7 @@ class Message(msgspec.Struct):
             return self.content or ""
         texts = []
         for part in self.content:
-            if part.type not in ("text", "input_text", "output_text", "refusal"):
+            if part.type not in ("text", "input_text", "output_text", "refusal", "reasoning_text"):
                 where = f"messages[{index}].content"
                 raise ApiError(400, f"{where}: parts of type {part.type!r} are not supported, only text", param=where)
             texts.append(part.text or part.refusal or "")
@@ -113,6 +114,8 @@ class ChatRequest(SamplingFields, kw_only=True):
     reasoning_effort: limits.Id | None = None
     chat_template_kwargs: Annotated[dict[limits.Id, Any], Meta(max_length=limits.MAX_METADATA)] | None = None
     continue_final_message: bool | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
 
     @property
     def choice(self) -> str:

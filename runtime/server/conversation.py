@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from caesura.runtime.server.chat_protocol import ChatRequest, Message
@@ -43,6 +43,8 @@ def conversation_of(body: ChatRequest) -> Conversation:
             out["name"] = message.name or names.get(message.tool_call_id or "", "tool")
         elif message.name:
             out["name"] = message.name
+        if out["role"] == "assistant" and message.reasoning_content:
+            out["reasoning_content"] = message.reasoning_content
         messages.append(out)
     tools = tuple({"type": "function", "function": tool.spec()} for tool in body.tools or ())
     last_is_own = messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
@@ -70,7 +72,15 @@ def plain_arguments(arguments: Any) -> Any:
     return arguments or {}
 
 
-def prompt_tokens(conversation: Conversation, template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids, and how their text ends: a template may open the model's thinking there."""
+
+    token_ids: list[int]
+    end: str
+
+
+def prompt_of(conversation: Conversation, template: ChatTemplate, tokenizer: Tokenizer) -> Prompt:
     """The whole conversation, up to the opening of the next assistant turn. May take long: call it on a thread."""
     messages: Sequence[dict[str, Any]] = conversation.messages
     rest = ""
@@ -81,14 +91,37 @@ def prompt_tokens(conversation: Conversation, template: ChatTemplate, tokenizer:
     )
     if rest:
         pieces.append(Piece(rest, special=False))
-    return encode_pieces(tokenizer, pieces)
+    return Prompt(encode_pieces(tokenizer, pieces), _end(pieces))
 
 
-def result_tokens(conversation: Conversation, first: int, template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
-    """What follows the assistant turn whose calls the messages from ``first`` on answer."""
-    results = [(message["name"], message["content"]) for message in conversation.messages[first:]]
-    pieces = template.tool_results(results, tools=list(conversation.tools) or None)
-    return encode_pieces(tokenizer, pieces, continuation=True)
+def next_prompt(conversation: Conversation, at: int, template: ChatTemplate, tokenizer: Tokenizer) -> Prompt | None:
+    """What follows the assistant turn with which the first ``at`` messages end: the results of its calls, or what the
+    user says next. None for anything else, which only the whole conversation can show. Call it on a thread."""
+    messages = conversation.messages[at:]
+    roles = {message["role"] for message in messages}
+    tools, arguments = list(conversation.tools) or None, conversation.arguments
+    if roles == {"tool"}:
+        results = [(message["name"], message["content"]) for message in messages]
+        pieces = template.tool_results(results, tools=tools, **arguments)
+    elif roles == {"user"} and not conversation.messages[at - 1].get("tool_calls"):
+        pieces = template.following(messages, tools=tools, **arguments)
+    else:
+        return None
+    return Prompt(encode_pieces(tokenizer, pieces, continuation=True), _end(pieces))
+
+
+def _end(pieces: Sequence[Piece]) -> str:
+    return "".join(piece.text for piece in pieces[-3:])[-200:]
+
+
+def shortened(conversation: Conversation) -> Conversation | None:
+    """Without its oldest turn: up to the second message of the user. None when there is no second one."""
+    messages = conversation.messages
+    first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    for at in range(first + 1, len(messages)):
+        if messages[at]["role"] == "user":
+            return replace(conversation, messages=(*messages[:first], *messages[at:]))
+    return None
 
 
 def open_calls(conversation: Conversation) -> tuple[int, frozenset[str]]:

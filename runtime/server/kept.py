@@ -33,7 +33,8 @@ class KeptCall:
 
 @dataclass(slots=True, eq=False)
 class KeptContext:
-    """An answer that called tools. ``handle`` can go on once; after that the tokens still can."""
+    """An answer whose tokens are kept: one that called tools, or one that the client may name as the previous one.
+    ``handle`` can go on once; after that the tokens still can. ``thought``: the answer began with thinking."""
 
     namespace: str
     fingerprint: bytes
@@ -42,10 +43,12 @@ class KeptContext:
     token_ids: array[int]
     expires_at: float
     handle: Handle | None = field(default=None)
+    thought: bool = False
 
     def wrote(self, message: dict[str, Any]) -> bool:
         """Whether a client's assistant message is this answer, unchanged."""
-        said = [(call["id"], call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]]
+        calls = message.get("tool_calls", ())
+        said = [(call["id"], call["function"]["name"], call["function"]["arguments"]) for call in calls]
         mine = [(call.id, call.name, plain_arguments(call.arguments)) for call in self.calls]
         return message["content"].strip() == self.content.strip() and sorted(said, key=_first) == sorted(
             mine, key=_first
@@ -102,16 +105,19 @@ class KeptContexts:
         fingerprint: bytes,
         content: str,
         calls: Sequence[KeptCall],
-    ) -> None:
+        *,
+        thought: bool = False,
+    ) -> KeptContext:
         """Take a context over. It is paused under its tools' names, with a deadline, until its results come."""
         token_ids = array("i", await handle.token_ids())
         await handle.pause([PendingCall(call.name, None, self._wait_s) for call in calls])
         expires_at = self._monotonic() + self._wait_s
-        kept = KeptContext(namespace, fingerprint, content, tuple(calls), token_ids, expires_at, handle)
+        kept = KeptContext(namespace, fingerprint, content, tuple(calls), token_ids, expires_at, handle, thought)
         self._kept[id(kept)] = kept
         self._num_tokens += len(token_ids)
         self._by_call.update((call.id, kept) for call in calls)
         await self._shrink(namespace)
+        return kept
 
     def find(self, namespace: str, ids: frozenset[str]) -> KeptContext | None:
         """The context whose calls are exactly these."""
@@ -133,22 +139,23 @@ class KeptContexts:
         """Drop what outlasted its deadline."""
         now = self._monotonic()
         for kept in [kept for kept in self._kept.values() if now >= kept.expires_at]:
-            await self._drop(kept)
+            await self.drop(kept)
 
     async def clear(self) -> None:
         """Drop everything."""
-        await asyncio.gather(*(self._drop(kept) for kept in list(self._kept.values())))
+        await asyncio.gather(*(self.drop(kept) for kept in list(self._kept.values())))
 
     async def _shrink(self, namespace: str) -> None:
         await self.expire()
         owner = owner_of(namespace)
         mine = [kept for kept in self._kept.values() if owner_of(kept.namespace) == owner]
         for kept in mine[: max(0, len(mine) - self._max_per_key)]:
-            await self._drop(kept)
+            await self.drop(kept)
         while len(self._kept) > self._max_contexts or (self._num_tokens > MAX_KEPT_TOKENS and len(self._kept) > 1):
-            await self._drop(next(iter(self._kept.values())))
+            await self.drop(next(iter(self._kept.values())))
 
-    async def _drop(self, kept: KeptContext) -> None:
+    async def drop(self, kept: KeptContext) -> None:
+        """Forget an answer and close its context. Idempotent."""
         if self._kept.pop(id(kept), None) is None:
             return
         self._num_tokens -= len(kept.token_ids)

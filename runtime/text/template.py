@@ -104,13 +104,21 @@ class ChatTemplate:
         opening, closing = self._turn(role, first, tools)
         return to_pieces(opening), to_pieces(closing)
 
-    def tool_results(self, results: Sequence[tuple[str, str]], *, tools: Tools | None = None) -> list[Piece]:
+    def tool_results(
+        self, results: Sequence[tuple[str, str]], *, tools: Tools | None = None, **kwargs: Any
+    ) -> list[Piece]:
         """What follows the text of an assistant turn that called tools: its end, ``(name, content)`` results, and the
         opening of the next assistant turn. Results keep their order; the text is what the template itself
         writes for tool messages, or a user turn with ``<tool_response>`` marks if it knows none.
         """
         style = self._cached(f"style\n{_key(tools)}", lambda: self._tool_style(tools))
-        return to_pieces(self._results(style, results, tools))
+        return to_pieces(self._results(style, results, tools, kwargs))
+
+    def following(self, messages: Sequence[Message], *, tools: Tools | None = None, **kwargs: Any) -> list[Piece]:
+        """What follows the text of an assistant turn when ``messages`` come next: its end, the messages, and the
+        opening of the next assistant turn."""
+        said = [_said("user", 0), _said("assistant", 1), *messages]
+        return to_pieces(_around(self._text(*said, tools=tools, generate=True, kwargs=kwargs), 1)[1])
 
     # rendering
 
@@ -136,9 +144,15 @@ class ChatTemplate:
         variables["add_generation_prompt"] = generate
         return with_deadline(lambda: render(self._template, variables), self._deadline_s)
 
-    def _text(self, *messages: Message, tools: Tools | None = None, generate: bool = False) -> Marked:
+    def _text(
+        self,
+        *messages: Message,
+        tools: Tools | None = None,
+        generate: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Marked:
         extra = {"tools_in_user_message": False} if tools and "tools_in_user_message" in self.source else {}
-        return self._render(messages, tools, generate, extra)
+        return self._render(messages, tools, generate, {**extra, **(kwargs or {})})
 
     def _cached(self, key: str, make: Callable[[], _T]) -> _T:
         with self._lock:
@@ -232,18 +246,24 @@ class ChatTemplate:
                 return style
         return "user"
 
-    def _results(self, style: str, results: Sequence[tuple[str, str]], tools: Tools | None) -> Marked:
+    def _results(
+        self,
+        style: str,
+        results: Sequence[tuple[str, str]],
+        tools: Tools | None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Marked:
         said: list[Message] = [
             {"role": "tool", "name": name, "content": content, "tool_call_id": _CALL_ID.format(i)}
             for i, (name, content) in enumerate(results)
         ]
         if style == "plain":
-            text = self._text(_said("user", 0), _said("assistant", 1), *said, tools=tools, generate=True)
+            text = self._text(_said("user", 0), _said("assistant", 1), *said, tools=tools, generate=True, kwargs=kwargs)
             return _around(text, 1)[1]
         if style == "user":
             joined = "\n".join(f"<tool_response>\n{content}\n</tool_response>" for _, content in results)
             turn = {"role": "user", "content": joined}
-            text = self._text(_said("user", 0), _said("assistant", 1), turn, tools=tools, generate=True)
+            text = self._text(_said("user", 0), _said("assistant", 1), turn, tools=tools, generate=True, kwargs=kwargs)
             return _around(text, 1)[1]
         calls = [
             {
@@ -254,7 +274,7 @@ class ChatTemplate:
             for i, (name, _) in enumerate(results)
         ]
         called: Message = {"role": "assistant", "content": "", "tool_calls": calls}
-        text = self._text(_said("user", 0), called, *said, tools=tools, generate=True)
+        text = self._text(_said("user", 0), called, *said, tools=tools, generate=True, kwargs=kwargs)
         rest = _around(text, 1)[1]
         end = _plain(self._assistant_closing(tools))
         at = _plain(rest).find(end) if end.strip() else -1
