@@ -11,7 +11,7 @@ from caesura.runtime.config import EMBEDDED, EngineConfig
 from caesura.runtime.engine import Engine
 from caesura.runtime.text.template import ChatTemplate, load_template
 from caesura.runtime.text.tokenizer import Tokenizer, load_tokenizer
-from caesura.scheduler.policies import POLICIES, make_policy
+from caesura.scheduler.policies import make_policy
 from caesura.scheduler.scheduler import SchedulerConfig
 
 DEFAULT_KV_BYTES = 1 << 30
@@ -80,7 +80,7 @@ def _pool_pages(config: EngineConfig, token_bytes: int) -> tuple[int, int]:
         kv_tokens = max(MIN_KV_TOKENS, min(budget // token_bytes, 1 << 18))
     host_tokens = config.host_kv_tokens
     if host_tokens is None:
-        host_tokens = 2 * kv_tokens if POLICIES[config.policy].uses_host else 0
+        host_tokens = 2 * kv_tokens if make_policy(config.policy).uses_host else 0
     what = f"the KV pools (kv_tokens {kv_tokens}, host_kv_tokens {host_tokens})"
     require_memory((kv_tokens + host_tokens) * token_bytes, what, "lower kv_tokens or host_kv_tokens")
     return -(-kv_tokens // config.page_size), -(-host_tokens // config.page_size)

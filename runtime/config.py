@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from caesura.runtime.errors import InvalidRequest
-from caesura.scheduler.policies import DEFAULT_POLICY, POLICIES
+from caesura.scheduler.policies import DEFAULT_POLICY, make_policy
 from caesura.scheduler.profile import CostProfile
 
 EMBEDDED = "embedded"
@@ -38,8 +38,10 @@ class EngineConfig:
     profile: CostProfile | None = None
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise InvalidRequest(f"policy is {self.policy!r}; it must be one of {', '.join(POLICIES)}")
+        try:
+            make_policy(self.policy)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None
         if self.dtype not in ("float32", "bfloat16"):
             raise InvalidRequest(f"dtype is {self.dtype!r}; it must be float32 or bfloat16")
         if self.load_format not in ("auto", "dummy"):

@@ -23,6 +23,7 @@ from caesura.scheduler.types import ContextId, PauseDecision, Phase, Slice, Step
 
 KEPT_DECISIONS = 64
 COPY_WAIT_S = 0.05
+BLOCKING_WAITS = 200  # of COPY_WAIT_S at most, for a policy that lets everything wait for its copies
 
 
 class Observer(Protocol):
@@ -232,6 +233,10 @@ class Engine:
             raise
         wait_s = 0.0 if inputs or not self.has_work else COPY_WAIT_S  # nothing to compute before a copy ends
         moves_done = self.executor.acknowledged(wait_s=wait_s)
+        for _ in range(BLOCKING_WAITS if self.scheduler.policy.waits_for_copies else 0):
+            if len(moves_done) == len(self.ledger.transfers):
+                break
+            moves_done += self.executor.acknowledged(wait_s=COPY_WAIT_S)
         endings: dict[ContextId, Ending] = {}
         tokens = self._read(output, endings)
         duration_s = self.clock.now() - plan.now

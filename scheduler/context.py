@@ -14,6 +14,8 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.FINISHED: frozenset(),
 }
 
+NO_PROGRAM = ContextId(-1)
+
 
 class IllegalTransition(AssertionError):
     """A phase change that the table does not have: a bug of the caller."""
@@ -84,6 +86,12 @@ class Context:
     cached_tokens: int = 0  # found computed at the last admission
     deadline_at: float | None = None
     decided: Action | None = None  # the last decision of this pause
+    program: ContextId = NO_PROGRAM  # the context it was forked from, at the root; its own id without a fork
+
+    def __post_init__(self) -> None:
+        """A context is its own program until a fork says otherwise."""
+        if self.program == NO_PROGRAM:
+            self.program = self.id
 
     @property
     def num_tokens(self) -> int:

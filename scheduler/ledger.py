@@ -56,6 +56,10 @@ class Ledger(Protocol):
         """Host pages that are free now."""
 
     @property
+    def spare_host_pages(self) -> int:
+        """Host pages that may be taken: second copies of what is on the device, and what nobody holds."""
+
+    @property
     def free_pages(self) -> int:
         """Device pages that are free now."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from caesura.scheduler.context import Context, ContextTable
 from caesura.scheduler.ledger import Ledger, Segment
-from caesura.scheduler.policies.base import Choice, PausedContext, PausePolicy, Take, View, leaf_first
+from caesura.scheduler.policies.base import Choice, PausedContext, PausePolicy, Room, Take, View, leaf_first
 from caesura.scheduler.profile import CostProfile
 from caesura.scheduler.types import Action, ActionCosts, ContextId, PauseDecision, Phase
 
@@ -26,7 +26,7 @@ class MemoryDesk:
 
     def begin(self, now: float) -> None:
         """Start a step."""
-        self._now = now
+        self.now = now
         self.decisions: list[PauseDecision] = []
         self.preempted: list[ContextId] = []
         self.contended = False  # someone wants memory and has to wait for it
@@ -54,17 +54,27 @@ class MemoryDesk:
         elif action is Action.RELEASE:
             self._ledger.release(choice.context)
         elif action is Action.SWAP:
-            action = self._swap(choice.context)
-        state.decided = action
+            action = self._swap(choice.context, choice.num_tokens)
+        partly = choice.num_tokens is not None and choice.num_tokens < held
+        state.decided = Action.PRESERVE if partly else action
+        held = held if choice.num_tokens is None else min(held, choice.num_tokens)
         if first_time and (state.pause.calls or action is not Action.RELEASE):
             self._write_down(choice.context, action, choice.costs, choice.reason, held)
 
-    def _swap(self, context: ContextId) -> Action:
-        """Copy out and drop everything only this context holds; what the host has no room for is discarded."""
+    def _swap(self, context: ContextId, num_tokens: int | None) -> Action:
+        """Copy out and drop what only this context holds (``num_tokens`` of it, from the end).
+
+        What the host has no room for is discarded.
+        """
         mine = [segment for segment in self._ledger.segments() if segment.holders == (context,)]
+        left = 1 << 60 if num_tokens is None else -(-num_tokens // self._ledger.page_size)
         done = Action.SWAP
         for segment in leaf_first(mine, lambda run: -run.start):
-            reclaimed = self._ledger.reclaim(segment.id, segment.num_pages, Action.SWAP)
+            if left <= 0:
+                break
+            pages = min(segment.num_pages, left) if segment.id >= 0 else segment.num_pages
+            left -= pages if not segment.leaving else 0
+            reclaimed = self._ledger.reclaim(segment.id, pages, Action.SWAP)
             if segment.id >= 0 and reclaimed.action is Action.DISCARD:
                 done = Action.DISCARD
         return done
@@ -75,7 +85,7 @@ class MemoryDesk:
         free = ledger.free_pages + ledger.evictable_pages
         if free >= self._policy.copies_ahead_below * ledger.num_device_pages:
             return
-        if not ledger.free_host_pages or ledger.copying_pages:
+        if not ledger.free_host_pages + ledger.spare_host_pages or ledger.copying_pages:
             return
         paused, steps = self._fruitless
         if paused == self.paused and steps < COPY_AHEAD_EVERY:  # the same contexts: look again later
@@ -93,8 +103,9 @@ class MemoryDesk:
         lacking = self._ledger.shortfall(context, num_tokens)
         if lacking:
             busy = bool(self._contexts.in_phase(Phase.RUNNING))
-            if self._policy.on_demand or not (busy or self._ledger.copying_pages):
-                lacking -= self._reclaim(lacking)
+            must = not (busy or self._ledger.copying_pages)
+            if self._policy.on_demand or must:
+                lacking -= self._reclaim(lacking, context, must=must)
             if lacking > 0:
                 lacking -= self._reclaim_queued(context, lacking)
         secured = lacking <= 0 and self._ledger.lacking_now(context, num_tokens) <= 0
@@ -108,7 +119,7 @@ class MemoryDesk:
             self.contended = True
             return False  # enough is on its way out; wait for the copies
         if self._policy.on_demand or not before_preempting:
-            taken = self._reclaim(lacking)
+            taken = self._reclaim(lacking, context, must=not before_preempting)
             if taken:
                 return True
         return self._reclaim_queued(context, lacking) > 0
@@ -120,10 +131,10 @@ class MemoryDesk:
         self._ledger.pause(state.id)
         self.preempted.append(state.id)
 
-    def _reclaim(self, wanted: int) -> int:
+    def _reclaim(self, wanted: int, asking: ContextId, *, must: bool) -> int:
         """Take pages from paused contexts as the policy orders; returns pages freed or on their way."""
         got = 0
-        for take in self._policy.reclaim(self._view(), wanted):
+        for take in self._policy.reclaim(self._view(asking=asking, must=must), wanted):
             got += self._take(take, wanted - got)
             if got >= wanted:
                 break
@@ -167,14 +178,35 @@ class MemoryDesk:
 
     # -- what the policy sees ---------------------------------------------------------------------------------
 
-    def _view(self, states: list[Context] | None = None) -> View:
+    def room(self, step: int) -> Room:
+        """What a policy may look at to admit queued contexts."""
+        ledger, contexts = self._ledger, self._contexts
+
+        def host_tokens(context: ContextId) -> int:
+            state = contexts[context]
+            return ledger.host_tokens(context, state.tokens, state.reuse_limit)
+
+        return Room(
+            now=self.now,
+            step=step,
+            contexts=contexts,
+            free_tokens=(ledger.free_pages + ledger.evictable_pages) * ledger.page_size,
+            capacity_tokens=ledger.num_device_pages * ledger.page_size,
+            held_tokens=ledger.held_tokens,
+            host_tokens=host_tokens,
+            profile=self._profile,
+        )
+
+    def _view(
+        self, states: list[Context] | None = None, *, asking: ContextId | None = None, must: bool = False
+    ) -> View:
         ledger = self._ledger
         paused = self._contexts.in_phase(Phase.PAUSED)
         running = self._contexts.in_phase(Phase.RUNNING)
         ids = {state.id for state in paused}
         shown = paused if states is None else states
         return View(
-            now=self._now,
+            now=self.now,
             paused=tuple(self._show(state) for state in sorted(shown, key=lambda state: (state.arrival, state.id))),
             segments=lambda: _closed_downwards(ledger.segments(), ids),
             profile=self._profile,
@@ -184,8 +216,10 @@ class MemoryDesk:
             num_pages=ledger.num_device_pages,
             page_size=ledger.page_size,
             copying_pages=ledger.copying_pages,
-            free_host_pages=ledger.free_host_pages,
+            free_host_pages=ledger.free_host_pages + ledger.spare_host_pages,
             has_host=ledger.num_host_pages > 0,
+            asking=None if asking is None else self._contexts[asking],
+            must=must,
         )
 
     def _show(self, state: Context) -> PausedContext:
@@ -194,11 +228,13 @@ class MemoryDesk:
             arrival=state.arrival,
             tool=state.pause.tool,
             since=state.pause.since,
-            elapsed_s=max(0.0, self._now - state.pause.since),
-            remaining_s=self._policy.estimator.remaining_s(state.pause, self._now),
+            elapsed_s=max(0.0, self.now - state.pause.since),
+            remaining_s=self._policy.estimator.remaining_s(state.pause, self.now),
             held_tokens=self._ledger.held_tokens(state.id),
             exclusive_tokens=self._ledger.exclusive_tokens(state.id),
             decided=state.decided,
+            hold_s=self._policy.estimator.hold_s(state.pause, self.now),
+            program=state.program,
         )
 
     def _write_down(
@@ -213,11 +249,11 @@ class MemoryDesk:
         state = self._contexts[context]
         running = self._contexts.in_phase(Phase.RUNNING)
         if remaining_s is None:
-            remaining_s = self._policy.estimator.remaining_s(state.pause, self._now)
+            remaining_s = self._policy.estimator.remaining_s(state.pause, self.now)
         self.decisions.append(
             PauseDecision(
                 context_id=context,
-                now=self._now,
+                now=self.now,
                 policy=self._policy.name,
                 action=action,
                 tool=state.pause.tool,
@@ -225,7 +261,7 @@ class MemoryDesk:
                 costs=costs,
                 context_tokens=state.num_tokens,
                 affected_tokens=tokens,
-                elapsed_s=max(0.0, self._now - state.pause.since),
+                elapsed_s=max(0.0, self.now - state.pause.since),
                 expected_remaining_s=remaining_s,
                 batch_tokens=sum(self._ledger.computed(other.id) for other in running),
                 free_pages=self._ledger.free_pages,

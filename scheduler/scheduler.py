@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from caesura.scheduler.context import Call, Context, ContextTable, Pause
+from caesura.scheduler.context import Call, Context, ContextTable, Pause, Progress
 from caesura.scheduler.ledger import Ledger
 from caesura.scheduler.memory import MemoryDesk
 from caesura.scheduler.meter import WasteMeter
@@ -63,6 +63,7 @@ class Scheduler:
             self.ledger.truncate(context, state.reuse_limit)
         self.contexts.become(state, Phase.QUEUED)
         state.cached_tokens = -1
+        self.policy.saw_queued(state, now)
 
     def pause(
         self,
@@ -89,6 +90,12 @@ class Scheduler:
         self.policy.estimator.observe(state.pause, elapsed)
         self._set_pause(state, Pause(now))
 
+    def report(self, context: ContextId, now: float, fraction: float, call: int = 0) -> None:
+        """A tool says how much of its work is done (0 to 1). Ignored when the context waits for no such call."""
+        state = self.contexts[context]
+        if state.phase is Phase.PAUSED and call < len(state.pause.calls):
+            state.pause = state.pause.reported(call, Progress(now, fraction))
+
     def stop(self, context: ContextId, now: float) -> None:
         """End a generation where it is; the context is idle again."""
         state = self.contexts[context]
@@ -101,7 +108,7 @@ class Scheduler:
         self.open(child, "", now, source.deadline_at)
         self.ledger.fork(parent, child)
         state = self.contexts[child]
-        state.arrival = source.arrival  # a branch is the same program: it keeps the program's place
+        state.arrival, state.program = source.arrival, source.program  # a branch keeps the program's place
         state.tokens = list(source.tokens)
         state.high_water_tokens = self.ledger.computed(child)
 
@@ -115,6 +122,7 @@ class Scheduler:
 
     def close(self, context: ContextId, *, keep_cached: bool = True) -> None:
         """Forget a context in whatever state it is; its cached prefix may serve others."""
+        self.policy.saw_closed(self.contexts[context])
         self.contexts.remove(context)
         self.ledger.close(context, keep_cached=keep_cached)
 
@@ -178,6 +186,7 @@ class Scheduler:
     def _begin_pause(self, state: Context, pause: Pause) -> None:
         self._set_pause(state, pause)
         self.ledger.pause(state.id)
+        self.policy.saw_paused(state, pause.since)
         self._memory.paused += 1
         if self.policy.writes_through and (pause.calls or self.policy.releases_idle):
             self.ledger.write_back(state.id)
@@ -203,14 +212,20 @@ class Scheduler:
         draft: dict[ContextId, Slice] = {}
         running = self._in_order(Phase.RUNNING)
         chunked = [state.num_tokens - self.ledger.computed(state.id) > 1 for state in running]
+        queued: Sequence[Context] = self._in_order(Phase.QUEUED)
         budget = self.config.max_step_tokens
+        if queued:
+            room = self._memory.room(self._number)
+            allowed = self.policy.admit(queued, room)
+            queued = allowed if running or allowed else queued[:1]
+            budget = self.policy.step_tokens(budget, room)
         for _, state in sorted(zip(chunked, running, strict=True), key=lambda pair: pair[0]):
             if budget <= 0:
                 break
             if state.phase is Phase.RUNNING:
                 budget -= self._grant(state, budget, running, draft)
         count = sum(state.phase is Phase.RUNNING for state in running)
-        for state in self._in_order(Phase.QUEUED):
+        for state in queued:
             if budget <= 0 or count >= self.config.max_running or self._memory.preempted:
                 break
             admitted = self._admit(state)
@@ -240,6 +255,7 @@ class Scheduler:
             return None
         self._note_cached(state, computed)
         self.contexts.become(state, Phase.RUNNING)
+        self.policy.saw_running(state, self._memory.now)
         return True
 
     @staticmethod

@@ -44,6 +44,10 @@ class KVLedger:
         return self.host.num_free
 
     @property
+    def spare_host_pages(self) -> int:
+        return self.tree.spare_host_pages
+
+    @property
     def free_pages(self) -> int:
         return self.device.num_free
 

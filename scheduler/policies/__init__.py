@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from caesura.scheduler.policies.base import Choice, PausedContext, PausePolicy, Take, View
+from caesura.scheduler.estimate import make_estimator
+from caesura.scheduler.policies.base import Choice, PausedContext, PausePolicy, Room, Take, View
 from caesura.scheduler.policies.discard import Discard, ImprovedDiscard
 from caesura.scheduler.policies.infercept import InferCept
 from caesura.scheduler.policies.lru import Lru, LruHost
@@ -16,11 +17,21 @@ DEFAULT_POLICY = MinWaste.name
 
 
 def make_policy(name: str) -> PausePolicy:
-    """A fresh policy; ValueError names the ones there are."""
-    try:
-        return POLICIES[name]()
-    except KeyError:
-        raise ValueError(f"policy is {name!r}; it must be one of {', '.join(POLICIES)}") from None
+    """A fresh policy by name, or by ``name+estimator``; ValueError names the ones there are."""
+    policy, _, estimator = name.partition("+")
+    if policy not in POLICIES:
+        raise ValueError(f"policy is {policy!r}; it must be one of {', '.join(POLICIES)}")
+    return POLICIES[policy](make_estimator(estimator) if estimator else None)
 
 
-__all__ = ["DEFAULT_POLICY", "POLICIES", "Choice", "PausePolicy", "PausedContext", "Take", "View", "make_policy"]
+__all__ = [
+    "DEFAULT_POLICY",
+    "POLICIES",
+    "Choice",
+    "PausePolicy",
+    "PausedContext",
+    "Room",
+    "Take",
+    "View",
+    "make_policy",
+]

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from caesura.scheduler.context import Context
-from caesura.scheduler.estimate import Conditional, Estimator
+from caesura.scheduler.context import Context, ContextTable
+from caesura.scheduler.estimate import Estimator, make_estimator
 from caesura.scheduler.ledger import Segment
 from caesura.scheduler.profile import CostProfile
 from caesura.scheduler.types import Action, ActionCosts, ContextId
@@ -28,6 +28,8 @@ class PausedContext:
     held_tokens: int
     exclusive_tokens: int  # what would be freed: the part no other context holds
     decided: Action | None
+    hold_s: float  # what holding costs per return, by the estimator
+    program: ContextId  # the context it was forked from, or itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,10 @@ class View:
     num_pages: int
     page_size: int
     copying_pages: int
-    free_host_pages: int
+    free_host_pages: int  # free, or holding what is on the device as well
     has_host: bool
+    asking: Context | None = None  # who wants the memory, in `reclaim`
+    must: bool = False  # nothing else runs and nothing is on its way: something has to be given up
 
     def costs(self, context: PausedContext) -> ActionCosts:
         """Waste of the three actions for the part of ``context`` that nobody else holds."""
@@ -54,13 +58,31 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """What admission may depend on. Counters are of the moment; callables ask the ledger."""
+
+    now: float
+    step: int  # number of the step being planned
+    contexts: ContextTable
+    free_tokens: int  # free, or held by nobody
+    capacity_tokens: int
+    held_tokens: Callable[[ContextId], int]  # on the device
+    host_tokens: Callable[[ContextId], int]  # would come back by a copy
+    profile: CostProfile
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
-    """An action on one paused context, with its price and the sentence that explains it."""
+    """An action on one paused context, with its price and the sentence that explains it.
+
+    ``num_tokens`` swaps only that much, from the end; the rest stays and is looked at again.
+    """
 
     context: ContextId
     action: Action
     costs: ActionCosts
     reason: str
+    num_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +104,49 @@ class PausePolicy:
     """
 
     name: ClassVar[str]
+    estimator_name: ClassVar[str] = "progress"  # when none is asked for
     uses_host: ClassVar[bool] = False
     on_demand: ClassVar[bool] = False
     releases_idle: ClassVar[bool] = False  # lets go of the KV at every end of a generation, tool or not
     copies_ahead_below: ClassVar[float] = 0.0  # free share of the pool below which `copy_ahead` is asked
     writes_through: ClassVar[bool] = False  # copies to the host what a pause leaves behind
+    waits_for_copies: ClassVar[bool] = False  # no step begins before the copies of the last one have ended
 
-    def __init__(self) -> None:
-        self.estimator: Estimator = Conditional()
+    def __init__(self, estimator: Estimator | None = None) -> None:
+        self.estimator: Estimator = estimator or make_estimator(self.estimator_name)
 
-    def order_key(self, context: Context) -> tuple[float, int]:
+    # -- what happens to contexts: for policies that learn or keep books ---------------------------------------
+
+    def saw_queued(self, context: Context, now: float) -> None:
+        """A context asks for service; ``context.num_tokens`` are to be there before it can go on."""
+
+    def saw_running(self, context: Context, now: float) -> None:
+        """It is admitted; ``context.cached_tokens`` were found."""
+
+    def saw_paused(self, context: Context, now: float) -> None:
+        """It rests, on tools or (no calls) on the program itself; tools may follow at the same moment."""
+
+    def saw_closed(self, context: Context) -> None:
+        """It is gone."""
+
+    # -- who is served ----------------------------------------------------------------------------------------
+
+    def order_key(self, context: Context) -> tuple[float, ...]:
         """Sorts the queue; original arrival by default, so a resumed context keeps its place."""
         return (context.arrival, context.id)
+
+    def admit(self, queued: Sequence[Context], room: Room) -> Sequence[Context]:
+        """Queued contexts in the order in which they may be admitted now; those left out wait.
+
+        Not binding when nothing runs: then the first of the queue is served, whatever a policy thinks of it.
+        """
+        return queued
+
+    def step_tokens(self, limit: int, room: Room) -> int:
+        """Query tokens the coming step may have, ``limit`` at most."""
+        return limit
+
+    # -- what becomes of memory -------------------------------------------------------------------------------
 
     def review(self, view: View) -> list[Choice]:
         """Called each step with the contexts paused on a tool: what is to be done with them now."""

@@ -25,5 +25,5 @@ class Discard(ImprovedDiscard):
 
     name = "discard"
 
-    def order_key(self, context: Context) -> tuple[float, int]:
+    def order_key(self, context: Context) -> tuple[float, ...]:
         return (context.requeued, context.id)

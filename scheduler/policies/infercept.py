@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from caesura.scheduler.estimate import Elapsed
 from caesura.scheduler.policies.base import Choice, PausePolicy, View
 from caesura.scheduler.types import Action
 
@@ -16,11 +15,8 @@ class InferCept(PausePolicy):
     """
 
     name = "infercept"
+    estimator_name = "elapsed"
     uses_host = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.estimator = Elapsed()
 
     def review(self, view: View) -> list[Choice]:
         open_cases = [p for p in view.paused if p.tool and p.exclusive_tokens and p.decided in (None, Action.PRESERVE)]

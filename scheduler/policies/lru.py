@@ -13,7 +13,7 @@ class Lru(PausePolicy):
     name = "lru"
     releases_idle = True
 
-    def order_key(self, context: Context) -> tuple[float, int]:
+    def order_key(self, context: Context) -> tuple[float, ...]:
         return (context.requeued, context.id)
 
     def review(self, view: View) -> list[Choice]:

@@ -25,6 +25,8 @@ def paused(number: int, *, remaining_s: float = 1.0, tokens: int = 100, tool: st
         held_tokens=tokens,
         exclusive_tokens=tokens,
         decided=None,
+        hold_s=remaining_s,
+        program=ContextId(number),
     )
 
 
