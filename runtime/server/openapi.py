@@ -69,4 +69,10 @@ def _document(app: FastAPI) -> dict[str, Any]:
             "required": True,
             "content": {"application/json": {"schema": schema}},
         }
+    for path, operations in out["paths"].items():
+        names = [part.strip("{}") for part in path.split("/") if part.startswith("{")]
+        for operation in operations.values() if names else ():
+            operation["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+            ]
     return out
