@@ -60,12 +60,14 @@ class NodeView:
 
 @dataclass(frozen=True, slots=True)
 class ContextView:
-    """A context. ``state``: its phase, and for a tool pause what became of its KV. ``held_tokens``: on the device."""
+    """A context. ``state``: its phase, and for a tool pause what became of its KV; so since ``state_since_s``, and in
+    the same pause since ``since_s``. ``held_tokens`` are on the device."""
 
     id: ContextId
     state: str
     tool: str
     since_s: float
+    state_since_s: float
     num_tokens: int
     held_tokens: int
     expected_remaining_s: float | None
@@ -300,6 +302,7 @@ def _contexts(engine: Engine, spans: dict[ContextId, OpenSpan], now: float) -> I
             state=span.state,
             tool=span.tool,
             since_s=span.start_s if span.paused_s is None else span.paused_s,
+            state_since_s=span.start_s,
             num_tokens=context.num_tokens,
             held_tokens=engine.ledger.held_tokens(context.id),
             expected_remaining_s=remaining,

@@ -13,8 +13,8 @@ class Access(StrEnum):
     ADMIN = "admin"
 
 
-PUBLIC_PATHS = frozenset({b"/health", b"/ready", b"/version"})
-ADMIN_PATHS = frozenset({b"/flush_cache"})
+PUBLIC_PATHS = frozenset({b"/health", b"/ready", b"/version", b"/dashboard"})
+ADMIN_PATHS = frozenset({b"/flush_cache", b"/v1/dashboard/state"})
 
 
 def access_of(raw_path: bytes) -> Access:

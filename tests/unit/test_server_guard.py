@@ -22,8 +22,8 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 KEY, ADMIN_KEY = "sk-test-0123456789", "sk-admin-0123456789"
-PUBLIC = {"/health", "/ready", "/version"}
-ADMIN = {"/flush_cache"}
+PUBLIC = {"/health", "/ready", "/version", "/dashboard"}
+ADMIN = {"/flush_cache", "/v1/dashboard/state"}
 KEYED = {
     "/metrics", "/v1/models", "/v1/models/{model:path}", "/v1/chat/completions", "/v1/completions", "/generate",
     "/get_model_info", "/model_info", "/get_server_info", "/server_info", "/health_generate",

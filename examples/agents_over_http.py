@@ -1,0 +1,103 @@
+"""A fleet of agents that know nothing of Caesura: plain OpenAI chat requests, a tool, and time passing in the tool.
+
+Start ``caesura serve --kv-tokens 8192`` in one terminal, this in another, and look at http://127.0.0.1:30000/dashboard
+or ``caesura top``: every tool call is a pause, and its memory is preserved, swapped or discarded as memory is wanted.
+
+    python examples/agents_over_http.py --agents 12 --seconds 60
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+from caesura.runtime.embedded.calculator import CalculatorError, calculate
+from caesura.runtime.embedded.chat import CALCULATOR_TOOL
+from caesura.runtime.embedded.tasks import Split, make_tasks
+
+TOOLS = {"calculator": (0.05, 0.5), "remote_calculator": (0.5, 4.0), "colleague": (4.0, 15.0)}  # seconds they take
+NOTES = (
+    "Prefer whole numbers where you can.", "The office closes at six.", "Answer in one line.", "Check units twice.",
+    "Rounding is for the final answer only.", "Customers in the north pay in crowns.", "Be brief and exact.",
+)  # fmt: skip
+
+
+def ask(url: str, key: str | None, body: dict[str, Any]) -> dict[str, Any]:
+    """One chat completion; returns the assistant's message."""
+    headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
+    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        message: dict[str, Any] = json.load(answer)["choices"][0]["message"]
+    return message
+
+
+def use_tool(call: dict[str, Any], draw: random.Random, stop: threading.Event) -> str:
+    """Run a tool: the real calculator, after the time such a service would take."""
+    low, high = TOOLS.get(call["function"]["name"], (0.1, 1.0))
+    stop.wait(math.exp(draw.uniform(math.log(low), math.log(high))))
+    try:
+        return str(calculate(json.loads(call["function"]["arguments"])["expression"]))
+    except (CalculatorError, KeyError, ValueError) as error:
+        return f"error: {error}"
+
+
+def work(number: int, url: str, key: str | None, stop: threading.Event) -> None:
+    """One agent: conversation after conversation, a few questions each, until it is told to stop."""
+    draw = random.Random(number)
+    name = sorted(TOOLS)[number % len(TOOLS)]
+    tool = {"type": "function", "function": {**CALCULATOR_TOOL["function"], "name": name}}
+    for round_number in range(1_000_000):
+        notes = " ".join([f"You are agent {number}.", *(draw.choice(NOTES) for _ in range(4 + 6 * (number % 3)))])
+        messages: list[dict[str, Any]] = [{"role": "system", "content": notes}]
+        for task in make_tasks(1000 * number + round_number, 3, Split.HELD_OUT):
+            messages.append({"role": "user", "content": task.question})
+            for _ in range(4):
+                if stop.is_set():
+                    return
+                body = {"messages": messages, "tools": [tool], "temperature": 0, "max_tokens": 96}
+                message = ask(url, key, body)
+                messages.append(message)
+                if not message.get("tool_calls"):
+                    break
+                for call in message["tool_calls"]:
+                    result = {"role": "tool", "tool_call_id": call["id"], "content": use_tool(call, draw, stop)}
+                    messages.append(result)
+            stop.wait(draw.uniform(0.1, 1.0))
+
+
+def main() -> None:
+    """Run the fleet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", default="http://127.0.0.1:30000")
+    parser.add_argument("--key", help="an API key, where the server wants one")
+    parser.add_argument("--agents", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    options = parser.parse_args()
+    stop = threading.Event()
+
+    def agent(number: int) -> None:
+        try:
+            work(number, options.url.rstrip("/"), options.key, stop)
+        except urllib.error.URLError as error:
+            print(f"agent {number}: {error}")
+            stop.set()
+
+    threads = [threading.Thread(target=agent, args=(number,), daemon=True) for number in range(options.agents)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    stop.wait(options.seconds)
+    stop.set()
+    for thread in threads:
+        thread.join(timeout=30)
+
+
+if __name__ == "__main__":
+    main()
