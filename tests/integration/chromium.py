@@ -125,8 +125,8 @@ def browser() -> Iterator[Page]:
     with tempfile.TemporaryDirectory(prefix="caesura-chromium-", ignore_cleanup_errors=True) as profile:
         arguments = [
             path, "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run",
-            "--disable-dev-shm-usage", "--hide-scrollbars", "--disable-background-networking", f"--user-data-dir={profile}",
-            "about:blank",
+            "--disable-dev-shm-usage", "--hide-scrollbars", "--disable-background-networking",
+            f"--user-data-dir={profile}", "about:blank",
         ]  # fmt: skip
         script = 'exec 3<&"$1" 4>&"$2"; shift 2; exec "$@"'  # DevTools reads from 3 and writes to 4
         child = subprocess.Popen(
