@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from caesura.lang.backend import Backend, Capabilities, ChatFormat, Session
+from caesura.lang.backends.http import HTTPBackend
 from caesura.lang.backends.scripted import ScriptedBackend, ScriptedReply
 from caesura.lang.choices import (
     ChoicesDecision,
@@ -47,8 +48,10 @@ from caesura.lang.errors import (
     OutputError,
     ProgramCancelled,
     ProgramError,
+    RemoteError,
     ReplayError,
     ScriptError,
+    ServerUnavailable,
     StateError,
     ToolError,
     ToolTimeout,
@@ -102,6 +105,7 @@ __all__ = [
     "DeadlineExceeded",
     "DefinitionError",
     "Engine",
+    "HTTPBackend",
     "LangError",
     "NoBackend",
     "OutputError",
@@ -110,10 +114,12 @@ __all__ = [
     "ProgramError",
     "ProgramState",
     "ProgramStateGroup",
+    "RemoteError",
     "ReplayError",
     "ScriptError",
     "ScriptedBackend",
     "ScriptedReply",
+    "ServerUnavailable",
     "Session",
     "Snapshot",
     "StateError",

@@ -70,6 +70,14 @@ class ScriptError(LangError):
     """A ScriptedBackend has no answer, or its answer breaks what the request demands."""
 
 
+class RemoteError(LangError):
+    """A server behind a backend answered with an error of its own, or with something that makes no sense."""
+
+
+class ServerUnavailable(RemoteError, ConnectionError):
+    """A server cannot be reached, refuses work for too long, or has lost the program's context."""
+
+
 class ReplayError(LangError):
     """A replayed program asked for something else than what was recorded."""
 

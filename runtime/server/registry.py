@@ -68,7 +68,7 @@ class ContextRegistry:
                 yield context
             except EngineStopped:
                 await self.delete(context)
-                raise ApiError(410, "the engine was restarted: the context is lost", code="context_gone") from None
+                raise ApiError(410, "the engine was restarted: the context is lost", code="context_lost") from None
             except (ContextClosed, DeadlineExceeded):
                 if context.deleted:
                     raise ApiError(410, "the context was deleted", code="context_gone") from None
