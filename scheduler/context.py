@@ -99,8 +99,8 @@ class Context:
 
     @property
     def reuse_limit(self) -> int:
-        """Tokens whose KV may come from elsewhere: sampling needs the last row computed, scoring more."""
-        limit = self.num_tokens - 1 if self.samples else self.num_tokens
+        """Tokens whose KV may come from elsewhere. A step computes at least one row; scoring needs more of them."""
+        limit = self.num_tokens - 1
         return limit if self.recompute_from is None else min(limit, self.recompute_from)
 
     def become(self, phase: Phase) -> None:

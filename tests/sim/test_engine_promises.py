@@ -12,9 +12,19 @@ from caesura.runtime.sim import generation
 from caesura.scheduler.context import Call
 from caesura.scheduler.policies import POLICIES, make_policy
 from caesura.scheduler.scheduler import Scheduler, SchedulerConfig
-from caesura.scheduler.types import ContextId, Phase
+from caesura.scheduler.types import ContextId, Phase, StepPlan
 
 from tests.sim.agents import PROFILE, Agent, World, populate
+
+
+class Watcher:
+    """Shows every step's plan to a function."""
+
+    def __init__(self, look: Callable[[StepPlan], None]) -> None:
+        self._look = look
+
+    def on_step(self, engine: Any, plan: StepPlan, result: Any) -> None:
+        self._look(plan)
 
 
 class Recorder:
@@ -214,4 +224,22 @@ def test_in_batch_sharing_leaves_one_copy_of_a_common_prompt() -> None:
     assert used == 10 + 6  # forty shared tokens once, and a page for each own token
     for context in contexts:
         world.engine.close(context)
+    world.settle()
+
+
+def test_a_prompt_that_is_cached_whole_still_runs() -> None:
+    world = World("min_waste", page_size=4, device_pages=100)
+    rows: list[int] = []
+    world.engine.observers.append(
+        Watcher(lambda plan: rows.extend(piece.num_tokens for piece in plan.slices))  # what the executor is given
+    )
+    done: list[Any] = []
+    for _ in range(3):
+        context = world.engine.open()
+        world.engine.append(context, [7] * 8)  # two full pages, which the first context leaves in the cache
+        world.engine.prefill(context, done.append)
+        world.sim.run()
+        world.engine.close(context)
+    assert done == [8, 8, 8]
+    assert all(rows) and sum(rows) < 24
     world.settle()
