@@ -7,6 +7,7 @@ the loop that asked. The engine thread is the only one that touches the engine.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import threading
 from collections import deque
@@ -21,6 +22,7 @@ from caesura.runtime.engine import Engine, Observer
 from caesura.runtime.errors import ContextClosed, EngineStopped
 from caesura.runtime.generation import Generation, TokenChunk, ToolCalling
 from caesura.runtime.history import History
+from caesura.runtime.logs import note
 from caesura.runtime.model.grammar import GrammarCompiler
 from caesura.runtime.sampling import Constraint, ConstraintKind, SamplerState, SamplingParams
 from caesura.runtime.snapshot import EngineSnapshot, take_snapshot
@@ -34,6 +36,7 @@ from caesura.scheduler.types import ContextId, PauseDecision
 __all__ = ["ContextHandle", "EngineService", "PendingCall"]
 
 T = TypeVar("T")
+log = logging.getLogger("caesura.engine")
 MAX_FAILED_STEPS = 3
 GRAMMAR_DEADLINE_S = 5.0
 
@@ -201,6 +204,7 @@ class EngineService:
                 failures = 0
             except Exception as error:  # the contexts of the step have been told; the others go on
                 failures += 1
+                note(log, logging.ERROR, "step_failed", exc_info=True, in_a_row=failures)
                 if failures >= MAX_FAILED_STEPS:
                     self._stopped_because = error
                     break

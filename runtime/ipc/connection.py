@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import socket
 import threading
 import time
@@ -22,8 +23,10 @@ from caesura.runtime.errors import CaesuraError, EngineStopped
 from caesura.runtime.ipc import messages as m
 from caesura.runtime.ipc.channel import LinkBroken
 from caesura.runtime.ipc.launch import EngineChild
+from caesura.runtime.logs import note
 from caesura.scheduler.types import ContextId
 
+log = logging.getLogger("caesura.engine")
 Sink = Callable[[m.Answer | CaesuraError], None]
 
 
@@ -165,11 +168,15 @@ class Connection:
         except EngineStopped as error:
             return error
         self.pid, self.folder = child.pid, str(child.folder)
+        note(log, logging.INFO, "engine_started", pid=child.pid)
         try:
             reason = _Conversation(self, child, self._rules).run()
         finally:
             child.close()
             self.pid = self.folder = None
+        asked = self._drain_until is not None
+        level, event = (logging.INFO, "engine_stopped") if asked else (logging.ERROR, "engine_died")
+        note(log, level, event, pid=child.pid, reason=str(reason))
         return reason
 
     def _may_restart(self, died: CaesuraError) -> bool:
@@ -181,9 +188,11 @@ class Connection:
         if count > self._rules.max_restarts:
             text = f"the engine ended {count} times in {self._rules.restart_window_s:.0f} s; given up. Last: {died}"
             self._lose(State.STOPPED, EngineStopped(text))
+            note(log, logging.CRITICAL, "engine_given_up", deaths=count)
             return False
         self._lose(State.RESTARTING, EngineStopped(f"the engine is being restarted: {died}"))
         self.restarts += 1
+        note(log, logging.WARNING, "engine_restarting", restarts=self.restarts)
         return True
 
     def _lose(self, state: State, reason: CaesuraError) -> None:
@@ -202,6 +211,7 @@ class Connection:
         with self._lock:
             if self._drain_until is None:
                 self._state = State.READY
+        note(log, logging.INFO, "engine_ready", pid=self.pid)
         if not self.started.done():
             self.started.set_result(event)
 

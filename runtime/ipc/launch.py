@@ -20,6 +20,7 @@ from caesura.runtime.errors import EngineStopped
 from caesura.runtime.ipc import messages as m
 from caesura.runtime.ipc.channel import KEY_BYTES, TAG_BYTES, Channel
 from caesura.runtime.ipc.process import SOCKET_NAME, TO_CLIENT, TO_ENGINE, Assignment
+from caesura.runtime.logs import style
 
 MAX_SOCKET_PATH_BYTES = 100  # what every system's socket addresses hold
 EXIT_WAIT_S = 5.0
@@ -37,7 +38,8 @@ class EngineChild:
         key = secrets.token_bytes(KEY_BYTES)
         self.channel: Channel[m.Event] = Channel(key, sends=TO_ENGINE, receives=TO_CLIENT, inbound=m.Event)
         self.lifeline, theirs = socket.socketpair()
-        assignment = Assignment(str(self.folder), key, config, heartbeat_s, os.getpid(), theirs.fileno())
+        folder, pid = str(self.folder), os.getpid()
+        assignment = Assignment(folder, key, config, heartbeat_s, pid, theirs.fileno(), style())
         try:
             with theirs:
                 # -P: the working folder must not be able to replace a module.

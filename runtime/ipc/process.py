@@ -27,6 +27,7 @@ from caesura.runtime.config import EMBEDDED, EngineConfig
 from caesura.runtime.errors import CaesuraError, EngineStopped
 from caesura.runtime.ipc import messages as m
 from caesura.runtime.ipc.channel import TAG_BYTES, Channel, LinkBroken
+from caesura.runtime.logs import LogStyle, configure
 
 if TYPE_CHECKING:
     from caesura.runtime.ipc.worker import Worker
@@ -49,6 +50,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     heartbeat_s: float
     client_pid: int
     lifeline_fd: int
+    log: LogStyle = LogStyle()
 
 
 class EngineProcess:
@@ -286,6 +288,7 @@ async def _main(assignment: Assignment) -> int:
 def main() -> None:
     """Read the assignment and serve. Leaves without Python's shutdown, which waits for threads in native code."""
     assignment = msgspec.json.decode(sys.stdin.buffer.read(), type=Assignment)
+    configure(assignment.log)
     _guard(assignment)
     with asyncio.Runner() as runner:
         code = runner.run(_main(assignment))
