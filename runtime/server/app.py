@@ -19,6 +19,7 @@ from caesura.runtime.server.metrics import Counting, Metrics
 from caesura.runtime.server.native import Generate
 from caesura.runtime.server.native_info import NativeInfo
 from caesura.runtime.server.openapi import describe
+from caesura.runtime.server.responses import Responses
 from caesura.runtime.server.state import ServerState
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -72,6 +73,7 @@ def _routes(state: ServerState, info: Info, metrics: Metrics) -> list[tuple[str,
     """(methods, path, endpoint). ``access.py`` says who may call what."""
     native, contexts, template = NativeInfo(state, info), Contexts(state), Template(state)
     dashboard = Dashboard(state)
+    responses = Responses(state)
     one = "/v1/contexts/{context_id}"
     return [
         ("GET", "/health", info.health),
@@ -84,6 +86,11 @@ def _routes(state: ServerState, info: Info, metrics: Metrics) -> list[tuple[str,
         ("GET", "/v1/dashboard/state", dashboard.state),
         ("POST", "/v1/chat/completions", Chat(state).__call__),
         ("POST", "/v1/completions", Completions(state).__call__),
+        ("POST", "/v1/responses", responses.create),
+        ("GET", "/v1/responses/{response_id}", responses.show),
+        ("DELETE", "/v1/responses/{response_id}", responses.delete),
+        ("POST", "/v1/responses/{response_id}/cancel", responses.cancel),
+        ("GET", "/v1/responses/{response_id}/input_items", responses.input_items),
         ("POST", "/generate", Generate(state).__call__),
         ("GET", "/get_model_info", native.model_info),
         ("GET", "/model_info", native.model_info),

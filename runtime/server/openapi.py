@@ -20,6 +20,7 @@ from caesura.runtime.server.contexts_protocol import (
 )
 from caesura.runtime.server.native_info import AbortRequest, DetokenizeRequest, TokenizeRequest
 from caesura.runtime.server.native_protocol import GenerateRequest
+from caesura.runtime.server.responses_protocol import ResponsesRequest
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
@@ -27,6 +28,7 @@ _CONTEXT = "/v1/contexts/{context_id}"
 BODIES: dict[str, type[msgspec.Struct]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
     "/generate": GenerateRequest,
     "/abort_request": AbortRequest,
     "/tokenize": TokenizeRequest,

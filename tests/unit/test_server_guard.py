@@ -26,6 +26,8 @@ PUBLIC = {"/health", "/ready", "/version", "/dashboard"}
 ADMIN = {"/flush_cache", "/v1/dashboard/state"}
 KEYED = {
     "/metrics", "/v1/models", "/v1/models/{model:path}", "/v1/chat/completions", "/v1/completions", "/generate",
+    "/v1/responses", "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel",
+    "/v1/responses/{response_id}/input_items",
     "/get_model_info", "/model_info", "/get_server_info", "/server_info", "/health_generate",
     "/concate_and_append_request", "/abort_request", "/tokenize", "/v1/tokenize", "/detokenize", "/v1/detokenize",
     "/v1/contexts", "/v1/contexts/{context_id}", "/openapi.json",
