@@ -19,6 +19,12 @@ function svg(tag, attributes = {}, ...children) {
   return fill(document.createElementNS(SVG, tag), attributes, children);
 }
 
+/** Give a picture its size and its parts. */
+function paint(canvas, width, height, parts) {
+  fill(canvas, { width, height, viewBox: `0 0 ${width} ${height}` }, []);
+  canvas.replaceChildren(...parts);
+}
+
 function byId(id) {
   return document.getElementById(id);
 }

@@ -31,10 +31,10 @@ function drawTiles(history, engine) {
     tile(count(engine.pool.queued), "", "queued", "queued"),
     tile(count(engine.pool.paused), "", "paused", "preserved"),
     tile(count(Math.round(rate)), "tok/s", "throughput"),
-    tile(count(account.tokens_computed), "", "tokens computed"),
-    tile(again.toFixed(again < 10 ? 1 : 0), "%", "computed again"),
+    tile(count(account.tokens_computed), "", "computed"),
+    tile(again.toFixed(again < 10 ? 1 : 0), "%", "recomputed"),
     tile(swapped, unit, "copied"),
-    tile(count(Math.round(account.waste_token_s)), "token·s", "waste"),
+    tile(count(Math.round(account.waste_token_s)), "tok·s", "waste"),
   );
 }
 
@@ -62,7 +62,7 @@ function decisionItem(decision, now) {
     el("div", { class: "what" },
       el("span", { class: `chip c-${decision.action}` }, decision.action),
       el("span", { class: "tool" }, decision.tool || "idle"),
-      el("span", { class: "who" }, `#${decision.context_id}, ${count(decision.affected_tokens)} of ${count(decision.context_tokens)} tokens`),
+      el("span", { class: "who", title: "tokens affected, of the context's tokens" }, `#${decision.context_id}: ${count(decision.affected_tokens)} of ${count(decision.context_tokens)}`),
       el("span", { class: "when" }, `${seconds(Math.max(0, now - decision.now))} ago`)),
     el("div", { class: "costs" }, ...values.map(([name, value]) => costBar(name, value, most, name === decision.action))),
     el("p", { class: "why" }, decision.reason));

@@ -3,36 +3,64 @@
 
 const WINDOWS = [["30 s", 30], ["1 min", 60], ["5 min", 300]];
 const LANE = 21;
-const LANES_TOP = 2;
 const NAME_WIDTH = 46;
 const MAX_LANES = 200;
 
-/** Lanes of the contexts that did something in the window, the newest context first. */
-function lanesOf(history, engine, from) {
-  const lanes = new Map();
-  const lane = (id) => {
-    if (!lanes.has(id)) lanes.set(id, { id, spans: [], decisions: [], open: false });
-    return lanes.get(id);
+const places = { life: "", rows: new Map(), ends: [] }; // which lane a context got, and until when lanes are taken
+
+/** What the contexts did in the window, in the order they began: [{ id, start, end, spans, decisions, now }]. */
+function livesIn(history, engine, from) {
+  const lives = new Map();
+  const add = (span) => {
+    if (!lives.has(span.context)) lives.set(span.context, { id: span.context, start: span.start_s, end: 0, spans: [], decisions: [] });
+    const life = lives.get(span.context);
+    life.start = Math.min(life.start, span.start_s);
+    life.end = Math.max(life.end, span.end_s);
+    life.spans.push(span);
+    return life;
   };
-  for (const span of history.spans) if (span.end_s > from) lane(span.context).spans.push(span);
+  for (const span of history.spans) if (span.end_s > from) add(span);
   for (const context of engine.contexts) {
-    const mine = lane(context.id);
-    mine.open = true;
-    mine.spans.push({
-      context: context.id, state: context.state, tool: context.tool, start_s: context.state_since_s, end_s: engine.now_s,
-      open: true, context_now: context,
-    });
+    const { id, state, tool, state_since_s } = context;
+    const life = add({ context: id, state, tool, start_s: state_since_s, end_s: engine.now_s, now: context });
+    life.end = Infinity;
   }
   for (const { decision } of history.decisions) {
-    if (decision.now > from && lanes.has(decision.context_id)) lanes.get(decision.context_id).decisions.push(decision);
+    const life = decision.now > from && lives.get(decision.context_id);
+    if (life) life.decisions.push(decision);
   }
-  return [...lanes.values()].sort((a, b) => b.id - a.id).slice(0, MAX_LANES);
+  return [...lives.values()].sort((a, b) => a.start - b.start || a.id - b.id);
+}
+
+/** A lane for every life: the one it had, else the first that is free since before it began. */
+function lanesOf(lives, engine, from) {
+  if (places.life !== engine.life) Object.assign(places, { life: engine.life, rows: new Map(), ends: [] });
+  const shown = new Set(lives.map((life) => life.id));
+  for (const id of places.rows.keys()) if (!shown.has(id)) places.rows.delete(id);
+  const ends = [];
+  for (const life of lives) {
+    const row = places.rows.get(life.id);
+    if (row !== undefined) ends[row] = Math.max(ends[row] ?? -Infinity, life.end);
+  }
+  for (const life of lives) {
+    if (places.rows.has(life.id)) continue;
+    let row = 0;
+    while ((ends[row] ?? -Infinity) > life.start) row += 1;
+    places.rows.set(life.id, row);
+    ends[row] = life.end;
+  }
+  const lanes = [];
+  for (const life of lives) {
+    const row = places.rows.get(life.id);
+    if (row < MAX_LANES) (lanes[row] ||= []).push(life);
+  }
+  return Array.from(lanes, (lane) => lane || []);
 }
 
 function spanTip(span) {
   const lines = [`#${span.context} ${span.state}` + (span.tool ? `, waiting for ${span.tool}` : "")];
-  lines.push((span.open ? "for " : "took ") + seconds(span.end_s - span.start_s));
-  const context = span.context_now;
+  const context = span.now;
+  lines.push((context ? "for " : "took ") + seconds(span.end_s - span.start_s));
   if (context) {
     lines.push(`${plain.format(context.num_tokens)} tokens, ${plain.format(context.held_tokens)} on the device`);
     if (context.expected_remaining_s !== null) lines.push(`expected back in ${seconds(context.expected_remaining_s)}`);
@@ -47,38 +75,43 @@ function decisionTip(decision) {
 function drawLanes(history, engine, windowS) {
   const canvas = byId("lanes");
   const box = canvas.parentNode;
-  const width = Math.max(240, box.clientWidth - 2);
+  const width = Math.max(240, box.clientWidth);
   const from = engine.now_s - windowS;
-  const lanes = lanesOf(history, engine, from);
-  const height = Math.max(box.clientHeight - 2, LANES_TOP + lanes.length * LANE + 20);
-  const foot = Math.max(LANES_TOP + lanes.length * LANE, box.clientHeight - 22);
-  const room = width - NAME_WIDTH - 6;
+  const lives = livesIn(history, engine, from);
+  const lanes = lanesOf(lives, engine, from);
+  const height = Math.max(box.clientHeight - 1, lanes.length * LANE);
+  const room = width - NAME_WIDTH;
   const at = (moment) => NAME_WIDTH + Math.max(0, Math.min(1, (moment - from) / windowS)) * room;
-  const parts = [...timeRules(at, engine.now_s, windowS, foot, width)];
+  const marks = timeMarks(at, engine.now_s, windowS, width);
+  const parts = marks.map(({ x }) => svg("line", { class: "rule", x1: x, x2: x, y1: 0, y2: height }));
   lanes.forEach((lane, row) => {
-    const y = LANES_TOP + row * LANE;
-    parts.push(svg("rect", { class: "track", x: NAME_WIDTH, y: y + 2, width: room, height: LANE - 5, rx: 3 }));
-    parts.push(svg("text", { class: lane.open ? "name" : "name over", x: NAME_WIDTH - 7, y: y + 14, "text-anchor": "end" }, `#${lane.id}`));
-    for (const span of lane.spans) parts.push(...spanMarks(span, at, y));
-    for (const decision of lane.decisions) parts.push(decisionMark(decision, at(decision.now), y));
+    const y = row * LANE;
+    const last = lane.at(-1);
+    parts.push(svg("rect", { class: "track", x: NAME_WIDTH, y: y + 2.5, width: room, height: LANE - 6, rx: 3 }));
+    const name = last && last.end === Infinity ? "name" : "name over";
+    if (last) parts.push(svg("text", { class: name, x: NAME_WIDTH - 7, y: y + 14, "text-anchor": "end" }, `#${last.id}`));
+    for (const life of lane) {
+      for (const span of life.spans) parts.push(...spanMarks(span, at, y));
+      for (const decision of life.decisions) parts.push(decisionMark(decision, at(decision.now), y));
+    }
   });
-  fill(canvas, { width, height, viewBox: `0 0 ${width} ${height}` }, []);
-  canvas.replaceChildren(...parts);
+  paint(canvas, width, height, parts);
+  paint(byId("lanes-axis"), width, 16, marks.map(({ x, anchor, text }) => svg("text", { class: "axis", x, y: 12, "text-anchor": anchor }, text)));
   const hidden = engine.num_contexts - engine.contexts.length;
   const states = new Map();
   for (const context of engine.contexts) states.set(context.state, (states.get(context.state) || 0) + 1);
   const told = [...states].map(([state, number]) => `${number} ${state}`).join(", ");
-  byId("lanes-sub").textContent = told + (hidden > 0 ? `, and ${hidden} more contexts` : "");
-  return lanes.length;
+  byId("lanes-sub").textContent = told + (hidden > 0 ? `, and ${hidden} more` : "");
+  return lives.length;
 }
 
-function* timeRules(at, now, windowS, bottom, width) {
-  for (const ago of ticks(windowS, Math.max(2, Math.min(6, width / 130)))) {
-    const x = Math.round(at(now - ago)) + 0.5;
-    yield svg("line", { class: "rule", x1: x, x2: x, y1: 0, y2: bottom });
-    const anchor = ago === 0 ? "end" : ago === windowS ? "start" : "middle";
-    yield svg("text", { class: "axis", x, y: bottom + 14, "text-anchor": anchor }, ago === 0 ? "now" : `-${seconds(ago)}`);
-  }
+/** Where the time axis has its marks, and what they say. */
+function timeMarks(at, now, windowS, width) {
+  return ticks(windowS, Math.max(2, Math.min(6, width / 110))).map((ago) => ({
+    x: Math.round(at(now - ago)) - 0.5,
+    anchor: ago === 0 ? "end" : ago === windowS ? "start" : "middle",
+    text: ago === 0 ? "now" : `-${seconds(ago)}`,
+  }));
 }
 
 function* spanMarks(span, at, y) {
@@ -114,7 +147,7 @@ function drawPool(history, engine, windowS) {
   const height = Math.max(80, canvas.parentNode.clientHeight);
   const from = engine.now_s - windowS;
   const bottom = height - 17;
-  const left = 30;
+  const left = 36;
   const room = width - left - 2;
   const at = (moment) => left + Math.max(0, Math.min(1, (moment - from) / windowS)) * room;
   const total = Math.max(1, engine.device_pages);
@@ -129,7 +162,10 @@ function drawPool(history, engine, windowS) {
     samples.forEach((sample, i) => { floor[i] += sample[key]; });
     parts.push(svg("path", { class: `area-${name}`, d: steps(samples, floor, at, level) + steps(samples, low, at, level, true) + "Z" }));
   }
-  parts.push(...timeRules(at, engine.now_s, windowS, bottom, width));
+  for (const { x, anchor, text } of timeMarks(at, engine.now_s, windowS, width)) {
+    parts.push(svg("line", { class: "rule", x1: x, x2: x, y1: 4, y2: bottom }));
+    parts.push(svg("text", { class: "axis", x, y: bottom + 13, "text-anchor": anchor }, text));
+  }
   for (const share of [0, 0.5, 1]) {
     const y = Math.round(level(share * total)) + 0.5;
     parts.push(svg("line", { class: "rule", x1: left, x2: width, y1: y, y2: y }));
@@ -139,8 +175,7 @@ function drawPool(history, engine, windowS) {
     const host = samples.map((sample) => (sample.host_used_pages / engine.host_pages) * total);
     parts.push(svg("path", { class: "host", d: steps(samples, host, at, level) }));
   }
-  fill(canvas, { width, height, viewBox: `0 0 ${width} ${height}` }, []);
-  canvas.replaceChildren(...parts);
+  paint(canvas, width, height, parts);
   const pool = engine.pool;
   const held = Math.round((100 * (total - pool.free_pages)) / total);
   const hostText = engine.host_pages ? `, dashed: host ${Math.round((100 * pool.host_used_pages) / engine.host_pages)}%` : "";

@@ -29,6 +29,25 @@ function branches(nodes) {
   return below;
 }
 
+/** Where one context alone holds a stretch of the tree: whose it is, for the first run of it. */
+function owners(placed, below) {
+  const found = new Map();
+  const ownerOf = (node) => {
+    if (node.holders.length === 1) return node.holders[0];
+    for (const child of node.id >= 0 ? below.get(String(node.id)) || [] : []) {
+      if (child.num_holders === 1) return ownerOf(child);
+    }
+    return null;
+  };
+  const named = new Set();
+  for (const { node } of placed) {
+    const owner = node.num_holders === 1 ? ownerOf(node) : null;
+    if (owner !== null && !named.has(owner)) found.set(node, owner);
+    named.add(owner);
+  }
+  return found;
+}
+
 /** Bands for every node: `top` and `size` in units of one leaf. */
 function layOut(nodes) {
   const below = branches(nodes);
@@ -43,17 +62,16 @@ function layOut(nodes) {
   };
   let size = 0;
   for (const root of below.get("null") || []) size += place(root, size);
-  return { placed, size };
+  return { placed, size, owned: owners(placed, below) };
 }
 
-function nodeLabel(node, tools) {
+function nodeLabel(node, owned, tools) {
   if (node.kind === "rest") return `${count(node.count)} more`;
-  if (node.holders.length === 1) {
-    const tool = tools.get(node.holders[0]);
-    return `#${node.holders[0]}` + (tool ? ` ${tool}` : "");
-  }
-  if (node.num_holders) return `${node.num_holders} contexts`;
-  return `${count(node.num_tokens)}`;
+  if (node.num_holders > 1) return `${node.num_holders} contexts`;
+  if (!node.num_holders) return `${count(node.num_tokens)} tokens`;
+  if (!owned.has(node)) return "";
+  const tool = tools.get(owned.get(node));
+  return `#${owned.get(node)}` + (tool ? ` ${tool}` : "");
 }
 
 function nodeTip(node, engine) {
@@ -78,7 +96,7 @@ function drawTree(engine) {
   const canvas = byId("tree");
   const width = Math.max(200, canvas.parentNode.clientWidth);
   const height = Math.max(120, canvas.parentNode.clientHeight);
-  const { placed, size } = layOut(engine.nodes);
+  const { placed, size, owned } = layOut(engine.nodes);
   const tools = new Map(engine.contexts.map((context) => [context.id, context.tool]));
   const end = Math.max(1, ...engine.nodes.map((node) => node.start + node.num_tokens));
   const band = Math.min(MAX_BAND, (height - AXIS_HEIGHT) / Math.max(1, size));
@@ -103,14 +121,13 @@ function drawTree(engine) {
       rx: Math.min(3, tall / 4, wide / 4).toFixed(1),
     });
     parts.push(explain(block, () => nodeTip(node, engine)));
-    const label = tall >= 12 ? fitted(nodeLabel(node, tools), wide - 8) : "";
+    const label = tall >= 12 ? fitted(nodeLabel(node, owned, tools), wide - 8) : "";
     if (label) {
       const bare = node.state === "discarded" || node.state === "swapped" ? " bare" : "";
       parts.push(svg("text", { class: "on" + bare, x: (x + 5).toFixed(1), y: (y + Math.min(tall / 2, 60) + 4).toFixed(1) }, label));
     }
   }
-  fill(canvas, { width, height: Math.max(height, 0), viewBox: `0 0 ${width} ${height}` }, []);
-  canvas.replaceChildren(...parts);
+  paint(canvas, width, height, parts);
   const told = engine.num_nodes === 1 ? "1 node" : `${count(engine.num_nodes)} nodes`;
   byId("tree-sub").textContent = engine.num_nodes ? told : "empty: nothing is cached yet";
 }
