@@ -23,9 +23,10 @@ from fastapi.routing import APIRoute
 
 KEY, ADMIN_KEY = "sk-test-0123456789", "sk-admin-0123456789"
 PUBLIC = {"/health", "/ready", "/version", "/dashboard"}
-ADMIN = {"/flush_cache", "/v1/dashboard/state"}
+ADMIN = {"/flush_cache", "/metrics", "/v1/dashboard/state"}
 KEYED = {
-    "/metrics", "/v1/models", "/v1/models/{model:path}", "/v1/chat/completions", "/v1/completions", "/generate",
+    "/v1/models", "/v1/models/{model:path}", "/v1/chat/completions", "/v1/completions", "/generate",
+    "/v1/template/turn", "/v1/template/tool_results",
     "/v1/responses", "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel",
     "/v1/responses/{response_id}/input_items",
     "/get_model_info", "/model_info", "/get_server_info", "/server_info", "/health_generate",
