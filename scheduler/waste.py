@@ -45,3 +45,17 @@ def action_costs(
         swap_token_s=swap_hidden_token_s(profile, num_tokens, on_host=on_host),
         discard_token_s=discard_token_s(profile, start, num_tokens, other_tokens),
     )
+
+
+def triangular_token_s(profile: CostProfile, num_tokens: int, other_tokens: int, chunk_tokens: int) -> float:
+    """Equation 4 as InferCept's code sums it: f(S) c n (n+1) / 2 + a c n R + a l (R + l).
+
+    ``chunk_tokens`` c is the part of S that is free, n the whole chunks before the last one of l tokens, a the
+    seconds of a token, R the tokens of the running batch.
+    """
+    chunk = max(1, chunk_tokens)
+    chunks = max(0, -(-num_tokens // chunk) - 1)
+    last = num_tokens % chunk
+    own = profile.forward_s(profile.saturation_tokens) * chunk * chunks * (chunks + 1) / 2
+    others = profile.token_s * chunk * chunks * other_tokens
+    return own + others + profile.token_s * last * (other_tokens + last)

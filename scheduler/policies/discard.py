@@ -8,7 +8,11 @@ from caesura.scheduler.types import Action
 
 
 class ImprovedDiscard(PausePolicy):
-    """Discard at the pause; the resumed context keeps its original place (InferCept's ImprovedDiscard)."""
+    """Discard at the pause; the resumed context keeps its original place (InferCept's ImprovedDiscard).
+
+    W_D = T_fwd(C) * C + T_fwd(C) * C_other (equation 1 of arXiv 2402.01869) is paid at every return. What another
+    context holds as well stays for that one: the engines of the paper's time shared no prefixes, ours does.
+    """
 
     name = "improved_discard"
 

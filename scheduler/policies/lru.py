@@ -8,7 +8,7 @@ from caesura.scheduler.types import Action
 
 
 class Lru(PausePolicy):
-    """Let go at every pause, with or without a tool; come back as a new request."""
+    """Let go at every pause, with or without a tool; come back as a new request, at the back of the queue."""
 
     name = "lru"
     releases_idle = True

@@ -1,4 +1,4 @@
-"""One thing always: keep, or swap."""
+"""Keep the KV on the device through every pause."""
 
 from __future__ import annotations
 
@@ -7,27 +7,16 @@ from caesura.scheduler.types import Action
 
 
 class Preserve(PausePolicy):
-    """Keep the KV on the device for the whole pause; given up only when nothing else can run."""
+    """Keep for the whole pause: W_P = T_int * C (equation 2 of arXiv 2402.01869).
+
+    Given up only when nothing else can run, from the latest arrival backwards.
+    """
 
     name = "preserve"
 
     def review(self, view: View) -> list[Choice]:
         return [
             Choice(paused.id, Action.PRESERVE, view.costs(paused), "always preserve")
-            for paused in view.paused
-            if paused.tool and paused.decided is None
-        ]
-
-
-class Swap(PausePolicy):
-    """Copy to the host at every pause, beside compute; discard what the host has no room for."""
-
-    name = "swap"
-    uses_host = True
-
-    def review(self, view: View) -> list[Choice]:
-        return [
-            Choice(paused.id, Action.SWAP, view.costs(paused), "always swap")
             for paused in view.paused
             if paused.tool and paused.decided is None
         ]

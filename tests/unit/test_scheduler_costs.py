@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from caesura.scheduler.context import Call, Context, IllegalTransition, Pause
-from caesura.scheduler.estimate import Conditional, Elapsed
+from caesura.scheduler.context import Call, Context, IllegalTransition, Pause, Progress
+from caesura.scheduler.estimate import GONE_S, Conditional, Elapsed, Hint, Oracle, Profiled, Reported, make_estimator
 from caesura.scheduler.profile import GPT_J_6B_A100, CostProfile
 from caesura.scheduler.types import ContextId, Phase
 from caesura.scheduler.waste import (
@@ -13,6 +13,7 @@ from caesura.scheduler.waste import (
     preserve_token_s,
     swap_blocking_token_s,
     swap_hidden_token_s,
+    triangular_token_s,
 )
 
 # 10 ms a step, 1 ms a token, no attention term; copies 1 ms + 0.1 ms a token; chunks of 100
@@ -40,6 +41,11 @@ def test_swap_blocking_and_hidden() -> None:
     assert swap_blocking_token_s(PROFILE, 100, 1000) == pytest.approx(2 * 0.011 * 1000)
     assert swap_hidden_token_s(PROFILE, 100, on_host=False) == pytest.approx(2 * 0.011 * 100)
     assert swap_hidden_token_s(PROFILE, 100, on_host=True) == pytest.approx(0.011 * 100)
+
+
+def test_triangular_sum_of_the_published_code() -> None:
+    # c = 60, n = ceil(200 / 60) - 1 = 3, l = 20; f(S) = 0.11: 0.11 * 60 * 6 + 0.001 * 60 * 3 * 1000 + 0.001 * 20 * 1020
+    assert triangular_token_s(PROFILE, 200, 1000, 60) == pytest.approx(39.6 + 180.0 + 20.4)
 
 
 def test_nothing_to_lose_costs_nothing() -> None:
@@ -96,6 +102,88 @@ def test_old_durations_are_forgotten() -> None:
     for _ in range(256):
         estimator.observe(api, 3.0)
     assert estimator.remaining_s(api, 0.0) == 3.0
+
+
+def test_profiled_is_the_mean_whatever_has_elapsed() -> None:
+    estimator, pause = Profiled(prior_s=0.5), Pause(0.0, (Call("shell"),))
+    assert estimator.remaining_s(pause, 3.0) == 0.5
+    for duration_s in (1.0, 5.0):
+        estimator.observe(pause, duration_s)
+    assert (estimator.remaining_s(pause, 0.0), estimator.remaining_s(pause, 9.0)) == (3.0, 3.0)
+
+
+def test_hint_then_as_long_again() -> None:
+    pause = Pause(0.0, (Call("shell", expected_s=4.0),))
+    assert (Hint().remaining_s(pause, 1.0), Hint().remaining_s(pause, 6.0)) == (3.0, 6.0)
+    assert Hint(prior_s=2.0).remaining_s(Pause(0.0, (Call("shell"),)), 0.5) == 1.5
+
+
+def test_the_oracle_knows_where_there_is_something_to_know() -> None:
+    known = Pause(0.0, (Call("a", true_s=4.0), Call("b", true_s=9.0)))
+    assert Oracle().remaining_s(known, 1.0) == 8.0
+    assert Oracle().remaining_s(known, 20.0) == 0.0
+    assert Oracle().remaining_s(Pause(0.0, (Call("a", expected_s=2.0),)), 1.0) == 1.0
+
+
+def test_progress_reports_go_before_everything() -> None:
+    estimator, pause = Reported(), Pause(0.0, (Call("build", expected_s=1.0),))
+    assert estimator.remaining_s(pause, 0.5) == 0.5
+    reported = pause.reported(0, Progress(at=2.0, fraction=0.25))  # a quarter in 2 s: 6 s more
+    assert estimator.remaining_s(reported, 2.0) == 6.0
+    assert estimator.remaining_s(reported, 5.0) == 3.0
+    assert estimator.remaining_s(reported, 9.0) == 7.0  # late: as long again as since the report
+    nothing_done = pause.reported(0, Progress(at=2.0, fraction=0.0))
+    assert estimator.remaining_s(nothing_done, 2.0) == estimator.remaining_s(pause, 2.0)
+
+
+def test_one_report_of_two_parallel_calls() -> None:
+    pause = Pause(0.0, (Call("a", expected_s=3.0), Call("b", expected_s=1.0)))
+    assert Reported().remaining_s(pause, 0.5) == 2.5
+    assert Reported().remaining_s(pause.reported(1, Progress(0.5, 0.1)), 0.5) == pytest.approx(4.5)
+
+
+def test_the_price_of_holding_gives_up_at_the_best_moment() -> None:
+    estimator, pause = Conditional(), Pause(0.0, (Call("shell"),))
+    for duration_s in [0.2] * 9 + [60.0]:
+        estimator.observe(pause, duration_s)
+    assert estimator.remaining_s(pause, 0.0) == pytest.approx((9 * 0.2 + 60.0) / 10)
+    # to 0.2 s: all ten hold 0.2 s for nine returns; to 60 s: 61.8 s for ten
+    assert estimator.hold_s(pause, 0.0) == pytest.approx(2.0 / 9)
+    assert estimator.hold_s(pause, 0.1) == pytest.approx(1.0 / 9)
+    assert estimator.hold_s(pause, 1.0) == pytest.approx(59.0)
+    assert estimator.hold_s(pause, 70.0) == 70.0
+    assert Elapsed().hold_s(pause, 3.0) == 3.0
+
+
+def test_a_tool_past_its_deadline_is_gone() -> None:
+    pause = Pause(0.0, (Call("person", true_s=2.0),), deadline_at=5.0)
+    for name in ("elapsed", "profiled", "conditional", "hint", "progress", "oracle"):
+        estimator = make_estimator(name)
+        assert estimator.remaining_s(pause, 4.0) <= 1.0
+        assert estimator.remaining_s(pause, 5.0) == GONE_S
+        assert estimator.hold_s(pause, 6.0) == GONE_S
+
+
+def test_parallel_calls_learn_how_long_they_take_together() -> None:
+    estimator = Conditional()
+    both = Pause(0.0, (Call("a", 1.0), Call("b", 1.0)))
+    for duration_s in (4.0, 5.0, 6.0):
+        estimator.observe(both, duration_s)
+    assert estimator.remaining_s(both, 0.0) == 5.0
+    assert estimator.remaining_s(Pause(0.0, (Call("b", 1.0), Call("a", 1.0))), 0.0) == 5.0
+    assert estimator.remaining_s(Pause(0.0, (Call("a", 1.0),)), 0.0) == 1.0  # alone, nothing is known of it
+    assert estimator.remaining_s(Pause(0.0, both.calls, wait_any=True), 0.0) == 1.0  # nor of the first of the two
+
+
+def test_hints_are_believed_as_long_as_they_are_nearer_than_history() -> None:
+    estimator = Conditional()
+    for duration_s in (1.0, 9.0, 1.0, 9.0, 1.0, 9.0):  # the program knows, the mean does not
+        estimator.observe(Pause(0.0, (Call("job", duration_s),)), duration_s)
+    assert estimator.remaining_s(Pause(0.0, (Call("job", 9.0),)), 0.0) == 9.0
+    liar = Conditional()
+    for _ in range(6):
+        liar.observe(Pause(0.0, (Call("job", 60.0),)), 1.0)
+    assert liar.remaining_s(Pause(0.0, (Call("job", 60.0),)), 0.0) == 1.0
 
 
 def test_phases_change_by_the_table_alone() -> None:

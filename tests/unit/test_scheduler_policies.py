@@ -14,13 +14,21 @@ from caesura.scheduler.types import Action, ContextId
 PROFILE = CostProfile(0.0, 0.001, 0.0, 0.0, 0.0001, 100)
 
 
-def paused(number: int, *, remaining_s: float = 1.0, tokens: int = 100, tool: str = "search") -> PausedContext:
+def paused(
+    number: int,
+    *,
+    remaining_s: float = 1.0,
+    tokens: int = 100,
+    tool: str = "search",
+    since: float = 0.0,
+    elapsed_s: float | None = None,
+) -> PausedContext:
     return PausedContext(
         id=ContextId(number),
         arrival=float(number),
         tool=tool,
-        since=0.0,
-        elapsed_s=remaining_s,
+        since=since,
+        elapsed_s=remaining_s if elapsed_s is None else elapsed_s,
         remaining_s=remaining_s,
         held_tokens=tokens,
         exclusive_tokens=tokens,
@@ -45,16 +53,19 @@ def view(
     query_tokens: int = 10,
     has_host: bool = True,
     free_pages: int = 0,
+    profile: CostProfile = PROFILE,
+    now: float = 10.0,
+    num_pages: int = 100,
 ) -> View:
     return View(
-        now=10.0,
+        now=now,
         paused=tuple(contexts),
         segments=lambda: list(segments),
-        profile=PROFILE,
+        profile=profile,
         batch_tokens=batch_tokens,
         query_tokens=query_tokens,
         free_pages=free_pages,
-        num_pages=100,
+        num_pages=num_pages,
         page_size=10,
         copying_pages=0,
         free_host_pages=100,
