@@ -67,8 +67,14 @@ class Page:
         return message
 
     def run(self, expression: str) -> Any:
-        """The value of a JavaScript expression (awaited)."""
-        found = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        """The value of a JavaScript expression (awaited). The page's content policy holds for it as well."""
+        found = self.call(
+            "Runtime.evaluate",
+            expression=expression,
+            awaitPromise=True,
+            returnByValue=True,
+            allowUnsafeEvalBlockedByCSP=False,
+        )
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
