@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 
 SLOW_OPTIONS ?= --timeout 1800
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-clients test-clients-slow test-slow lint bench clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml
@@ -27,6 +27,13 @@ test: lint
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow $(SLOW_OPTIONS)
 
+# Other people's libraries against a real server, each in its locked environment; the second needs 1 GB more.
+test-clients: $(VENV)/.installed
+	$(BIN)/python -m tests.clients.run
+
+test-clients-slow: $(VENV)/.installed
+	$(BIN)/python -m tests.clients.run --slow
+
 lint: $(VENV)/.installed .types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -37,4 +44,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks all
 
 clean:
-	rm -rf $(VENV) .types build dist *.egg-info
+	rm -rf $(VENV) .venv-clients .types build dist *.egg-info
