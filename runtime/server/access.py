@@ -14,7 +14,7 @@ class Access(StrEnum):
 
 
 PUBLIC_PATHS = frozenset({b"/health", b"/ready", b"/version", b"/dashboard"})
-ADMIN_PATHS = frozenset({b"/flush_cache", b"/v1/dashboard/state"})
+ADMIN_PATHS = frozenset({b"/flush_cache", b"/metrics", b"/v1/dashboard/state"})
 
 
 def access_of(raw_path: bytes) -> Access:

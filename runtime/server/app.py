@@ -24,6 +24,7 @@ from caesura.runtime.server.state import ServerState
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -42,9 +43,8 @@ def create_app(service: Service, config: ServerConfig | None = None) -> FastAPI:
         yield
         await state.close()
 
-    guard = Middleware(
-        HostGuard, loopback=config.is_loopback, hosts=config.allowed_hosts, origins=config.allowed_origins
-    )
+    origins = (*config.allowed_origins, *config.cors_origins)
+    guard = Middleware(HostGuard, loopback=config.is_loopback, hosts=config.allowed_hosts, origins=origins)
     app = FastAPI(
         title="Caesura",
         version=package_version(),
@@ -55,7 +55,8 @@ def create_app(service: Service, config: ServerConfig | None = None) -> FastAPI:
         redirect_slashes=False,
         middleware=[
             Middleware(Counting, metrics),
-            Middleware(Outermost),
+            *_cors(config),
+            Middleware(Outermost, counts=state.counts),
             guard,
             Middleware(Auth, state.keys),
             Middleware(BodyLimit, deadline_s=config.body_deadline_s),
@@ -67,6 +68,24 @@ def create_app(service: Service, config: ServerConfig | None = None) -> FastAPI:
         app.add_api_route(path, _plain(endpoint), methods=methods.split(), response_model=None, name=path)
     describe(app)
     return app
+
+
+def _cors(config: ServerConfig) -> list[Middleware]:
+    """Answers to scripts of the origins that were named. Credentials of a browser are never asked for: keys are sent
+    in a header. Outside of what refuses, so that such a script may read the refusal."""
+    if not config.cors_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "retry-after"),
+            allow_credentials=False,
+            max_age=600,
+        )
+    ]
 
 
 def _routes(state: ServerState, info: Info, metrics: Metrics) -> list[tuple[str, str, Endpoint]]:

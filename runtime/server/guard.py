@@ -11,25 +11,34 @@ import re
 import secrets
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
+from caesura.runtime.logs import note
 from caesura.runtime.server.access import Access, access_of
 from caesura.runtime.server.config import is_loopback
 from caesura.runtime.server.errors import ApiError, as_api_error
 from caesura.runtime.server.keys import KeyRing
 from caesura.runtime.server.limits import MAX_BODY_BYTES
+from caesura.runtime.server.tally import ServerCounts, tally_of
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("caesura.server")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::([0-9]{1,5}))?")
 PRINCIPAL, REQUEST_ID = "caesura.principal", "caesura.request_id"
+SHED_INTERVAL_S = 5.0
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_REFUSALS = {401: "no_key", 403: "forbidden", 408: "too_slow", 413: "too_large", 429: "overload", 503: "unavailable"}
 
 
 class Outermost:
     """Gives every request an id, logs one line without any of its text, and turns exceptions into error objects."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, counts: ServerCounts | None = None) -> None:
         self._app = app
+        self._counts = counts or ServerCounts()
+        self._shed_noted_at = float("-inf")
+        self._num_shed = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -54,16 +63,25 @@ class Outermost:
             await self._app(scope, receive, sending)
         except Exception as error:
             refusal = as_api_error(error)
-            if refusal.status == 503:
-                log.warning("request %s refused: %r", request_id, error)
-            elif refusal.status >= 500:
-                log.exception("request %s failed", request_id)
+            self._refused(refusal)
+            if refusal.status >= 500 and refusal.status != 503:
+                note(log, logging.ERROR, "request_failed", exc_info=True, request_id=request_id)
             if status:  # the answer has begun: all that is left is to cut it off
                 raise
             await refusal.response()(scope, receive, sending)
         finally:
-            took_ms = (time.perf_counter() - started) * 1000
-            log.info("%s %s %s %d %.1f ms", request_id, scope["method"], _shown(scope), status, took_ms)
+            _note_request(scope, request_id, status, time.perf_counter() - started)
+
+    def _refused(self, refusal: ApiError) -> None:
+        """Count a refusal. Requests shed for want of room are told of once in a while, with their number."""
+        if refusal.status in _REFUSALS:
+            self._counts.refused[refusal.code or _REFUSALS[refusal.status]] += 1
+        if refusal.status == 429:
+            self._num_shed += 1
+            now = time.monotonic()
+            if now - self._shed_noted_at >= SHED_INTERVAL_S:
+                note(log, logging.WARNING, "shed", reason=refusal.code, requests=self._num_shed)
+                self._shed_noted_at, self._num_shed = now, 0
 
 
 class HostGuard:
@@ -93,7 +111,7 @@ class HostGuard:
             raise ApiError(403, "the Host header does not name this server; add it to allowed_hosts")
         for raw in _header(scope, b"origin"):
             origin = raw.decode("latin-1").lower()
-            if origin not in self._origins and origin not in (f"http://{host}", f"https://{host}"):
+            if not {origin, "*"} & self._origins and origin not in (f"http://{host}", f"https://{host}"):
                 raise ApiError(403, "requests from web pages of another origin are refused; see allowed_origins")
 
 
@@ -190,6 +208,32 @@ def _request_id(scope: Scope) -> str:
     return f"req_{secrets.token_hex(12)}"
 
 
-def _shown(scope: Scope) -> str:
-    """The path for the log: printable ASCII, bounded."""
-    return ascii(_raw_path(scope)[:200].decode("latin-1"))[1:-1]
+def _note_request(scope: Scope, request_id: str, status: int, seconds: float) -> None:
+    """One line for a request: numbers, ids and the route's template. Paths are the client's text, and stay out."""
+    tally, principal = tally_of(scope), scope.get(PRINCIPAL)
+    used: dict[str, Any] = {}
+    if tally is not None:
+        used = {
+            "tokens_in": tally.tokens_in,
+            "tokens_out": tally.tokens_out,
+            "cached_tokens": tally.cached_tokens,
+            "pauses": tally.pauses,
+            "finish": list(tally.finishes) or None,
+        }
+    note(
+        log,
+        logging.INFO,
+        "request",
+        request_id=request_id,
+        method=scope["method"] if scope["method"] in _METHODS else "other",
+        route=route_of(scope),
+        status=status,
+        key=getattr(principal, "key_id", None) or None,
+        **used,
+        seconds=round(seconds, 6),
+    )
+
+
+def route_of(scope: Scope) -> str:
+    """The route's template; "none" for a path that has none."""
+    return str(getattr(scope.get("route"), "path", "none"))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from caesura.runtime.errors import EngineStopped
+from caesura.runtime.server.guard import route_of
 from caesura.runtime.server.info import Info, package_version
 from caesura.runtime.server.metric_families import add_distribution, counter, gauge, gauges, kv_usage, label
 from caesura.runtime.server.state import ServerState
@@ -242,8 +243,3 @@ class Counting:
             route = route_of(scope)
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - started)
-
-
-def route_of(scope: Scope) -> str:
-    """The route's template; "none" for a path that has none."""
-    return str(getattr(scope.get("route"), "path", "none"))

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 from caesura.runtime.api import Service
+from caesura.runtime.logs import LogStyle, configure, note
 from caesura.runtime.server.app import create_app
 from caesura.runtime.server.config import ServerConfig
+from caesura.runtime.server.connections import BoundedConnection
 
 if TYPE_CHECKING:
     from caesura.runtime.server.state import ServerState
@@ -35,7 +37,16 @@ class Server(uvicorn.Server):
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
-        log.warning("%s: %s", signal.Signals(sig).name, "stopping now" if self.force_exit else "draining")
+        event, at_work = "stopping_now" if self.force_exit else "draining", len(self._state.board)
+        note(log, logging.WARNING, event, signal=signal.Signals(sig).name, requests=at_work)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        await super().startup(sockets=sockets)
+        if self.started:
+            places = [server.sockets for server in self.servers]
+            ports = sorted({one.getsockname()[1] for group in places for one in group})
+            note(log, logging.INFO, "listening", host=self.config.host, ports=ports, model=self._state.model_name)
 
 
 def make_server(service: Service, config: ServerConfig) -> Server:
@@ -47,7 +58,7 @@ def make_server(service: Service, config: ServerConfig) -> Server:
         host=config.host,
         port=config.port,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-        http="h11",
+        http=BoundedConnection,
         ws="none",
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(config.drain_s)),
@@ -70,11 +81,13 @@ def serve(
     ``start_service`` says otherwise."""
     config = config or ServerConfig()
     config.check_exposure()
+    configure(LogStyle(config.log_format, config.log_level))
     service = (start_service or _start)(config)
     try:
         make_server(service, config).run(sockets)
     finally:
         service.close()
+        note(log, logging.INFO, "stopped")
 
 
 def _start(config: ServerConfig) -> Service:
