@@ -74,11 +74,16 @@ class Scheduler:
         wait_any: bool = False,
         deadline_at: float | None = None,
     ) -> None:
-        """An idle context waits for tools from now on."""
+        """An idle context waits for tools from now on. Said again of the same tools (now with a hint or a deadline),
+        it is the same pause."""
         state = self.contexts[context]
         if state.phase is not Phase.PAUSED:
             self.stop(context, now)
-        self._begin_pause(state, Pause(now, tuple(calls), wait_any, deadline_at))
+        tools = [call.tool for call in calls]
+        known = bool(tools) and tools == [call.tool for call in state.pause.calls]
+        since, decided = (state.pause.since, state.decided) if known else (now, None)
+        self._begin_pause(state, Pause(since, tuple(calls), wait_any, deadline_at))
+        state.decided = decided
 
     def resume(self, context: ContextId, now: float) -> None:
         """The tools have answered (or the program goes on): the pause becomes a known duration. Idempotent."""

@@ -107,7 +107,7 @@ def test_looking_seldom_misses_no_pause_and_tells_its_length() -> None:
 
 
 def test_tool_times_are_those_of_whole_pauses() -> None:
-    """A pause whose KV is swapped meanwhile is one call, not two."""
+    """A pause that is announced twice, or whose KV goes meanwhile, is one call."""
     world, history = watched("discard")
     engine = world.engine
     for length_s in (0.5, 1.5, 4.0):
@@ -116,6 +116,9 @@ def test_tool_times_are_those_of_whole_pauses() -> None:
         engine.prefill(context, lambda _: None)
         world.sim.run()
         engine.pause(context, [Call("look <b>up</b>")])
+        engine.step()
+        world.clock.advance_to(world.clock.now() + 0.01)
+        engine.pause(context, [Call("look <b>up</b>", 1.0)], deadline_at=world.clock.now() + 60)  # told again: a hint
         engine.step()
         world.clock.advance_to(world.clock.now() + length_s / 2)
         engine.step()
