@@ -32,10 +32,21 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 
 
-async def leave(app: FastAPI, path: str, body: dict[str, Any], *, after_events: int, after_s: float) -> int:
-    """Send a request and hang up after so many body messages, or so many seconds. Returns how many came."""
+async def leave(
+    app: FastAPI,
+    path: str,
+    body: dict[str, Any],
+    *,
+    after_events: int,
+    after_s: float,
+    gone: asyncio.Event | None = None,
+) -> int:
+    """Send a request and hang up after so many body messages, or so many seconds, or when ``gone`` is set.
+
+    Returns how many messages came.
+    """
     raw = json.dumps(body).encode()
-    gone = asyncio.Event()
+    gone = gone or asyncio.Event()
     sent = 0
     first = True
 
