@@ -56,6 +56,7 @@ class Responses:
         self._state = state
         self._store = state.responses
         self._answers = ChatWork(state)
+        self._running: dict[tuple[str, str], ResponseBuilder] = {}
 
     async def create(self, request: Request) -> Response:
         """Answer, and keep the answer unless ``store`` is false."""
@@ -94,8 +95,9 @@ class Responses:
     async def cancel(self, request: Request) -> Response:
         """End a response that is being made. One that has ended stays as it is."""
         key_id, response_id = principal_of(request).key_id, str(request.path_params["response_id"])
-        if await self._state.board.abort(key_id, response_id.removeprefix("resp_")):
-            return reply({"id": response_id, "object": "response", "status": "cancelled"})
+        running = self._running.get((key_id, response_id))
+        if running is not None and await self._state.board.abort(key_id, response_id.removeprefix("resp_")):
+            return reply({**running.response(), "status": "cancelled"})
         found = self._get(request)
         raise ApiError(400, f"the response is {found.body['status']}: there is nothing to cancel", code="not_running")
 
@@ -178,14 +180,18 @@ class Responses:
             truncate=body.truncation == "auto",
         )
         async with work, contextlib.aclosing(answers) as items:
-            async for item in items:
-                if isinstance(item, Delta):
-                    for one in builder.take(item):
-                        yield one
-                elif isinstance(item, Ended):
-                    for one in builder.end(item, usage([item.finish], None, item.reasoning_tokens)):
-                        yield one
-                    self._keep(asked, builder, readers[item.choice])
+            self._running[asked.key_id, builder.id] = builder
+            try:
+                async for item in items:
+                    if isinstance(item, Delta):
+                        for one in builder.take(item):
+                            yield one
+                    elif isinstance(item, Ended):
+                        for one in builder.end(item, usage([item.finish], None, item.reasoning_tokens)):
+                            yield one
+                        self._keep(asked, builder, readers[item.choice])
+            finally:
+                self._running.pop((asked.key_id, builder.id), None)
 
     def _keep(self, asked: _Asked, builder: ResponseBuilder, reader: AnswerReader) -> None:
         """Store the response, before its client hears of its end."""

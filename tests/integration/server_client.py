@@ -18,6 +18,8 @@ from caesura.runtime.server import ServerConfig, create_app
 from caesura.runtime.service import EngineService
 from fastapi import FastAPI
 
+from tests.integration.server_types import checked
+
 BASE_URL = "http://127.0.0.1:30000"
 TOOLS = [CALCULATOR_TOOL]
 QUESTION = {"role": "user", "content": "What is 4827 * 396?"}
@@ -37,12 +39,12 @@ def make_app(service: EngineService, **options: Any) -> FastAPI:
 
 
 def events_of(text: str) -> Iterator[dict[str, Any]]:
-    """The JSON of a stream's events; checks that it ends with [DONE]."""
+    """The JSON of a stream's events, checked by OpenAI's types; the stream ends with [DONE]."""
     lines = [line for line in text.split("\n\n") if line]
     assert lines[-1] == "data: [DONE]", lines[-3:]
     for line in lines[:-1]:
         assert line.startswith("data: ")
-        yield json.loads(line.removeprefix("data: "))
+        yield checked(json.loads(line.removeprefix("data: ")))
 
 
 def answered(message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -87,7 +89,7 @@ def run(test: Callable[[httpx.AsyncClient, FastAPI], Awaitable[None]], **options
 
 
 async def post(client: httpx.AsyncClient, path: str, body: dict[str, Any], **more: Any) -> Any:
-    """The answer's JSON; it must be a success."""
+    """The answer's JSON; it must be a success, and what OpenAI's types say."""
     answer = await client.post(path, json=body, **more)
     assert answer.status_code in (200, 201), answer.text
-    return answer.json()
+    return checked(answer.json())

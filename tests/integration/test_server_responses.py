@@ -15,7 +15,8 @@ from openai.types.responses.response_item_list import ResponseItemList
 from pydantic import BaseModel
 
 from tests.integration.server_client import CALCULATOR_TOOL, QUESTION, embedded_service, nothing_left, post, run
-from tests.integration.server_openai import checked, openai_of
+from tests.integration.server_openai import openai_of
+from tests.integration.server_types import checked
 
 ROUTE = "/v1/responses"
 TOOLS: list[Any] = [{"type": "function", **CALCULATOR_TOOL["function"]}]
@@ -80,7 +81,7 @@ def test_a_function_call_pauses_and_its_output_goes_on(how: str) -> None:
         for turn in range(4):
             body = {**ASK, "input": given, "tool_choice": "required", "parallel_tool_calls": False, **previous}
             body["store"] = how == "previous_response_id"
-            answer = checked(await post(client, ROUTE, body))
+            answer = await post(client, ROUTE, body)
             usage = answer["usage"]
             assert known - usage["input_tokens_details"]["cached_tokens"] in (0, 1), turn
             known = usage["total_tokens"]
@@ -101,7 +102,7 @@ def test_a_stream_and_a_whole_answer_agree() -> None:
     async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
         for more in ({}, {"tools": [], "include": ["message.output_text.logprobs"], "top_logprobs": 2}):
             body = {**ASK, **more}
-            whole = checked(await post(client, ROUTE, body))
+            whole = await post(client, ROUTE, body)
             events = events_of((await client.post(ROUTE, json={**body, "stream": True})).text)
             kinds = [found["type"] for found in events]
             assert kinds[:3] == ["response.created", "response.in_progress", "response.output_item.added"]
@@ -127,7 +128,7 @@ def test_a_conversation_goes_on_by_the_id_of_the_last_response() -> None:
         service = embedded_service()
         answer = first["output"][0]["content"][0]["text"]
         asked = {"role": "user", "content": "And 5 + 6?"}
-        same = checked(await post(client, ROUTE, {**body, "instructions": "Be kind."}))
+        same = await post(client, ROUTE, {**body, "instructions": "Be kind."})
         assert app.state.server.kept.rebuilt == 1, "its tokens, token by token"
         new = service.template.following([asked])
         size = sum(len(service.tokenizer.encode(p.text, allow_special=p.special, continuation=True)) for p in new)
@@ -135,7 +136,7 @@ def test_a_conversation_goes_on_by_the_id_of_the_last_response() -> None:
         cached = same["usage"]["input_tokens_details"]["cached_tokens"]
         assert first["usage"]["total_tokens"] - cached < 16, "all but an unfinished page"
         # instructions do not carry over: other ones make another prompt
-        other = checked(await post(client, ROUTE, body))
+        other = await post(client, ROUTE, body)
         assert app.state.server.kept.rebuilt == 1
         said = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": answer}, asked]
         chat = await post(client, "/v1/chat/completions", {"messages": said, "temperature": 0, "max_tokens": 4})
@@ -182,6 +183,7 @@ def test_a_response_can_be_cancelled_while_it_is_made() -> None:
             await asyncio.sleep(0.005)
         await asyncio.sleep(0.1)
         ((_, name),) = board._at_work
+        assert (await client.post(f"{ROUTE}/resp_made_up/cancel")).status_code == 404
         assert (await post(client, f"{ROUTE}/resp_{name}/cancel", {}))["status"] == "cancelled"
         answer = checked((await running).json())
         assert answer["status"] == "cancelled" and answer["id"] == f"resp_{name}"
@@ -228,7 +230,7 @@ def test_a_conversation_too_long_loses_its_oldest_turns_only_when_asked() -> Non
 
     async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
         assert (await client.post(ROUTE, json=body)).status_code == 400
-        answer = checked(await post(client, ROUTE, {**body, "truncation": "auto"}))
+        answer = await post(client, ROUTE, {**body, "truncation": "auto"})
         assert 300 < answer["usage"]["input_tokens"] < 2048
 
     run(test)
