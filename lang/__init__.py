@@ -8,8 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from caesura.lang.backend import Backend, Capabilities, ChatFormat, Session
+from caesura.lang.backends.connect import connect
 from caesura.lang.backends.http import HTTPBackend
+from caesura.lang.backends.openai import OpenAIBackend
 from caesura.lang.backends.scripted import ScriptedBackend, ScriptedReply
+from caesura.lang.backends.sglang import SGLangBackend
 from caesura.lang.choices import (
     ChoicesDecision,
     ChoicesSamplingMethod,
@@ -108,6 +111,7 @@ __all__ = [
     "HTTPBackend",
     "LangError",
     "NoBackend",
+    "OpenAIBackend",
     "OutputError",
     "Program",
     "ProgramCancelled",
@@ -116,6 +120,7 @@ __all__ = [
     "ProgramStateGroup",
     "RemoteError",
     "ReplayError",
+    "SGLangBackend",
     "ScriptError",
     "ScriptedBackend",
     "ScriptedReply",
@@ -136,6 +141,7 @@ __all__ = [
     "assistant_end",
     "call_tool",
     "call_tools",
+    "connect",
     "flush_cache",
     "function",
     "gen",

@@ -31,18 +31,22 @@ class _Default:
     backend: Backend | None = None
 
 
-def set_default_backend(backend: Backend | None) -> None:
-    """The backend of programs that are run without ``backend=``."""
-    _Default.backend = backend
+def set_default_backend(backend: Backend | str | None) -> None:
+    """The backend of programs that are run without ``backend=``: an object, or an address as `connect` takes it."""
+    _Default.backend = default_backend(backend) if isinstance(backend, str) else backend
 
 
-def default_backend(backend: Backend | None = None) -> Backend:
+def default_backend(backend: Backend | str | None = None) -> Backend:
     """``backend``, or else the default one. Raises NoBackend."""
     chosen = backend or _Default.backend
+    if isinstance(chosen, str):
+        from caesura.lang.backends.connect import shared
+
+        return shared(chosen)
     if chosen is None:
         raise NoBackend(
             "no backend: give one with run(backend=...) or set_default_backend(...), for example Engine() for the "
-            "in-process engine or ScriptedBackend([...]) in tests"
+            'in-process engine, "http://127.0.0.1:30000" for a server or ScriptedBackend([...]) in tests'
         )
     return chosen
 
@@ -116,9 +120,9 @@ class Program:
         """Start the program and return its state at once; reading from it waits.
 
         Besides the program's own arguments: SGLang's sampling arguments (``max_new_tokens=128, temperature=1.0,
-        top_p, top_k, min_p, stop, ...``), ``stream``, ``backend``, ``use_thread`` (False waits for the end),
-        ``deadline_s`` (the program is ended then), ``namespace`` (cached prefixes are shared within one only). A
-        program's own parameter of the same name comes first.
+        top_p, top_k, min_p, stop, ...``), ``stream``, ``backend`` (an object, or an address as `connect` takes it),
+        ``use_thread`` (False waits for the end), ``deadline_s`` (the program is ended then), ``namespace`` (cached
+        prefixes are shared within one only). A program's own parameter of the same name comes first.
         """
         own, backend, options, background = self._split(kwargs)
         self._check(args, own)
@@ -150,7 +154,7 @@ class Program:
 
         return run_batch(self, batch_kwargs, **options)
 
-    def _split(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Backend | None, RunOptions, bool]:
+    def _split(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Backend | str | None, RunOptions, bool]:
         """Separate the program's own keyword arguments from the run's."""
         parameters = {parameter.name for parameter in self.own_parameters}
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in self.own_parameters)
@@ -204,7 +208,7 @@ class Program:
         """
         return trace_program(self, {**kwargs, **self.bound})
 
-    def cache(self, backend: Backend | None = None) -> int:
+    def cache(self, backend: Backend | str | None = None) -> int:
         """Compute the program's constant prefix now, so that runs find it cached. Returns its characters."""
         prefix = self.trace().prefix
         if not prefix:
@@ -249,7 +253,7 @@ def function(
     return lambda wrapped: Program(wrapped, tools=tools, name=name)
 
 
-def flush_cache(backend: Backend | None = None) -> None:
+def flush_cache(backend: Backend | str | None = None) -> None:
     """Drop the backend's cached prefixes."""
     runner().wait(_flush(default_backend(backend)))
 
@@ -258,7 +262,7 @@ async def _flush(backend: Backend) -> None:
     await backend.flush_cache()
 
 
-def get_server_info(backend: Backend | None = None) -> dict[str, Any]:
+def get_server_info(backend: Backend | str | None = None) -> dict[str, Any]:
     """The backend's model, limits and counters."""
     return runner().wait(_info(default_backend(backend)))
 

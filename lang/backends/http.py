@@ -25,7 +25,7 @@ from caesura.lang.backend import (
     ToolSpec,
 )
 from caesura.lang.backends.engine import DEADLINE_GRACE_S, TOOL_GRACE_S, sampling_params
-from caesura.lang.backends.http_client import HttpClient, HttpOptions, Refusal, refusal_of
+from caesura.lang.backends.http_client import HttpClient, HttpOptions, Refusal, failure_of, refusal_of
 from caesura.lang.errors import RemoteError, ServerUnavailable
 
 MAX_AT_ONCE = 64  # forks, and options to score, in one request
@@ -324,25 +324,10 @@ def _status(error: Mapping[str, Any]) -> int:
 
 def _failure(refusal: Refusal) -> Exception:
     """The exception that the engine in this process would have raised, or one that says what the server lacks."""
-    from caesura.runtime.errors import (
-        ContextClosed,
-        ContextTooLong,
-        DeadlineExceeded,
-        EngineStopped,
-        GrammarError,
-        InvalidRequest,
-    )
+    from caesura.runtime.errors import ContextClosed, DeadlineExceeded, EngineStopped
 
     message = refusal.message
     match refusal.status, refusal.code:
-        case 400, "invalid_grammar":
-            return GrammarError(message)
-        case 400, "context_length_exceeded":
-            return ContextTooLong(message)
-        case ((400 | 413 | 415 | 422), _):
-            return InvalidRequest(message)
-        case ((401 | 403), _):
-            return RemoteError(f"the server refuses: {message}; give the right api_key")
         case 404, "context_not_found":
             return ServerUnavailable(
                 "the server no longer has this program's context: it was restarted, or the context was not used "
@@ -350,14 +335,10 @@ def _failure(refusal: Refusal) -> Exception:
             )
         case 404, _:
             return RemoteError(f"{message}: this is no Caesura server; for others use OpenAIBackend or SGLangBackend")
-        case 408, _:
-            return DeadlineExceeded(message)
         case 410, "context_lost":
             return EngineStopped(message)
         case 410, "context_gone" if "deadline" in message:
             return DeadlineExceeded(message)
         case 410, _:
             return ContextClosed(message)
-        case ((409 | 429 | 503), _):
-            return ServerUnavailable(f"the server refuses for lack of room: {message}")
-    return RemoteError(f"the server failed ({refusal.status}): {message}")
+    return failure_of(refusal)

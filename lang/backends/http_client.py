@@ -285,6 +285,29 @@ def refusal_of(status: int, content: bytes, retry_after: str | None = None) -> R
     )
 
 
+def failure_of(refusal: Refusal) -> Exception:
+    """The exception for a refusal: the runtime's own kinds where there are such."""
+    from caesura.runtime.errors import ContextTooLong, DeadlineExceeded, GrammarError, InvalidRequest
+
+    message = refusal.message
+    match refusal.status, refusal.code:
+        case 400, "invalid_grammar":
+            return GrammarError(message)
+        case 400, "context_length_exceeded":
+            return ContextTooLong(message)
+        case ((400 | 413 | 415 | 422), _):
+            return InvalidRequest(message)
+        case ((401 | 403), _):
+            return RemoteError(f"the server refuses: {message}; give the right api_key")
+        case 404, _:
+            return RemoteError(f"the server does not have what was asked for: {message}")
+        case 408, _:
+            return DeadlineExceeded(message)
+        case ((409 | 429 | 503), _):
+            return ServerUnavailable(f"the server refuses for lack of room: {message}")
+    return RemoteError(f"the server failed ({refusal.status}): {message}")
+
+
 def _seconds(retry_after: str | None) -> float | None:
     try:
         return None if retry_after is None else max(0.0, float(retry_after))

@@ -46,9 +46,9 @@ class Live:
             time.sleep(0.005)
 
     def stop(self) -> None:
-        """End at once: open connections are cut."""
+        """End; connections that still work after a second are cut."""
         if self._server is not None and self._thread is not None:
-            self._server.should_exit = self._server.force_exit = True
+            self._server.should_exit = True
             self._thread.join(START_S)
             assert not self._thread.is_alive(), "the server does not stop"
             self._server = self._thread = None
