@@ -14,6 +14,7 @@ from statistics import median
 from typing import TypeVar
 
 from caesura.runtime.engine import Engine
+from caesura.runtime.kv.node import Hold
 from caesura.runtime.trace import state_of
 from caesura.scheduler.context import Context
 from caesura.scheduler.types import ContextId, PauseDecision, Phase, StepPlan, StepResult
@@ -191,15 +192,17 @@ def _newer(ring: deque[E], since: int) -> tuple[E, ...]:
 
 
 def sample(engine: Engine, number: int, now: float) -> PoolSample:
-    """The pools as they are."""
+    """The pools as they are. The unfinished last pages of paused contexts count as paused, like all else they hold."""
     ledger, meter = engine.ledger, engine.scheduler.meter
     used = ledger.num_device_pages - ledger.free_pages - ledger.evictable_pages
+    tails = {lease.tail[0] for lease in ledger.leases.values() if lease.tail and lease.hold is Hold.PAUSED}
+    paused_pages = min(used, ledger.paused_pages + len(tails))
     phases = [context.phase for context in engine.scheduler.contexts.values()]
     return PoolSample(
         number=number,
         at_s=now,
-        running_pages=used - ledger.paused_pages,
-        paused_pages=ledger.paused_pages,
+        running_pages=used - paused_pages,
+        paused_pages=paused_pages,
         cached_pages=ledger.evictable_pages,
         free_pages=ledger.free_pages,
         host_used_pages=ledger.num_host_pages - ledger.free_host_pages,
