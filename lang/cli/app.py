@@ -149,3 +149,19 @@ def serve(
         server={"host": host, "port": port, "insecure": insecure},
         engine={"policy": policy, "kv_tokens": kv_tokens, "host_kv_tokens": host_kv_tokens},
     )
+
+
+@app.command()
+@guarded
+def top(
+    url: Annotated[str, typer.Option(envvar="CAESURA_URL", help="The server.")] = "http://127.0.0.1:30000",
+    key: Annotated[
+        str | None, typer.Option(envvar="CAESURA_KEY", help="An API key, where the server wants one.")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one view and leave.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Watch a running server: contexts, memory, decisions, tools."""
+    from caesura.lang.cli.top_command import top_command
+
+    top_command(url=url, key=key, once=once, as_json=as_json)
