@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from caesura.lang.errors import DefinitionError
-from caesura.runtime.text.reasoning import MARKS, ThinkMarks, split
+
+if TYPE_CHECKING:
+    from caesura.runtime.text.reasoning import ThinkMarks
 
 
 def marks_of(model_type: str) -> ThinkMarks:
     """The marks of a model type. Raises DefinitionError with the known ones."""
+    from caesura.runtime.text.reasoning import MARKS  # the runtime is imported where it is needed
+
     try:
         return MARKS[model_type.lower()]
     except KeyError:
@@ -18,4 +24,6 @@ def marks_of(model_type: str) -> ThinkMarks:
 
 def split_reasoning(text: str, model_type: str) -> tuple[str, str]:
     """``(thinking, answer)``. Thinking that never ends leaves an empty answer."""
+    from caesura.runtime.text.reasoning import split
+
     return split(text, marks_of(model_type))
