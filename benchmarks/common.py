@@ -12,6 +12,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent.parent / "out" / "benchmarks"
+OWN_ARGUMENTS = ("pause", "simulate")  # these have a command line of their own
 Setting = str | int | float | bool | None
 
 
@@ -87,9 +89,8 @@ def software() -> dict[str, Setting]:
         torch: str | None = metadata.version("torch")
     except metadata.PackageNotFoundError:
         torch = None
-    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain")), "torch": torch} | {
-        "python": platform.python_version()
-    }
+    commit, dirty = _git("rev-parse", "HEAD"), bool(_git("status", "--porcelain"))
+    return {"commit": commit, "dirty": dirty, "torch": torch, "python": platform.python_version()}
 
 
 def _git(*words: str) -> str | None:
@@ -220,6 +221,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = sorted(
         path.stem for path in here.glob("*.py") if not path.stem.startswith("_") and path.stem not in ("common",)
     )
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in OWN_ARGUMENTS:
+        own: int = import_module(f"{__package__}.{words[0]}").main(words[1:])
+        return own
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="List benchmarks, or run some.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="which to run, or 'all'")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, to see that it works")
@@ -227,14 +232,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON files")
     options = parser.parse_args(arguments)
     console = Console()
-    modules = {name: import_module(f"{__package__}.{name}") for name in known}
+    modules = {name: import_module(f"{__package__}.{name}") for name in known if name not in OWN_ARGUMENTS}
     runnable = {name: module for name, module in modules.items() if hasattr(module, "run")}
     names = list(runnable) if options.names == ["all"] else options.names
     unknown = [name for name in names if name not in runnable]
     if unknown:
         parser.error(f"no benchmark named {', '.join(unknown)}; there are: {', '.join(runnable)}")
     if not names:
-        for name, module in runnable.items():
+        listed = {name: import_module(f"{__package__}.{name}") for name in OWN_ARGUMENTS} | runnable
+        for name, module in listed.items():
             console.print(f"[bold]{name:12}[/] {(module.__doc__ or '').strip().splitlines()[0]}")
         return 0
     for name in names:

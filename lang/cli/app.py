@@ -113,17 +113,36 @@ def doctor(
     doctor_command(model=model, as_json=as_json)
 
 
+@app.command()
+@guarded
+def simulate(
+    workload: Annotated[str, typer.Argument(help="A workload by name, for example mix, or a trace file.")],
+    policy: Annotated[str | None, typer.Option(help="Pause policy.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests per second.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Simulated minutes.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of programs and arrivals.")] = None,
+    profile: Annotated[str | None, typer.Option(help="The machine: gptj-6b-a100, 13b-2a100, ... or a file.")] = None,
+    kv_tokens: Annotated[int | None, typer.Option(help="Tokens the device pool holds.")] = None,
+    host_tokens: Annotated[int | None, typer.Option(help="Tokens the host pool holds.")] = None,
+    as_json: Json = False,
+) -> None:
+    """A workload under a pause policy in virtual time: the engine's own loop on a cost profile."""
+    from caesura.lang.cli.simulate_command import simulate_command
+
+    options = {"policy": policy, "rate": rate, "minutes": minutes, "seed": seed, "profile": profile}
+    simulate_command(workload, {**options, "kv_tokens": kv_tokens, "host_tokens": host_tokens}, as_json=as_json)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 @guarded
 def bench(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(help="Which benchmark, for example engine.")],
-    as_json: Json = False,
+    what: Annotated[str, typer.Argument(help="Which benchmark, for example engine or pause.")],
 ) -> None:
-    """Run a benchmark of the repository; further arguments are passed on."""
+    """Run a benchmark of the repository; what follows its name (--quick, --json FILE, -- --help) goes to it."""
     from caesura.lang.cli.bench_command import bench_command
 
-    bench_command(what, [*context.args, *(["--json"] if as_json else [])])
+    bench_command(what, context.args)
 
 
 @app.command()

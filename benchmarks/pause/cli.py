@@ -1,0 +1,122 @@
+"""``caesura bench pause``: arguments, progress, and what is written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from caesura.scheduler.policies import POLICIES
+from rich.console import Console
+
+from benchmarks.pause.profiles import find_machine, machine_names
+from benchmarks.pause.report import screen, seconds_used
+from benchmarks.pause.store import STORE, Store
+from benchmarks.pause.study import Study, conduct, full_study, quick_study
+from benchmarks.workloads import WORKLOADS, find_workload
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a study and print its tables; 2 for wrong usage."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    console = Console(stderr=options.json == "-")
+    try:
+        study = _study(options)
+    except ValueError as error:
+        parser.error(str(error))
+    begun = time.monotonic()
+    findings = conduct(study, Store(options.store), options.jobs, _say(console, options.quiet, begun))
+    document = findings.document()
+    for table in screen(document):
+        console.print(table)
+    console.print(f"{time.monotonic() - begun:.0f} s; {seconds_used(document):.0f} s of simulation in these runs")
+    if options.json:
+        text = json.dumps(document, indent=1) + "\n"
+        if options.json == "-":
+            sys.stdout.write(text)
+        else:
+            Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(options.json).write_text(text)
+    if options.plots:
+        from benchmarks.pause.plots import draw_all
+
+        for path in draw_all(document, options.plots):
+            console.print(f"drawn: {path}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="caesura bench pause",
+        description="Pause policies compared by the load they carry. Interrupted studies go on where they stopped.",
+    )
+    parser.add_argument("--simulate", action="store_true", help="in virtual time on a cost profile (the default)")
+    parser.add_argument("--quick", action="store_true", help="a few policies and workloads: under five minutes")
+    parser.add_argument("--policies", type=_names, help=f"comma-separated, or all: {', '.join(POLICIES)}")
+    parser.add_argument("--workloads", type=_names, help=f"comma-separated, or trace files: {', '.join(WORKLOADS)}")
+    parser.add_argument("--trace", type=Path, help="a trace file (JSON lines) instead of the workloads")
+    parser.add_argument("--rates", type=_numbers, help="requests/s of the curves; around the capacities by default")
+    parser.add_argument("--seeds", type=int, help="how many seeds; the tables show medians")
+    parser.add_argument("--minutes", type=float, help="length of a run, in simulated minutes")
+    parser.add_argument("--profile", help=f"the machine: a file, or one of {', '.join(machine_names())}")
+    parser.add_argument("--kv-tokens", type=_numbers, help="device pool sizes to compare")
+    parser.add_argument("--host-tokens", type=int, help="size of the host pool")
+    parser.add_argument("--tolerance", type=float, help="how close capacity is bracketed; 1.03 is 3 %%")
+    parser.add_argument("--no-curves", action="store_true", help="capacities alone")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--json", help="write all results here ('-': standard output)")
+    parser.add_argument("--plots", type=Path, help="draw the figures into this folder")
+    parser.add_argument("--store", type=Path, default=STORE, help="where finished runs are kept")
+    parser.add_argument("--quiet", action="store_true", help="tables alone")
+    return parser
+
+
+def _study(options: argparse.Namespace) -> Study:
+    """The study asked for. ValueError for names that do not exist."""
+    study = quick_study() if options.quick else full_study()
+    if options.policies:
+        chosen = tuple(POLICIES) if options.policies == ["all"] else tuple(options.policies)
+        unknown = [name for name in chosen if name not in POLICIES]
+        if unknown:
+            raise ValueError(f"no policy is named {', '.join(unknown)}; there are {', '.join(POLICIES)}")
+        study = replace(study, policies=chosen)
+    workloads = [str(options.trace)] if options.trace else options.workloads
+    if workloads:
+        study = replace(study, workloads=tuple(workloads))
+    for workload in study.workloads:
+        find_workload(workload)
+    if options.profile:
+        find_machine(options.profile)
+        study = replace(study, machine=options.profile)
+    if options.kv_tokens:
+        study = replace(study, kv_tokens=tuple(int(size) for size in options.kv_tokens))
+    return replace(
+        study,
+        seeds=study.seeds if options.seeds is None else tuple(range(options.seeds)),
+        minutes=options.minutes or study.minutes,
+        host_tokens=options.host_tokens,
+        rates=tuple(options.rates or ()),
+        curves=(study.curves or bool(options.plots)) and not options.no_curves,
+        tolerance=options.tolerance or study.tolerance,
+    )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",") if part.strip()]
+
+
+def _say(console: Console, quiet: bool, begun: float) -> Callable[[str], None]:
+    def say(text: str) -> None:
+        if not quiet:
+            console.print(f"[dim]{time.monotonic() - begun:6.0f} s[/]  {text}", highlight=False)
+
+    return say

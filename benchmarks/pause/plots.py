@@ -1,0 +1,164 @@
+"""Figures of a study: latency against load, where the waste goes, latency against memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.pause.capacity import LATENCY_FACTOR
+from benchmarks.pause.report import curve, label_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CAUSES = (
+    ("idle", "held by paused contexts, nobody waiting", "#c9d7e8"),
+    ("preserve", "held by paused contexts while others wait", "#4c78a8"),
+    ("recompute", "batch held up by recomputing", "#e45756"),
+    ("swap", "at either end of a copy", "#f2b447"),
+)
+STRONG = {"min_waste": "#d62728", "oracle": "#000000"}
+PALETTE = ("#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf", "#ff7f0e")
+DASHES = ("-", "--", ":")
+
+
+def draw_all(document: dict[str, Any], folder: Path) -> list[Path]:
+    """All figures for which the document has runs, as PNG files; returns their paths."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for label in document["capacity_rps"]:
+        if any(len(curve(document, label, policy)) > 2 for policy in document["capacity_rps"][label]):
+            paths.append(_save(_latency(document, label), folder / f"latency-{_file(label)}.png"))
+            paths.append(_save(_waste(document, label), folder / f"waste-{_file(label)}.png"))
+    sized = {label.split("@")[0] for label in document["capacity_rps"] if "@" in label}
+    return paths + [_save(_pareto(document, name), folder / f"memory-{_file(name)}.png") for name in sorted(sized)]
+
+
+def _file(label: str) -> str:
+    return Path(label).stem.replace("@", "-").replace(".", "_")
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    return path
+
+
+def styles(policies: list[str]) -> dict[str, tuple[str, str, float]]:
+    """Colour, dash and width by policy; the same policy looks the same in every figure of a study."""
+    found = {}
+    plain = [policy for policy in sorted(policies) if policy not in STRONG]
+    for number, policy in enumerate(plain):
+        found[policy] = (PALETTE[number % len(PALETTE)], DASHES[number // len(PALETTE) % len(DASHES)], 1.4)
+    return found | {policy: (color, "-", 2.4) for policy, color in STRONG.items()}
+
+
+def _figure(width: float = 8.0, height: float = 4.6) -> tuple[Figure, Axes]:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(width, height))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6")
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _latency(document: dict[str, Any], label: str) -> Figure:
+    figure, axes = _figure()
+    medians = document["capacity_rps"][label]
+    look = styles(list(medians))
+    unloaded = document["unloaded_s"][label.split("@")[0]]
+    for policy in sorted(medians, key=lambda name: -medians[name]):
+        points = [(rate, run["normalized_latency_s"]) for rate, run in _curve_points(document, label, policy)]
+        color, dash, width = look[policy]
+        axes.plot(*zip(*points, strict=True), dash, color=color, linewidth=width, marker=".", label=policy)
+    axes.axhline(LATENCY_FACTOR * unloaded, color="#888888", linewidth=1, linestyle="--")
+    axes.annotate(
+        "twice unloaded",
+        (0.005, LATENCY_FACTOR * unloaded),
+        xycoords=("axes fraction", "data"),
+        fontsize=8,
+        va="bottom",
+    )
+    axes.set_ylim(0, 5 * unloaded)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("requests per second")
+    axes.set_ylabel("normalized latency (s per token)")
+    axes.set_title(f"{label}: latency against load", loc="left")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), title="by load carried")
+    return figure
+
+
+def _curve_points(document: dict[str, Any], label: str, policy: str) -> list[tuple[float, dict[str, Any]]]:
+    """One point a rate: the first seed's, so that a curve is one history and not a patchwork."""
+    points: dict[float, dict[str, Any]] = {}
+    for rate, run in curve(document, label, policy):
+        if rate not in points or run["seed"] < points[rate]["seed"]:
+            points[rate] = run
+    least = min((run["seed"] for run in points.values()), default=0)
+    return [(rate, run) for rate, run in sorted(points.items()) if run["seed"] == least]
+
+
+def _waste(document: dict[str, Any], label: str) -> Figure:
+    """At the highest rate at which every policy has a complete run."""
+    policies = list(document["capacity_rps"][label])
+    by_policy = {policy: dict(_curve_points(document, label, policy)) for policy in policies}
+    common = set.intersection(*(set(points) for points in by_policy.values()))
+    figure, axes = _figure(height=0.32 * len(policies) + 1.6)
+    axes.grid(axis="x", color="#e6e6e6")
+    axes.grid(axis="y", visible=False)
+    if not common:
+        axes.set_title(f"{label}: no rate at which all policies ran to the end", loc="left")
+        return figure
+    rate = max(common)
+    order = sorted(policies, key=lambda name: float(by_policy[name][rate]["waste"]["waste"]["share"]), reverse=True)
+    left = dict.fromkeys(order, 0.0)
+    for cause, words, color in CAUSES:
+        shares = []
+        for policy in order:
+            waste = by_policy[policy][rate]["waste"]
+            share = waste[cause]["share"] - (waste["preserve"]["share"] if cause == "idle" else 0.0)
+            shares.append(100 * max(0.0, share))
+        axes.barh(order, shares, left=list(left.values()), color=color, label=words, height=0.7)
+        left = {policy: left[policy] + share for policy, share in zip(order, shares, strict=True)}
+    axes.set_xlabel("share of the KV pool over the run (%)")
+    axes.set_title(f"{label}: memory that does no work, at {rate:.3g} requests/s", loc="left")
+    axes.legend(
+        frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.55 / (0.1 * len(policies) + 1)), ncols=2
+    )
+    return figure
+
+
+def _pareto(document: dict[str, Any], workload: str) -> Figure:
+    """The load each policy carries on pools of several sizes."""
+    figure, axes = _figure()
+    labels = sorted(
+        (label for label in document["capacity_rps"] if label.startswith(f"{workload}@")),
+        key=lambda label: int(label.split("@")[1]),
+    )
+    policies = list(document["capacity_rps"][labels[0]])
+    look = styles(policies)
+    for policy in policies:
+        points = [
+            (int(label.split("@")[1]) / 1000, document["capacity_rps"][label][policy])
+            for label in labels
+            if policy in document["capacity_rps"][label]
+        ]
+        color, dash, width = look[policy]
+        axes.plot(*zip(*points, strict=True), dash, color=color, linewidth=width, marker="o", label=policy)
+    axes.set_xlabel("KV pool on the device (thousand tokens)")
+    axes.set_ylabel("requests/s at twice the unloaded latency")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.set_title(f"{workload}: load carried against memory", loc="left")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+__all__ = ["draw_all", "label_of"]

@@ -1,0 +1,146 @@
+"""Chains of runs on several processes. They talk in lines of JSON, and every finished run reaches the disk at once."""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pause.capacity import capacity, unloaded
+from benchmarks.pause.runs import RunSpec, simulate
+from benchmarks.pause.store import Store
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """One search (``kind`` "capacity"), one measurement of the empty machine ("unloaded") or one run ("run")."""
+
+    kind: str
+    spec: RunSpec
+    limit_s: float = 0.0
+    guess_rps: float = 1.0
+    tolerance: float = 1.03
+
+
+def run_chain(chain: Chain, store: Store, emit: Emit) -> dict[str, Any]:
+    """Carry a chain out; known runs are taken from the store, new ones are emitted."""
+
+    def run(spec: RunSpec) -> dict[str, Any]:
+        known = store.find(spec)
+        if known is not None:
+            return known
+        result = simulate(spec)
+        store_line = {"spec": asdict(spec), "result": result}
+        emit(store_line)
+        return result
+
+    if chain.kind == "unloaded":
+        return {"unloaded_s": unloaded(chain.spec, run)}
+    if chain.kind == "run":
+        return {"runs": [run(chain.spec)]}
+    found = capacity(chain.spec, chain.limit_s, chain.guess_rps, chain.tolerance, run)
+    return {"rps": found.rps, "low_rps": found.low_rps, "high_rps": found.high_rps, "runs": list(found.runs)}
+
+
+def run_all(
+    chains: Sequence[Chain], store: Store, jobs: int, noted: Callable[[Chain, dict[str, Any]], None]
+) -> Iterator[tuple[Chain, dict[str, Any]]]:
+    """Outcomes as they come. ``noted`` hears of each new run. One job runs here, more in processes of their own."""
+    if jobs <= 1:
+        for chain in chains:
+
+            def keep(line: dict[str, Any], chain: Chain = chain) -> None:
+                store.add(RunSpec(**line["spec"]), line["result"])
+                noted(chain, line["result"])
+
+            yield chain, run_chain(chain, store, keep)
+        return
+    todo: queue.SimpleQueue[Chain] = queue.SimpleQueue()
+    lines: queue.SimpleQueue[tuple[Chain, dict[str, Any]]] = queue.SimpleQueue()
+    for chain in chains:
+        todo.put(chain)
+    workers = [_Worker(store.path, todo, lines) for _ in range(min(jobs, len(chains)))]
+    left = len(chains)
+    try:
+        while left:
+            chain, line = lines.get()
+            if "failed" in line:
+                raise RuntimeError(f"a worker failed at {chain}: {line['failed']}")
+            if "spec" in line:
+                store.add(RunSpec(**line["spec"]), line["result"])
+                noted(chain, line["result"])
+            else:
+                left -= 1
+                yield chain, line
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+class _Worker:
+    """A process and the thread that feeds it."""
+
+    def __init__(
+        self, store: Path, todo: queue.SimpleQueue[Chain], lines: queue.SimpleQueue[tuple[Chain, dict[str, Any]]]
+    ) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.pause.pool", str(store)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        threading.Thread(target=self._feed, args=(todo, lines), daemon=True).start()
+
+    def _feed(self, todo: queue.SimpleQueue[Chain], lines: queue.SimpleQueue[tuple[Chain, dict[str, Any]]]) -> None:
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        while True:
+            try:
+                chain = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                process.stdin.write(json.dumps(asdict(chain)) + "\n")
+                process.stdin.flush()
+            except OSError as error:
+                lines.put((chain, {"failed": str(error)}))
+                return
+            for line in process.stdout:
+                message = json.loads(line)
+                lines.put((chain, message))
+                if "spec" not in message:
+                    break
+            else:
+                lines.put((chain, {"failed": f"exit code {process.wait()}"}))
+                return
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.wait()
+
+
+def work(store_path: Path) -> None:
+    """A worker: chains in, one a line; runs and outcomes out."""
+    store = Store(store_path)
+
+    def emit(line: dict[str, Any]) -> None:
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
+
+    for line in sys.stdin:
+        record = json.loads(line)
+        emit(run_chain(Chain(**{**record, "spec": RunSpec(**record["spec"])}), store, emit))
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
