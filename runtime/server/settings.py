@@ -182,7 +182,7 @@ def _checked(field: Field, value: Any, source: str) -> Any:
         value = float(value)
     if field.kind is Path and isinstance(value, (str, Path)) and str(value):
         return Path(value)
-    if field.kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+    if field.kind is tuple and isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
         return tuple(value)
     right = isinstance(value, field.kind) and isinstance(value, bool) == (field.kind is bool)
     if not right or (isinstance(value, float) and not math.isfinite(value)):
