@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from caesura.lang.cli.output import guarded
+from caesura.lang.cli.serve_command import serve
 
 app = typer.Typer(
     name="caesura",
@@ -145,29 +146,21 @@ def bench(
     bench_command(what, context.args)
 
 
-@app.command()
-@guarded
-def serve(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")] = "embedded",
-    host: Annotated[str, typer.Option(help="Address to listen on; other than loopback needs keys.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 30000,
-    policy: Annotated[str, typer.Option(help="Pause policy.")] = "min_waste",
-    kv_tokens: Annotated[int | None, typer.Option(help="Tokens the device pool holds.")] = None,
-    host_kv_tokens: Annotated[int | None, typer.Option(help="Tokens the host pool holds.")] = None,
-    key_file: Annotated[
-        Path | None, typer.Option(help="API keys, one name:key a line; read anew when changed.")
-    ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Listen anywhere without keys.")] = False,
-) -> None:
-    """Serve a model over HTTP: OpenAI's and SGLang's routes, and contexts that survive their tool calls."""
-    from caesura.lang.cli.serve_command import serve_command
+app.command()(guarded(serve))
+config_app = typer.Typer(help="The server's settings.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(config_app, name="config")
 
-    serve_command(
-        model=model,
-        key_file=key_file,
-        server={"host": host, "port": port, "insecure": insecure},
-        engine={"policy": policy, "kv_tokens": kv_tokens, "host_kv_tokens": host_kv_tokens},
-    )
+
+@config_app.command("show", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@guarded
+def config_show(
+    context: typer.Context,
+    style: Annotated[str, typer.Option("--format", help="table, json, or toml for --config.")] = "table",
+) -> None:
+    """Every setting, its value and where that came from; with the options that caesura serve has."""
+    from caesura.lang.cli.config_command import config_show
+
+    config_show(context.args, serve, style)
 
 
 @app.command()
