@@ -115,6 +115,18 @@ def prebuilt_agent() -> None:
     assert len(waiting) == 3 and all(count >= 1 for count in waiting), "while a tool runs its context is paused"
 
 
+@check
+def by_responses() -> None:
+    """The same agent over OpenAI's newer route, sending back ids in place of the conversation."""
+    for keeps in (False, True):
+        through = model(use_responses_api=True, use_previous_response_id=keeps)
+        agent = create_react_agent(through, [calculator], prompt=SYSTEM)
+        state = agent.invoke({"messages": [("user", TWO_STEPS)]})
+        assert TWO_STEPS_ANSWER in state["messages"][-1].text, keeps
+    text = "".join(chunk.text for chunk in model(use_responses_api=True).stream("Who are you?"))
+    assert text
+
+
 class State(TypedDict):
     """The hand-made graph's."""
 

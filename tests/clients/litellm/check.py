@@ -118,6 +118,22 @@ def asynchronous_and_typed() -> None:
 
 
 @check
+def responses() -> None:
+    """OpenAI's newer route through the library."""
+    tool = {"type": "function", **CALCULATOR["function"]}
+    more: dict[str, Any] = {
+        "model": "openai/embedded", "api_base": f"{base_url()}/v1", "api_key": api_key(), "temperature": 0,
+        "instructions": SYSTEM, "tools": [tool],
+    }  # fmt: skip
+    first = litellm.responses(**more, input=SUM)
+    call = first.output[0]
+    assert json.loads(call.arguments) == {"expression": "4827 * 396"}
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": SUM_ANSWER}
+    last = litellm.responses(**more, input=[result], previous_response_id=first.id)
+    assert SUM_ANSWER in last.output[-1].content[0].text
+
+
+@check
 def text_completion() -> None:
     """The older route."""
     answer = litellm.text_completion(

@@ -1,4 +1,4 @@
-"""OpenAI's Agents SDK over chat completions: a tool loop, a stream, parallel calls, typed output, a handoff."""
+"""OpenAI's Agents SDK over both of its routes: tool loops, streams, parallel calls, typed output, a handoff."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from agents import (
     Agent,
     ModelSettings,
     OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
     Runner,
     function_tool,
     set_tracing_disabled,
@@ -132,6 +133,40 @@ def required_tool() -> None:
     wanted = ModelSettings(temperature=0, tool_choice="required", parallel_tool_calls=False)
     result = run(SUM, model_settings=wanted, tool_use_behavior="stop_on_first_tool")
     assert result.final_output == SUM_ANSWER
+
+
+@check
+def tool_loop_by_responses() -> None:
+    """The SDK's default route, with the conversation kept by the server."""
+
+    async def running() -> Any:
+        async with connect() as client:
+            model = OpenAIResponsesModel(model="embedded", openai_client=client)
+            return await Runner.run(agent(client, model=model), TWO_STEPS, max_turns=6, auto_previous_response_id=True)
+
+    result = asyncio.run(running())
+    assert TWO_STEPS_ANSWER in result.final_output
+    assert asked_for == ["1840 + 327", "2167 * 56"] and all(count >= 1 for count in waiting)
+    usage = result.context_wrapper.usage
+    assert usage.input_tokens_details.cached_tokens > usage.input_tokens // 2
+
+
+@check
+def streamed_by_responses() -> None:
+    """The SDK's default route, streamed."""
+
+    async def running() -> tuple[str, str]:
+        text = ""
+        async with connect() as client:
+            model = OpenAIResponsesModel(model="embedded", openai_client=client)
+            result = Runner.run_streamed(agent(client, model=model), PARALLEL)
+            async for event in result.stream_events():
+                if event.type == "raw_response_event" and event.data.type == "response.output_text.delta":
+                    text += event.data.delta
+        return text, result.final_output
+
+    text, final = asyncio.run(running())
+    assert text == final and all(value in final for value in PARALLEL_ANSWERS)
 
 
 @check

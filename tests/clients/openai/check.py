@@ -284,6 +284,95 @@ def stats_tokens() -> int:
     return int(stats()["tokens_computed"])
 
 
+FLAT_CALCULATOR: Any = {"type": "function", **CALCULATOR["function"]}
+
+
+def outputs(response: Any) -> list[Any]:
+    """The results of a response's calls, as items."""
+    return [
+        {
+            "type": "function_call_output",
+            "call_id": item.call_id,
+            "output": str(calculate(json.loads(item.arguments)["expression"])),
+        }
+        for item in response.output
+        if item.type == "function_call"
+    ]
+
+
+@check
+def responses() -> None:
+    """A tool loop by ``previous_response_id``: the client sends the results alone, and they alone are computed."""
+    options: Any = {"model": "x", "instructions": SYSTEM, "tools": [FLAT_CALCULATOR], "temperature": 0}
+    salt = {"cache_salt": fresh_salt()}
+    answer = client().responses.create(**options, input=TWO_STEPS, extra_body=salt)
+    asked_for = []
+    for _ in range(2):
+        known = answer.usage.total_tokens
+        asked_for += [json.loads(item.arguments)["expression"] for item in answer.output]
+        answer = client().responses.create(
+            **options, input=outputs(answer), previous_response_id=answer.id, extra_body=salt
+        )
+        assert known - answer.usage.input_tokens_details.cached_tokens in (0, 1)
+    assert asked_for == ["1840 + 327", "2167 * 56"]
+    assert TWO_STEPS_ANSWER in answer.output_text and answer.status == "completed"
+    assert client().responses.retrieve(answer.id).output_text == answer.output_text
+    client().responses.delete(answer.id)
+
+
+@check
+def responses_without_a_store() -> None:
+    """The whole conversation as items, parallel calls among them."""
+    items: list[Any] = [{"role": "user", "content": PARALLEL}]
+    options: Any = {
+        "model": "x", "instructions": SYSTEM, "tools": [FLAT_CALCULATOR], "temperature": 0, "store": False
+    }  # fmt: skip
+    answer = client().responses.create(**options, input=items)
+    assert [item.type for item in answer.output] == ["function_call", "function_call"]
+    items += [*answer.output, *outputs(answer)]
+    answer = client().responses.create(**options, input=items)
+    assert all(value in answer.output_text for value in PARALLEL_ANSWERS)
+
+
+@check
+def responses_stream() -> None:
+    """The client's own helper takes the events in: texts and calls."""
+    options: Any = {"model": "x", "instructions": SYSTEM, "tools": [FLAT_CALCULATOR], "temperature": 0}
+    kinds, text = [], ""
+    with client().responses.stream(**options, input="Who are you?") as streamed:
+        for event in streamed:
+            kinds.append(event.type)
+            text += event.delta if event.type == "response.output_text.delta" else ""
+        final = streamed.get_final_response()
+    assert kinds[0] == "response.created" and kinds[-1] == "response.completed"
+    assert text == final.output_text and "numbers" in text
+    with client().responses.stream(**options, input=SUM) as streamed:
+        arguments = "".join(e.delta for e in streamed if e.type == "response.function_call_arguments.delta")
+        call = streamed.get_final_response().output[0]
+    assert json.loads(arguments) == {"expression": "4827 * 396"} == call.parsed_arguments
+
+
+@check
+def responses_parse() -> None:
+    """``.parse()`` of the newer route."""
+    answer = client().responses.parse(model="x", input=SUM, text_format=Verdict, temperature=0)
+    assert isinstance(answer.output_parsed, Verdict)
+
+
+@check
+def cancel_a_response() -> None:
+    """A stream of the newer route that is closed midway stops on the engine too."""
+    before = stats_tokens()
+    streamed = client().responses.create(
+        model="x", input="Hello!", stream=True, max_output_tokens=LONG_TOKENS,
+        extra_body={"ignore_eos": True, "cache_salt": fresh_salt()},
+    )  # fmt: skip
+    for _, _event in zip(range(8), streamed, strict=False):
+        pass
+    streamed.close()
+    is_cut_off(before)
+
+
 @check
 def agent_of_five_rounds() -> None:
     """Each later round computes the newest results alone.

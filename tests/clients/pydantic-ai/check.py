@@ -24,7 +24,7 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel
 from pydantic_ai import Agent, NativeOutput
 from pydantic_ai.messages import ToolCallPart, ToolReturnPart
-from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 waiting: list[int] = []
@@ -133,6 +133,21 @@ def a_conversation() -> None:
             return await agent(client).run(SUM, message_history=first.all_messages())
 
     assert SUM_ANSWER in asyncio.run(both()).output
+
+
+@check
+def by_responses() -> None:
+    """The same agent over OpenAI's newer route: whole and streamed."""
+
+    async def both() -> tuple[str, str]:
+        async with connect() as client:
+            model = OpenAIResponsesModel("embedded", provider=OpenAIProvider(openai_client=client))
+            whole = await agent(client).run(TWO_STEPS, model=model)
+            async with agent(client).run_stream(SUM, model=model) as result:
+                return whole.output, "".join([text async for text in result.stream_text(delta=True)])
+
+    whole, streamed_text = asyncio.run(both())
+    assert TWO_STEPS_ANSWER in whole and SUM_ANSWER in streamed_text
 
 
 if __name__ == "__main__":

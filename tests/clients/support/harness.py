@@ -90,11 +90,6 @@ def fresh_salt() -> str:
     return secrets.token_hex(8)
 
 
-def has_route(path: str) -> bool:
-    """Whether the server has a route."""
-    return path in get("/openapi.json")["paths"]
-
-
 def paused() -> int:
     """Contexts that wait for their tools' results."""
     return int(stats()["contexts"]["paused"])
