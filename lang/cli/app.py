@@ -20,6 +20,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Url = Annotated[
+    str | None,
+    typer.Option(
+        help="A server instead of an engine here: http://..., openai+http://... or sglang+http://...; its key comes "
+        "from CAESURA_API_KEY, OPENAI_API_KEY or SGLANG_API_KEY."
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -68,18 +75,20 @@ def run(
     target: Annotated[str, typer.Argument(metavar="FILE[:PROGRAM]", help="A Python file with an @function program.")],
     model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; embedded by default.")] = None,
     policy: Annotated[str | None, typer.Option(help="Pause policy.")] = None,
+    url: Url = None,
     arg: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="An argument; repeatable.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature where the program has none.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a program on the engine and print what it wrote."""
+    """Run a program on the engine, or on a server, and print what it wrote."""
     from caesura.lang.cli.run_command import run_command
 
     run_command(
         target,
         model=model,
         policy=policy,
+        url=url,
         arguments=arg or (),
         temperature=temperature,
         stream=stream,
@@ -91,6 +100,7 @@ def run(
 @guarded
 def chat(
     model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; embedded by default.")] = None,
+    url: Url = None,
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
     no_tools: Annotated[bool, typer.Option("--no-tools", help="Without the calculator.")] = False,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
@@ -99,7 +109,14 @@ def chat(
     """Talk to a model. Reads standard input when that is no terminal."""
     from caesura.lang.cli.chat_command import chat_command
 
-    chat_command(model=model, system_text=system, with_tools=not no_tools, temperature=temperature, as_json=as_json)
+    chat_command(
+        model=model,
+        url=url,
+        system_text=system,
+        with_tools=not no_tools,
+        temperature=temperature,
+        as_json=as_json,
+    )
 
 
 @app.command()

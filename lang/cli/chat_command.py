@@ -7,16 +7,17 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from caesura.lang import Tool, assistant, gen, system, user
+from caesura.lang import HTTPBackend, Tool, assistant, gen, get_server_info, system, user
+from caesura.lang.backends.engine import EngineBackend
 from caesura.lang.cli.output import print_json, stdout
-from caesura.lang.cli.run_command import call_arguments, start_engine
+from caesura.lang.cli.run_command import call_arguments, start_backend
 from caesura.lang.errors import UnknownVariable
 from caesura.lang.program import Program
 from caesura.lang.runner import runner
 from caesura.lang.state import ProgramState
 from caesura.runtime.embedded.calculator import CalculatorError, calculate
 from caesura.runtime.text.tool_events import CallEnded, CallStarted, ContentDelta
-from caesura.runtime.text.tool_parser import ToolCallParser
+from caesura.runtime.text.tool_parser import ToolCallParser, ToolFormat
 from rich.console import Console
 from rich.text import Text
 
@@ -75,13 +76,19 @@ class Conversation:
 
 
 def chat_command(
-    *, model: str | None, system_text: str, with_tools: bool, temperature: float | None, as_json: bool
+    *,
+    model: str | None,
+    url: str | None = None,
+    system_text: str,
+    with_tools: bool,
+    temperature: float | None,
+    as_json: bool,
 ) -> None:
     """Talk until the input ends. With ``as_json`` the messages are printed at the end, and nothing else."""
-    embedded = model is None
     terminal = sys.stdin.isatty() and not as_json
     console = Console(quiet=True) if as_json else stdout()
-    with start_engine(model, None) as backend:
+    with start_backend(model, None, url) as backend:
+        embedded = get_server_info(backend)["model"] == "embedded"
         results: list[str] = []
         # The embedded model is trained on a calculator; other models are offered it only if they have a tool format.
         tools = [_calculator(results)] if with_tools and embedded else []
@@ -147,7 +154,7 @@ class Printer:
 
     def __init__(self, console: Console, backend: Any, tools: list[Tool], results: list[str]) -> None:
         self._console = console
-        self._format = backend.service.tool_format
+        self._format = _tool_format(backend)
         self._names = [tool.name for tool in tools]
         self._results = results
         self._parser = self._new_parser()
@@ -194,6 +201,15 @@ class Printer:
         if self._mid_line:
             self._console.print()
             self._mid_line = False
+
+
+def _tool_format(backend: Any) -> ToolFormat:
+    """How calls stand in the text. Only a Caesura server says; elsewhere the language writes them itself."""
+    if isinstance(backend, EngineBackend):
+        return backend.service.tool_format
+    if isinstance(backend, HTTPBackend):
+        return ToolFormat(runner().wait(backend.model_info())["tool_call_parser"])
+    return ToolFormat.HERMES
 
 
 def _calculator(results: list[str]) -> Tool:

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from caesura.lang.cli.output import FAILED, USAGE, CliError
-from caesura.lang.errors import ProgramError
+from caesura.lang.cli.output import FAILED, NO_ENGINE, USAGE, CliError
+from caesura.lang.errors import ProgramError, ServerUnavailable
 from caesura.lang.program import Program
 
 NOT_GIVEN = inspect.Parameter.empty
@@ -150,7 +150,9 @@ def _example(program: Program, target: str) -> str:
 
 
 def program_failure(error: ProgramError, target: str) -> CliError:
-    """The message and the user's own lines of a failed program."""
+    """The message and the user's own lines of a failed program. A server that is not there is not its fault."""
+    if isinstance(error.root, ServerUnavailable):
+        return CliError(str(error.root), "caesura serve", NO_ENGINE)
     return CliError(str(error), f"caesura run {target} --help", FAILED, user_traceback(error.root))
 
 

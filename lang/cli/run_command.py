@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
-from caesura.lang.cli.output import print_json, stdout
+from caesura.lang.cli.output import CliError, print_json, stdout
 from caesura.lang.cli.program_file import (
     choose_program,
     load_programs,
@@ -28,6 +28,7 @@ def run_command(
     *,
     model: str | None,
     policy: str | None,
+    url: str | None = None,
     arguments: Sequence[str],
     temperature: float | None,
     stream: bool,
@@ -38,7 +39,7 @@ def run_command(
     program = choose_program(path, load_programs(path), name)
     values = parse_arguments(program, arguments, target)
     options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
-    with start_engine(model, policy) as backend:
+    with start_backend(model, policy, url) as backend:
         state = program.run(**values, **options, backend=backend, stream=stream)
         try:
             if stream and not as_json:
@@ -62,6 +63,21 @@ def start_engine(model: str | None, policy: str | None) -> Any:
 
     options = {} if policy is None else {"policy": policy}
     return EngineBackend.start(model, **options)
+
+
+def start_backend(model: str | None, policy: str | None, url: str | None) -> Any:
+    """A backend for the server at ``url``, or an engine; a context manager that ends it. Raises CliError when options
+    do not go together, DefinitionError for an address of another shape."""
+    if url is None:
+        return start_engine(model, policy)
+    from caesura.lang.backends.connect import connect, split_address
+
+    kind, _, _ = split_address(url)
+    if policy is not None:
+        raise CliError("--policy is the server's affair when there is a --url", "caesura serve --policy ...")
+    if model is not None and kind != "openai":
+        raise CliError("--model goes with a --url of openai+http://... only; other servers serve one", "caesura serve")
+    return connect(url, **({} if model is None else {"model": model}))
 
 
 def as_document(state: ProgramState) -> dict[str, Any]:
