@@ -17,6 +17,7 @@ from harness import (
     base_url,
     calculate,
     check,
+    continued,
     main,
     paused,
 )
@@ -69,7 +70,9 @@ def tool_messages() -> None:
     first = bound.invoke(messages)
     assert [call["args"]["expression"] for call in first.tool_calls] == ["48 * 39", "17 * 23"]
     results = [ToolMessage(str(calculate(c["args"]["expression"])), tool_call_id=c["id"]) for c in first.tool_calls]
+    before = continued()
     last = bound.invoke([*messages, first, *results])
+    assert continued() - before == 1
     assert all(value in last.content for value in PARALLEL_ANSWERS)
     cached = last.usage_metadata["input_token_details"]["cache_read"]
     assert cached >= first.usage_metadata["total_tokens"] - 1, "only the results are new"
@@ -105,6 +108,7 @@ def structured_output() -> None:
 def prebuilt_agent() -> None:
     """LangGraph's ReAct agent with a memory: two calls, an answer, and a second question in the same thread."""
     waiting.clear()
+    before = continued()
     agent = create_react_agent(model(), [calculator], prompt=SYSTEM, checkpointer=InMemorySaver())
     config: Any = {"configurable": {"thread_id": "one"}}
     state = agent.invoke({"messages": [("user", TWO_STEPS)]}, config)
@@ -113,6 +117,7 @@ def prebuilt_agent() -> None:
     state = agent.invoke({"messages": [("user", SUM)]}, config)
     assert SUM_ANSWER in state["messages"][-1].content
     assert len(waiting) == 3 and all(count >= 1 for count in waiting), "while a tool runs its context is paused"
+    assert continued() - before == 3
 
 
 @check
@@ -121,8 +126,10 @@ def by_responses() -> None:
     for keeps in (False, True):
         through = model(use_responses_api=True, use_previous_response_id=keeps)
         agent = create_react_agent(through, [calculator], prompt=SYSTEM)
+        before = continued()
         state = agent.invoke({"messages": [("user", TWO_STEPS)]})
         assert TWO_STEPS_ANSWER in state["messages"][-1].text, keeps
+        assert continued() - before == 2, keeps
     text = "".join(chunk.text for chunk in model(use_responses_api=True).stream("Who are you?"))
     assert text
 

@@ -20,6 +20,7 @@ from harness import (
     base_url,
     calculate,
     check,
+    continued,
     fresh_salt,
     main,
 )
@@ -83,7 +84,9 @@ def tool_loop() -> None:
     first = litellm.completion(**options(messages, extra_body=salt))
     message = first.choices[0].message
     assert first.choices[0].finish_reason == "tool_calls" and len(message.tool_calls) == 2
+    before = continued()
     last = litellm.completion(**options([*messages, message, *results(message)], extra_body=salt))
+    assert continued() - before == 1
     assert all(value in last.choices[0].message.content for value in PARALLEL_ANSWERS)
     assert last.usage.prompt_tokens_details.cached_tokens == first.usage.total_tokens
 
@@ -129,7 +132,9 @@ def responses() -> None:
     call = first.output[0]
     assert json.loads(call.arguments) == {"expression": "4827 * 396"}
     result = {"type": "function_call_output", "call_id": call.call_id, "output": SUM_ANSWER}
+    before = continued()
     last = litellm.responses(**more, input=[result], previous_response_id=first.id)
+    assert continued() - before == 1
     assert SUM_ANSWER in last.output[-1].content[0].text
 
 

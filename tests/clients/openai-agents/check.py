@@ -26,6 +26,7 @@ from harness import (
     base_url,
     calculate,
     check,
+    continued,
     main,
     paused,
 )
@@ -77,7 +78,9 @@ def connect() -> AsyncOpenAI:
 @check
 def tool_loop() -> None:
     """Two calls one after the other; while a tool runs, its context is paused."""
+    before = continued()
     result = run(TWO_STEPS)
+    assert continued() - before == 2
     assert TWO_STEPS_ANSWER in result.final_output
     assert asked_for == ["1840 + 327", "2167 * 56"]
     assert all(count >= 1 for count in waiting)
@@ -144,7 +147,9 @@ def tool_loop_by_responses() -> None:
             model = OpenAIResponsesModel(model="embedded", openai_client=client)
             return await Runner.run(agent(client, model=model), TWO_STEPS, max_turns=6, auto_previous_response_id=True)
 
+    before = continued()
     result = asyncio.run(running())
+    assert continued() - before == 2
     assert TWO_STEPS_ANSWER in result.final_output
     assert asked_for == ["1840 + 327", "2167 * 56"] and all(count >= 1 for count in waiting)
     usage = result.context_wrapper.usage

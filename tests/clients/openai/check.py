@@ -19,6 +19,7 @@ from harness import (
     base_url,
     calculate,
     check,
+    continued,
     fresh_salt,
     main,
     paused,
@@ -86,6 +87,7 @@ def chat() -> None:
     assert "Hello" in choice.message.content
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     assert answer.object == "chat.completion" and answer.id.startswith("chatcmpl-")
+    assert answer._request_id, "for asking about it later"
 
 
 @check
@@ -104,7 +106,7 @@ def stream() -> None:
 @check
 def tools() -> None:
     """Two calls one after the other, each of which pauses the context; the answer comes from their results."""
-    messages, rounds = asked(TWO_STEPS), 0
+    messages, rounds, before = asked(TWO_STEPS), 0, continued()
     for _ in range(4):
         answer = client().chat.completions.create(model="x", messages=messages, tools=[CALCULATOR], temperature=0)
         if answer.choices[0].finish_reason != "tool_calls":
@@ -112,7 +114,7 @@ def tools() -> None:
         rounds += 1
         assert answer.choices[0].message.tool_calls[0].function.name == "calculator"
         messages += answered(answer.choices[0].message)
-    assert rounds == 2
+    assert rounds == 2 == continued() - before
     assert TWO_STEPS_ANSWER in answer.choices[0].message.content
 
 

@@ -17,6 +17,7 @@ from harness import (
     base_url,
     calculate,
     check,
+    continued,
     main,
     paused,
 )
@@ -71,7 +72,9 @@ def parts(result: Any, kind: type) -> list[Any]:
 @check
 def tool_loop() -> None:
     """Two calls one after the other; while a tool runs, its context is paused."""
+    before = continued()
     result = run(TWO_STEPS)
+    assert continued() - before == 2
     assert TWO_STEPS_ANSWER in result.output
     assert [part.args_as_dict() for part in parts(result, ToolCallPart)] == [
         {"expression": "1840 + 327"},
@@ -146,7 +149,9 @@ def by_responses() -> None:
             async with agent(client).run_stream(SUM, model=model) as result:
                 return whole.output, "".join([text async for text in result.stream_text(delta=True)])
 
+    before = continued()
     whole, streamed_text = asyncio.run(both())
+    assert continued() - before == 3
     assert TWO_STEPS_ANSWER in whole and SUM_ANSWER in streamed_text
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import sglang as sgl
 from harness import api_key, base_url, check, fresh_salt, get, main, quiet, stats
 
-CHOICES = ["plus", "minus", "plus one"]
+OWN_WORDS = "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\nI am a small"
+CHOICES = [" house", " model", " mode", " 77"]
 
 
 def connect() -> Any:
@@ -94,41 +95,39 @@ def grammars() -> None:
 
 @check
 def select_by_all_methods() -> None:
-    """Each choices method picks the choice that its own rule makes best, by the scores the server sent."""
+    """A sure case, the model's own words: each choices method finds them by its own rule, with true scores."""
 
     @sgl.function
     def program(s: Any, method: Any) -> None:
-        s += "The sign between the two numbers is "
-        s += sgl.select("sign", choices=CHOICES, choices_method=method)
+        s += OWN_WORDS
+        s += sgl.select("noun", choices=CHOICES, choices_method=method)
 
-    picked = {}
     for method in (
         sgl.token_length_normalized,
         sgl.greedy_token_selection,
         sgl.unconditional_likelihood_normalized,
     ):
         state = program.run(method=method)
-        assert state["sign"] in CHOICES
-        assert state.text().endswith(state["sign"])
-        picked[type(method).__name__] = state["sign"]
-        meta = state.get_meta_info("sign")
-        if method is sgl.token_length_normalized:
-            scores = meta["normalized_prompt_logprobs"]
-            assert len(scores) == len(CHOICES) and all(score <= 0 for score in scores)
-            assert CHOICES[scores.index(max(scores))] == state["sign"]
-    assert len(picked) == 3
+        assert state["noun"] == CHOICES[1] and state.text() == OWN_WORDS + CHOICES[1]
+        meta = state.get_meta_info("noun")
+        scores = meta["normalized_prompt_logprobs"]
+        assert len(scores) == len(CHOICES) and all(score <= 0 for score in scores)
+        assert scores.index(max(scores)) == 1
+        for text, rows in zip(CHOICES, meta["input_token_logprobs"], strict=True):
+            assert "".join(row[2] for row in rows).endswith(text)
+            assert all(row[0] is not None for row in rows), "every token has its logprob"
 
 
 @check
 def gen_with_choices() -> None:
-    """A sure case: the model knows how its own answers begin."""
+    """``gen(choices=)`` is a ``select``."""
 
     @sgl.function
     def program(s: Any) -> None:
-        s += "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\nI am a small"
-        s += sgl.gen("noun", choices=[" model", " house", " 77"])
+        s += OWN_WORDS
+        s += sgl.gen("noun", choices=CHOICES)
 
-    assert program.run()["noun"] == " model"
+    assert program.run()["noun"] == CHOICES[1]
 
 
 @check

@@ -57,12 +57,18 @@ def calculate(expression: str) -> int:
 
 def get(path: str, body: Any = None) -> Any:
     """The JSON of a route of the server; with a body it is a POST."""
+    return json.loads(get_text(path, body))
+
+
+def get_text(path: str, body: Any = None) -> str:
+    """What a route of the server answers."""
     data = None if body is None else json.dumps(body).encode()
     headers = {"authorization": f"Bearer {api_key()}", "content-type": "application/json"}
     request = urllib.request.Request(base_url() + path, data=data, headers=headers)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=HTTP_DEADLINE_S) as answer:
-        return json.load(answer)
+        text: str = answer.read().decode()
+        return text
 
 
 def stats() -> dict[str, Any]:
@@ -93,6 +99,13 @@ def fresh_salt() -> str:
 def paused() -> int:
     """Contexts that wait for their tools' results."""
     return int(stats()["contexts"]["paused"])
+
+
+def continued() -> int:
+    """How many conversations have gone on by tool results in the very context that made the calls."""
+    return int(
+        float(re.findall(r'^caesura_tool_rounds_total\{how="continued"\} (\S+)$', get_text("/metrics"), re.M)[0])
+    )
 
 
 def main() -> None:
