@@ -36,6 +36,10 @@ class Handle(Protocol):
         """Unique while the engine lives; a restarted engine counts anew."""
 
     @property
+    def is_open(self) -> bool:
+        """Neither closed nor lost with its engine, as far as is known here."""
+
+    @property
     def num_tokens(self) -> int:
         """The context's length as of the last call."""
 

@@ -255,6 +255,11 @@ class ContextHandle:
         if self.on_closed is not None:
             self.on_closed(reason)
 
+    @property
+    def is_open(self) -> bool:
+        """Neither closed nor lost with its engine, as far as is known here."""
+        return self._closed is None and self._service.ready
+
     async def _call(self, command: Callable[[Engine], T]) -> T:
         if self._closed is not None:
             raise self._closed

@@ -187,6 +187,11 @@ class RemoteHandle:
         self.id = context
         self.num_tokens = num_tokens
 
+    @property
+    def is_open(self) -> bool:
+        """Neither closed nor lost with its engine, as far as is known here."""
+        return self._closed is None and self._connection.life == self._life
+
     async def _ask(
         self,
         kind: type[A],

@@ -89,6 +89,11 @@ class Connection:
     def state(self) -> State:
         return self._state
 
+    @property
+    def life(self) -> int:
+        """Counts engine processes: the contexts of an earlier one are lost."""
+        return self._life
+
     def request(self, make: Callable[[int], m.Command], sink: Sink, life: int | None = None) -> tuple[int, int]:
         """Send a command; ``sink`` hears its answer. Returns the request's number and the engine's.
 

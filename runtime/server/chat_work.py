@@ -239,7 +239,12 @@ class ChatWork:
                     yield delta
                 if chunk.finish is not None:
                     await self._keep(plan, work, handle, reader, chunk.finish)
-                    yield reader.end(chunk.finish, plan.body.choice)
+                    try:
+                        yield reader.end(chunk.finish, plan.body.choice)
+                    except BaseException:  # the client left before it heard the end: nobody will come back for it
+                        if reader.kept is not None:
+                            await self._state.kept.drop(reader.kept)
+                        raise
 
     def _splitter(self, plan: ChatPlan, prompt_end: str) -> ThinkSplitter | None:
         """What takes the thinking out of the answer, if the model thinks and its thinking is wanted apart."""

@@ -41,8 +41,10 @@ class ContextRegistry:
         return len(self._named)
 
     async def check_room(self, key_id: str, count: int = 1) -> None:
-        """Raises ApiError 429 when a key would hold too many."""
+        """Raises ApiError 429 when a key would hold too many. What the engine has ended no longer counts."""
         await self.expire()
+        for context in [c for c in self._named.values() if not (c.handle.is_open or c.lock.locked())]:
+            await self.delete(context)
         mine = sum(context.key_id == key_id for context in self._named.values())
         if mine + count > self._max_per_key or len(self._named) + count > self._max_contexts:
             raise ApiError(429, f"there are {mine} contexts of this key; delete some", retry_after_s=5)

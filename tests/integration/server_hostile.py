@@ -72,10 +72,13 @@ async def remote_app(**options: Any) -> AsyncIterator[tuple[FastAPI, httpx.Async
     """A fresh application on that engine; afterwards no context may be open and the process must be the same."""
     service = remote_service()
     pid = service.engine_pid
+    await service.flush_cache()
     app = create_app(service, ServerConfig(default_max_tokens=4, request_deadline_s=60, **options))
-    async with client_of(app) as client:
-        yield app, client
-    await app.state.server.close()
+    try:
+        async with client_of(app) as client:
+            yield app, client
+    finally:
+        await app.state.server.close()
     await idle(service)
     assert service.engine_pid == pid, "the engine was replaced"
     assert (await service.read_stats())["ipc"]["restarts"] == 0

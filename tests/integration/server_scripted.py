@@ -43,6 +43,10 @@ class ScriptedHandle:
         service.handles.append(self)
 
     @property
+    def is_open(self) -> bool:
+        return True
+
+    @property
     def num_tokens(self) -> int:
         return len(self.tokens)
 

@@ -24,6 +24,10 @@ class FakeHandle:
         self.closed = False
         self.paused: list[PendingCall] = []
 
+    @property
+    def is_open(self) -> bool:
+        return not self.closed
+
     async def token_ids(self) -> list[int]:
         return [1, 2, 3]
 
@@ -151,5 +155,18 @@ def test_named_contexts_belong_to_a_key_and_to_one_request() -> None:
                 raise ContextClosed("gone")
         assert caught.value.status == 410 and cast(FakeHandle, first.handle).closed
         assert len(registry) == 0
+
+    asyncio.run(main())
+
+
+def test_named_contexts_that_the_engine_ended_leave_room_for_others() -> None:
+    async def main() -> None:
+        registry = ContextRegistry(3, 2, monotonic=Clock())
+        lost = [registry.add("ann", cast(Handle, FakeHandle()), 10.0) for _ in range(2)]
+        cast(FakeHandle, lost[0].handle).closed = True
+        await registry.check_room("ann")
+        assert len(registry) == 1
+        with pytest.raises(ApiError, match="contexts of this key"):
+            await registry.check_room("ann", 2)
 
     asyncio.run(main())
