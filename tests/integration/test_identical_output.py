@@ -2,7 +2,8 @@
 
 500 random programs (pauses, forks, rollbacks, shared prefixes, preemption under a pool for about one of them and a
 half) on a real model in deterministic mode, under every policy, with the prefix cache on and off, one context or
-eight at a time - against a run with ample memory, one context at a time and no cache.
+eight at a time - against a run with ample memory, one context at a time and no cache. The default policy runs all
+programs in all four ways, every other one all programs with the ways taking turns.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from caesura.runtime.executors.base import ExecOutput, SliceInput
 from caesura.runtime.executors.torch_cpu import TorchExecutor
 from caesura.runtime.model.config import parse_config
 from caesura.runtime.model.weights import Model, dummy_model
-from caesura.scheduler.policies import POLICIES
+from caesura.scheduler.policies import DEFAULT_POLICY, POLICIES
 from caesura.scheduler.types import Move
 
 from tests.sim.agents import PROFILE, VOCAB, World, populate
@@ -69,10 +70,15 @@ def on_model(world: World) -> ClockedExecutor:
     return executor
 
 
-def transcripts(policy: str, *, share: bool, batch: int, ample: bool = False) -> dict[str, list[int]]:
+WAYS = [(share, batch) for share in (True, False) for batch in (1, 8)]  # prefix cache, contexts at a time
+
+
+def transcripts(policy: str, ways: Sequence[tuple[bool, int]], *, ample: bool = False) -> dict[str, list[int]]:
+    """All programs' tokens; the worlds take the ways in turn."""
     found: dict[str, list[int]] = {}
     pressure = 0
     for number in range(WORLDS):
+        share, batch = ways[number % len(ways)]
         page_size = (4, 16)[number % 2]
         tokens = 4096 if ample else 160
         world = World(
@@ -99,17 +105,27 @@ def transcripts(policy: str, *, share: bool, batch: int, ample: bool = False) ->
 
 @lru_cache(maxsize=1)
 def reference() -> dict[str, list[int]]:
-    return transcripts("preserve", share=False, batch=1, ample=True)
+    return transcripts("preserve", [(False, 1)], ample=True)
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("share", [True, False], ids=["cache", "no-cache"])
-@pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_same_tokens_whatever_is_decided(policy: str, share: bool, batch: int) -> None:
+def turned(by: int) -> list[tuple[bool, int]]:
+    """The ways, begun at another one for each policy."""
+    return [*WAYS[by % len(WAYS) :], *WAYS[: by % len(WAYS)]]
+
+
+CASES = [pytest.param(DEFAULT_POLICY, [way], id=f"{DEFAULT_POLICY}-{way}") for way in WAYS] + [
+    pytest.param(name, turned(number), id=name)
+    for number, name in enumerate(sorted(POLICIES))
+    if name != DEFAULT_POLICY
+]
+
+
+@pytest.mark.parametrize(("policy", "ways"), CASES)
+def test_same_tokens_whatever_is_decided(policy: str, ways: Sequence[tuple[bool, int]]) -> None:
     torch.set_num_threads(1)
     expected = reference()
     assert len(expected) >= PROGRAMS  # forks come on top
-    found = transcripts(policy, share=share, batch=batch)
+    found = transcripts(policy, ways)
     assert found.keys() == expected.keys()
     wrong = [name for name in expected if found[name] != expected[name]]
     assert not wrong, f"{len(wrong)} of {len(expected)} programs differ, first {wrong[0]}"
