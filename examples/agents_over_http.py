@@ -54,7 +54,8 @@ def work(number: int, url: str, key: str | None, stop: threading.Event) -> None:
     name = sorted(TOOLS)[number % len(TOOLS)]
     tool = {"type": "function", "function": {**CALCULATOR_TOOL["function"], "name": name}}
     for round_number in range(1_000_000):
-        notes = " ".join([f"You are agent {number}.", *(draw.choice(NOTES) for _ in range(4 + 6 * (number % 3)))])
+        own = [f"You are agent {number}.", *(draw.choice(NOTES) for _ in range(2 + 5 * (number % 3)))]
+        notes = " ".join([*NOTES, *own])  # what all have in common comes first, so that they share its memory
         messages: list[dict[str, Any]] = [{"role": "system", "content": notes}]
         for task in make_tasks(1000 * number + round_number, 3, Split.HELD_OUT):
             messages.append({"role": "user", "content": task.question})

@@ -146,6 +146,7 @@ def _decisions(decisions: list[dict[str, Any]], now_s: float) -> Table:
     for name in ("keep", "swap", "drop"):
         table.add_column(name, justify="right", no_wrap=True, width=7)
     table.add_column("why", no_wrap=True, overflow="ellipsis", ratio=1, style="dim")
+    table.expand = True
     for decision in decisions:
         action, costs = decision["action"], decision["costs"]
         cells = [
@@ -182,10 +183,12 @@ def _tools(tools: list[dict[str, Any]]) -> Table:
 
 
 def _table(*columns: tuple[str, Any, int | None]) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), show_edge=False, expand=True, header_style="dim")
+    table = Table(box=None, padding=(0, 1, 0, 0), show_edge=False, header_style="dim")
     for name, justify, width in columns:
-        ratio = 1 if width is None else None
-        table.add_column(name, justify=justify, no_wrap=True, width=width, ratio=ratio, overflow="ellipsis")
+        low, high = (None, None) if width is not None else (16, 36)
+        table.add_column(
+            name, justify=justify, no_wrap=True, width=width, min_width=low, max_width=high, overflow="ellipsis"
+        )
     return table
 
 

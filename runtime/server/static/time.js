@@ -3,13 +3,15 @@
 
 const WINDOWS = [["30 s", 30], ["1 min", 60], ["5 min", 300]];
 const LANE = 21;
+const TALL_LANE = 30;
+const TIME_STEPS = [5, 10, 20, 30, 60, 120, 300];
 const NAME_WIDTH = 46;
 const MAX_LANES = 200;
 
 const places = { life: "", rows: new Map(), ends: [] }; // which lane a context got, and until when lanes are taken
 
-/** What the contexts did in the window, in the order they began: [{ id, start, end, spans, decisions, now }]. */
-function livesIn(history, engine, from) {
+/** What the contexts did, in the order they began: [{ id, start, end, spans, decisions }]. */
+function livesOf(history, engine) {
   const lives = new Map();
   const add = (span) => {
     if (!lives.has(span.context)) lives.set(span.context, { id: span.context, start: span.start_s, end: 0, spans: [], decisions: [] });
@@ -19,20 +21,19 @@ function livesIn(history, engine, from) {
     life.spans.push(span);
     return life;
   };
-  for (const span of history.spans) if (span.end_s > from) add(span);
+  for (const span of history.spans) add(span);
   for (const context of engine.contexts) {
     const { id, state, tool, state_since_s } = context;
     const life = add({ context: id, state, tool, start_s: state_since_s, end_s: engine.now_s, now: context });
     life.end = Infinity;
   }
   for (const { decision } of history.decisions) {
-    const life = decision.now > from && lives.get(decision.context_id);
-    if (life) life.decisions.push(decision);
+    lives.get(decision.context_id)?.decisions.push(decision);
   }
   return [...lives.values()].sort((a, b) => a.start - b.start || a.id - b.id);
 }
 
-/** A lane for every life: the one it had, else the first that is free since before it began. */
+/** Lanes with what they show after `from`. A life keeps its lane; a new one gets the first that is free. */
 function lanesOf(lives, engine, from) {
   if (places.life !== engine.life) Object.assign(places, { life: engine.life, rows: new Map(), ends: [] });
   const shown = new Set(lives.map((life) => life.id));
@@ -51,10 +52,9 @@ function lanesOf(lives, engine, from) {
   }
   const lanes = [];
   for (const life of lives) {
-    const row = places.rows.get(life.id);
-    if (row < MAX_LANES) (lanes[row] ||= []).push(life);
+    if (life.end > from) (lanes[places.rows.get(life.id)] ||= []).push(life);
   }
-  return Array.from(lanes, (lane) => lane || []);
+  return Object.values(lanes).slice(0, MAX_LANES);
 }
 
 function spanTip(span) {
@@ -77,22 +77,23 @@ function drawLanes(history, engine, windowS) {
   const box = canvas.parentNode;
   const width = Math.max(240, box.clientWidth);
   const from = engine.now_s - windowS;
-  const lives = livesIn(history, engine, from);
+  const lives = livesOf(history, engine);
   const lanes = lanesOf(lives, engine, from);
-  const height = Math.max(box.clientHeight - 1, lanes.length * LANE);
+  const tall = Math.max(LANE, Math.min(TALL_LANE, Math.floor((box.clientHeight - 1) / Math.max(1, lanes.length))));
+  const height = Math.max(box.clientHeight - 1, lanes.length * tall);
   const room = width - NAME_WIDTH;
   const at = (moment) => NAME_WIDTH + Math.max(0, Math.min(1, (moment - from) / windowS)) * room;
   const marks = timeMarks(at, engine.now_s, windowS, width);
   const parts = marks.map(({ x }) => svg("line", { class: "rule", x1: x, x2: x, y1: 0, y2: height }));
   lanes.forEach((lane, row) => {
-    const y = row * LANE;
+    const y = row * tall;
     const last = lane.at(-1);
-    parts.push(svg("rect", { class: "track", x: NAME_WIDTH, y: y + 2.5, width: room, height: LANE - 6, rx: 3 }));
+    parts.push(svg("rect", { class: "track", x: NAME_WIDTH, y: y + 2.5, width: room, height: tall - 6, rx: 3 }));
     const name = last && last.end === Infinity ? "name" : "name over";
-    if (last) parts.push(svg("text", { class: name, x: NAME_WIDTH - 7, y: y + 14, "text-anchor": "end" }, `#${last.id}`));
+    if (last) parts.push(svg("text", { class: name, x: NAME_WIDTH - 7, y: y + tall / 2 + 3.5, "text-anchor": "end" }, `#${last.id}`));
     for (const life of lane) {
-      for (const span of life.spans) parts.push(...spanMarks(span, at, y));
-      for (const decision of life.decisions) parts.push(decisionMark(decision, at(decision.now), y));
+      for (const span of life.spans) if (span.end_s > from) parts.push(...spanMarks(span, at, y, tall));
+      for (const decision of life.decisions) if (decision.now > from) parts.push(decisionMark(decision, at(decision.now), y));
     }
   });
   paint(canvas, width, height, parts);
@@ -107,27 +108,29 @@ function drawLanes(history, engine, windowS) {
 
 /** Where the time axis has its marks, and what they say. */
 function timeMarks(at, now, windowS, width) {
-  return ticks(windowS, Math.max(2, Math.min(6, width / 110))).map((ago) => ({
+  const wanted = Math.max(2, Math.min(6, width / 110));
+  const step = TIME_STEPS.find((length) => windowS / length <= wanted) || windowS;
+  return Array.from({ length: Math.floor(windowS / step) + 1 }, (_, i) => i * step).map((ago) => ({
     x: Math.round(at(now - ago)) - 0.5,
     anchor: ago === 0 ? "end" : ago === windowS ? "start" : "middle",
     text: ago === 0 ? "now" : `-${seconds(ago)}`,
   }));
 }
 
-function* spanMarks(span, at, y) {
+function* spanMarks(span, at, y, tall) {
   const x = at(span.start_s);
   const wide = at(span.end_s) - x;
   if (wide < 0.4) return;
   const slim = span.state === "idle";
   const bar = svg("rect", {
-    class: `block s-${span.state}`, x: x.toFixed(1), y: slim ? y + 8 : y + 2.5, width: Math.max(1, wide - 0.6).toFixed(1),
-    height: slim ? 4 : LANE - 6, rx: slim ? 2 : Math.min(3, wide / 3).toFixed(1),
+    class: `block s-${span.state}`, x: x.toFixed(1), y: slim ? y + tall / 2 - 2.5 : y + 2.5, width: Math.max(1, wide - 0.6).toFixed(1),
+    height: slim ? 4 : tall - 6, rx: slim ? 2 : Math.min(3, wide / 3).toFixed(1),
   });
   yield explain(bar, () => spanTip(span));
   const text = span.tool ? fitted(span.tool, wide - 9) : "";
   if (!text) return;
   const bare = span.state === "discarded" || span.state === "swapped" ? " bare" : "";
-  yield svg("text", { class: "on" + bare, x: (x + 5).toFixed(1), y: y + 14 }, text);
+  yield svg("text", { class: "on" + bare, x: (x + 5).toFixed(1), y: y + tall / 2 + 3.5 }, text);
 }
 
 function decisionMark(decision, x, y) {

@@ -29,7 +29,7 @@ function branches(nodes) {
   return below;
 }
 
-/** Where one context alone holds a stretch of the tree: whose it is, for the first run of it. */
+/** Where one context alone holds a stretch of the tree: whose it is, for the widest run of it. */
 function owners(placed, below) {
   const found = new Map();
   const ownerOf = (node) => {
@@ -39,12 +39,12 @@ function owners(placed, below) {
     }
     return null;
   };
-  const named = new Set();
+  const widest = new Map();
   for (const { node } of placed) {
     const owner = node.num_holders === 1 ? ownerOf(node) : null;
-    if (owner !== null && !named.has(owner)) found.set(node, owner);
-    named.add(owner);
+    if (owner !== null && node.num_tokens > (widest.get(owner)?.num_tokens ?? 0)) widest.set(owner, node);
   }
+  for (const [owner, node] of widest) found.set(node, owner);
   return found;
 }
 
