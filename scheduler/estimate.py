@@ -25,6 +25,8 @@ PRIOR_S = 0.5  # nothing known of a tool: between a shell command and a search
 KEPT_CALLS = 256
 MIN_CALLS = 3
 GONE_S = 1e9  # finite, so that it can be multiplied by tokens and written as JSON
+STALE_SHARE = 16
+MOMENTS = 32  # at which holding on is weighed against giving up
 ERROR_WEIGHT = 0.1  # of the newest call in the running errors of hints and of history
 
 
@@ -112,62 +114,65 @@ class Oracle(PerCall):
 
 
 class History:
-    """The latest durations of one tool, sorted, with what can be asked of them in O(log n)."""
+    """The latest durations of one tool, sorted, with what can be asked of them in O(log n).
+
+    Answers may lag behind by one duration in sixteen.
+    """
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque()
-        self._sorted: list[float] = []
-        self._sums: list[float] = []  # sums of the first i durations; empty when out of date
-        self._best: dict[int, int] = {}  # at how many outlasted: the time to hold to, as an index
+        self._latest: list[float] = []  # sorted
+        self._sorted: list[float] = []  # the same as of the last look
+        self._sums: list[float] = [0.0]  # of its first i durations
+        self._best: dict[int, int] = {}  # at how many outlasted: the duration to hold to, as an index
+        self._new = 0
 
     def __len__(self) -> int:
-        return len(self._sorted)
+        return len(self._latest)
 
     @property
     def mean_s(self) -> float:
         """Of what was kept; 0 without any."""
-        return self._prefix()[-1] / len(self._sorted) if self._sorted else 0.0
+        self._look()
+        return self._sums[-1] / len(self._sorted) if self._sorted else 0.0
 
     def add(self, duration_s: float) -> None:
-        """Remember a duration and forget the oldest of too many. O(n)."""
+        """Remember a duration and forget the oldest of too many."""
         self._recent.append(duration_s)
-        insort(self._sorted, duration_s)
+        insort(self._latest, duration_s)
         if len(self._recent) > KEPT_CALLS:
-            del self._sorted[bisect_right(self._sorted, self._recent.popleft()) - 1]
-        self._sums, self._best = [], {}
+            del self._latest[bisect_right(self._latest, self._recent.popleft()) - 1]
+        self._new += 1
+
+    def _look(self) -> None:
+        if self._new > len(self._sorted) // STALE_SHARE:
+            self._sorted, self._new = self._latest[:], 0
+            self._sums, self._best = list(accumulate(self._sorted, initial=0.0)), {}
 
     def remaining_s(self, elapsed: float) -> float | None:
         """E[R | elapsed]; None when nothing seen lasted longer."""
+        self._look()
         passed = bisect_right(self._sorted, elapsed)
         left = len(self._sorted) - passed
-        if not left:
-            return None
-        sums = self._prefix()
-        return (sums[-1] - sums[passed]) / left - elapsed
+        return (self._sums[-1] - self._sums[passed]) / left - elapsed if left else None
 
     def hold_s(self, elapsed: float) -> float | None:
         """min over t of E[min(R, t)] / P(R <= t), t among the durations seen; None when nothing lasted longer."""
-        passed = bisect_right(self._sorted, elapsed)
-        if passed == len(self._sorted):
+        self._look()
+        passed, count = bisect_right(self._sorted, elapsed), len(self._sorted)
+        if passed == count:
             return None
         last = self._best.get(passed)
         if last is None:
-            last = self._best[passed] = min(
-                range(passed, len(self._sorted)), key=lambda index: self._price(passed, index, elapsed)
-            )
+            candidates = [*range(passed, count - 1, 1 + (count - passed) // MOMENTS), count - 1]
+            last = self._best[passed] = min(candidates, key=lambda index: self._price(passed, index, elapsed))
         return self._price(passed, last, elapsed)
 
     def _price(self, passed: int, last: int, elapsed: float) -> float:
         """Holding to the ``last``-th duration: those that end by then take their time, the others all of it."""
-        sums = self._prefix()
-        count = len(self._sorted)
+        sums, count = self._sums, len(self._sorted)
         held = sums[last + 1] - sums[passed] + (count - last - 1) * self._sorted[last] - (count - passed) * elapsed
         return held / (last + 1 - passed)
-
-    def _prefix(self) -> list[float]:
-        if not self._sums:
-            self._sums = list(accumulate(self._sorted, initial=0.0))
-        return self._sums
 
 
 class Profiled(PerCall):
