@@ -81,7 +81,9 @@ def models() -> None:
 @check
 def chat() -> None:
     """A whole answer, its usage and its finish."""
-    answer = client().chat.completions.create(model=model(), messages=asked("Hello!"), tools=[CALCULATOR])
+    answer = client().chat.completions.create(
+        model=model(), messages=asked("Hello!"), tools=[CALCULATOR], temperature=0
+    )
     choice = answer.choices[0]
     assert choice.finish_reason == "stop" and choice.message.role == "assistant"
     assert "Hello" in choice.message.content
@@ -161,7 +163,7 @@ def tool_choices() -> None:
         ("required", True),
         ({"type": "function", "function": {"name": "calculator"}}, True),
     ):
-        answer = client().chat.completions.create(**options, tool_choice=choice, max_tokens=100)
+        answer = client().chat.completions.create(**options, tool_choice=choice, max_tokens=300)
         assert bool(answer.choices[0].message.tool_calls) == calls, choice
 
 

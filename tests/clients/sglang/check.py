@@ -186,7 +186,7 @@ def roles() -> None:
 
     state = program.run()
     assert [message["role"] for message in state.messages()] == ["system", "user", "assistant"]
-    assert state.messages()[-1]["content"] == state["said"].strip()
+    assert state.messages()[-1]["content"] == state["said"].lstrip()
 
 
 @check
