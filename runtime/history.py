@@ -16,8 +16,8 @@ from typing import TypeVar
 from caesura.runtime.engine import Engine
 from caesura.runtime.kv.node import Hold
 from caesura.runtime.trace import state_of
-from caesura.scheduler.context import Context
-from caesura.scheduler.types import ContextId, PauseDecision, Phase, StepPlan, StepResult
+from caesura.scheduler.context import Context, Pause
+from caesura.scheduler.types import Action, ContextId, PauseDecision, Phase, StepPlan, StepResult
 
 LOOK_INTERVAL_S = 0.05
 SAMPLE_INTERVAL_S = 0.5
@@ -95,6 +95,7 @@ class History:
         self.life = secrets.token_hex(8)  # another engine has another one, and counts its events anew
         self.number = 0
         self.open: dict[ContextId, OpenSpan] = {}
+        self._seen: dict[ContextId, tuple[Phase, Pause, Action | None]] = {}  # what a span's state was made from
         self._spans: deque[PastSpan] = deque(maxlen=KEPT_SPANS)
         self._decisions: deque[PastDecision] = deque(maxlen=KEPT_DECISIONS)
         self._samples: deque[PoolSample] = deque(maxlen=KEPT_SAMPLES)
@@ -121,8 +122,16 @@ class History:
         contexts = engine.scheduler.contexts
         for gone in [context for context in self.open if context not in contexts]:
             self._end(gone, now)
+            del self._seen[gone]
         for context in contexts.values():
-            self._note(context, now)
+            seen = self._seen.get(context.id)
+            if (
+                seen is None
+                or seen[0] is not context.phase
+                or seen[1] is not context.pause
+                or seen[2] is not context.decided
+            ):
+                self._note(context, now)
         if now - self._sampled_s >= SAMPLE_INTERVAL_S:
             self._sampled_s = now
             self._samples.append(sample(engine, self._next(), now))
@@ -160,6 +169,7 @@ class History:
         return self.number
 
     def _note(self, context: Context, now: float) -> None:
+        self._seen[context.id] = (context.phase, context.pause, context.decided)
         state, before = state_of(context), self.open.get(context.id)
         paused_s = context.pause.since if context.phase is Phase.PAUSED else None
         if before is not None and before.state == state and before.paused_s == paused_s:
