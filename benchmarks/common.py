@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent.parent / "out" / "benchmarks"
-OWN_ARGUMENTS = ("pause", "simulate")  # these have a command line of their own
+OWN_ARGUMENTS = ("pause", "simulate", "calibrate", "fidelity")  # these have a command line of their own
 Setting = str | int | float | bool | None
 
 

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from caesura.scheduler.policies import POLICIES
+from caesura.scheduler.policies import POLICIES, make_policy
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.pause.profiles import machine_names
-from benchmarks.pause.runs import RunSpec, simulate
+from benchmarks.pause.runs import RunSpec, run
 from benchmarks.workloads import WORKLOADS, find_workload
 
 
@@ -34,15 +34,14 @@ def main(arguments: Sequence[str]) -> int:
     try:
         find_workload(spec.workload)
         machine = spec.sized_machine()
-        if spec.policy not in POLICIES:
-            raise ValueError(f"policy is {spec.policy!r}; it must be one of {', '.join(POLICIES)}")
+        make_policy(spec.policy)
         if not spec.rate_rps > 0 or not spec.minutes > 0:
             raise ValueError("rate and minutes must be positive")
     except ValueError as error:
         parser.error(str(error))
     console = Console(stderr=True)
     with console.status("simulating") as status:
-        result = simulate(spec, lambda share: status.update(f"simulating: {share:.0%}"))
+        result = run(spec, lambda share: status.update(f"simulating: {share:.0%}"))
     if options.json:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
         return 0

@@ -14,6 +14,8 @@ STRETCH = 1.25  # steps while looking for a bracket
 LEAST_RPS, MOST_RPS = 1e-3, 1e3
 UNLOADED_GAP_S = 3000.0  # between arrivals, in the mean: longer than a program lives
 UNLOADED_REQUESTS = 200
+REAL_GAP_S = 6.0  # the same in real time, with tools that take none
+REAL_REQUESTS = 40
 
 Runner = Callable[[RunSpec], dict[str, Any]]
 
@@ -30,8 +32,12 @@ class Capacity:
 
 def unloaded(spec: RunSpec, run: Runner) -> float:
     """Normalized latency of programs that have the machine to themselves and keep their KV (mean)."""
-    minutes = UNLOADED_REQUESTS * UNLOADED_GAP_S / 60
-    alone = replace(spec, policy="preserve", rate_rps=1 / UNLOADED_GAP_S, minutes=minutes, limit_s=None)
+    if spec.engine == "simulated":
+        gap_s, requests, tool_scale = UNLOADED_GAP_S, UNLOADED_REQUESTS, spec.tool_scale
+    else:  # how long the tools take does not count anyway
+        gap_s, requests, tool_scale = REAL_GAP_S, REAL_REQUESTS, 0.0
+    alone = replace(spec, policy="preserve", rate_rps=1 / gap_s, minutes=requests * gap_s / 60, limit_s=None)
+    alone = replace(alone, tool_scale=tool_scale)
     return float(run(alone)["normalized_latency_s"])
 
 

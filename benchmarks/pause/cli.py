@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from caesura.scheduler.policies import POLICIES
+from caesura.scheduler.policies import POLICIES, make_policy
 from rich.console import Console
 
+from benchmarks.dummy import SHAPES
 from benchmarks.pause.profiles import find_machine, machine_names
 from benchmarks.pause.report import screen, seconds_used
 from benchmarks.pause.store import STORE, Store
-from benchmarks.pause.study import Study, conduct, full_study, quick_study
+from benchmarks.pause.study import Study, conduct, full_study, quick_study, real_study
 from benchmarks.workloads import WORKLOADS, find_workload
 
 
@@ -55,7 +56,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="caesura bench pause",
         description="Pause policies compared by the load they carry. Interrupted studies go on where they stopped.",
     )
-    parser.add_argument("--simulate", action="store_true", help="in virtual time on a cost profile (the default)")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--simulate", action="store_true", help="in virtual time on a cost profile (the default)")
+    how.add_argument("--real", action="store_true", help="on the engine of this machine, with a dummy model")
+    parser.add_argument("--model", default="15M", choices=tuple(SHAPES), help="--real: the dummy model")
+    parser.add_argument("--tool-scale", type=float, help="multiplies tool times; 0.1 with --real, else 1")
+    parser.add_argument("--guess", type=float, help="requests/s to begin the search at")
     parser.add_argument("--quick", action="store_true", help="a few policies and workloads: under five minutes")
     parser.add_argument("--policies", type=_names, help=f"comma-separated, or all: {', '.join(POLICIES)}")
     parser.add_argument("--workloads", type=_names, help=f"comma-separated, or trace files: {', '.join(WORKLOADS)}")
@@ -79,11 +85,17 @@ def _parser() -> argparse.ArgumentParser:
 def _study(options: argparse.Namespace) -> Study:
     """The study asked for. ValueError for names that do not exist."""
     study = quick_study() if options.quick else full_study()
+    if options.real:
+        if options.jobs > 1:
+            raise ValueError("--jobs must be 1 with --real: engines that run side by side measure each other")
+        study = real_study(options.model, 0.1 if options.tool_scale is None else options.tool_scale)
+    elif options.tool_scale is not None:
+        study = replace(study, tool_scale=options.tool_scale)
+    find_machine(study.machine)
     if options.policies:
         chosen = tuple(POLICIES) if options.policies == ["all"] else tuple(options.policies)
-        unknown = [name for name in chosen if name not in POLICIES]
-        if unknown:
-            raise ValueError(f"no policy is named {', '.join(unknown)}; there are {', '.join(POLICIES)}")
+        for name in chosen:
+            make_policy(name)
         study = replace(study, policies=chosen)
     workloads = [str(options.trace)] if options.trace else options.workloads
     if workloads:
@@ -101,6 +113,7 @@ def _study(options: argparse.Namespace) -> Study:
         minutes=options.minutes or study.minutes,
         host_tokens=options.host_tokens,
         rates=tuple(options.rates or ()),
+        guess_rps=options.guess or study.guess_rps,
         curves=(study.curves or bool(options.plots)) and not options.no_curves,
         tolerance=options.tolerance or study.tolerance,
     )

@@ -21,7 +21,8 @@ from caesura.scheduler.types import ContextId
 from benchmarks.workloads import Arrival, Branch, Program, Segment, every_segment
 
 MAX_OPEN = 20_000  # programs at once: beyond this the run has left every useful region
-SHARED_IDS = 1 << 20  # token ids from here on belong to shared prompts
+SHARED_IDS = 64  # token ids of one shared prompt
+MAX_SHARED = 64  # shared prompts of a run
 FIRST_OWN_ID = 2
 
 
@@ -57,7 +58,13 @@ class Load:
     """All programs of a run. ``arrivals`` is endless; they are let in one by one until ``until_s``."""
 
     def __init__(
-        self, engine: Engine, simulation: Simulation, arrivals: Iterator[Arrival], *, tool_scale: float = 1.0
+        self,
+        engine: Engine,
+        simulation: Simulation,
+        arrivals: Iterator[Arrival],
+        *,
+        tool_scale: float = 1.0,
+        vocab_size: int = 1 << 30,
     ) -> None:
         self.engine = engine
         self.simulation = simulation
@@ -66,18 +73,26 @@ class Load:
         self.generated_tokens = 0  # in segments that have ended
         self._arrivals = arrivals
         self._tool_scale = tool_scale
+        self._closed = False
         self._begun_s = simulation.clock.now()
         self._shared: dict[tuple[str, int], list[int]] = {}
-        self._ids = itertools.count(FIRST_OWN_ID)
+        self._first_shared_id = vocab_size - MAX_SHARED * SHARED_IDS
+        self._ids = itertools.cycle(range(FIRST_OWN_ID, self._first_shared_id))
 
     def start(self) -> None:
         """Wait for the first arrival."""
         self._await(next(self._arrivals))
 
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self._closed = True
+
     def _await(self, arrival: Arrival) -> None:
         self.simulation.at(self._begun_s + arrival.at_s, lambda: self._arrive(arrival))
 
     def _arrive(self, arrival: Arrival) -> None:
+        if self._closed:
+            return
         record = Record(arrival.number, self._begun_s + arrival.at_s, arrival.program)
         self.records.append(record)
         self.open[arrival.number] = record
@@ -88,14 +103,18 @@ class Load:
         self._await(next(self._arrivals))
 
     def own_token(self) -> int:
-        """A token id that no other branch of the run has."""
+        """A token id that no other branch of the run has (on a real model: none of the last tens of thousands)."""
         return next(self._ids)
 
     def shared_prompt(self, name: str, num_tokens: int) -> list[int]:
         """The system prompt of this name: the same tokens whenever it is asked for."""
         tokens = self._shared.get((name, num_tokens))
         if tokens is None:
-            first = SHARED_IDS + len(self._shared) * 64
+            if len(self._shared) == MAX_SHARED:
+                raise ValueError(
+                    f"the workload has more than {MAX_SHARED} shared prompts; give fewer programs `shared`"
+                )
+            first = self._first_shared_id + len(self._shared) * SHARED_IDS
             tokens = self._shared[name, num_tokens] = [first + position % 61 for position in range(num_tokens)]
         return tokens
 
@@ -108,7 +127,7 @@ class Load:
 
     def tool_s(self, segment: Segment) -> float:
         """How long the tool of a segment takes in this run."""
-        return segment.tool_s * self._tool_scale
+        return segment.tool_s * self._tool_scale if math.isfinite(segment.tool_s) else segment.tool_s
 
     def branch_s(self, branch: Branch) -> float:
         """What the tools of a branch take together: all of its duration that is known beforehand."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pause.capacity import capacity, unloaded
-from benchmarks.pause.runs import RunSpec, simulate
+from benchmarks.pause.runs import RunSpec, run
 from benchmarks.pause.store import Store
 
 Emit = Callable[[dict[str, Any]], None]
@@ -33,20 +33,19 @@ class Chain:
 def run_chain(chain: Chain, store: Store, emit: Emit) -> dict[str, Any]:
     """Carry a chain out; known runs are taken from the store, new ones are emitted."""
 
-    def run(spec: RunSpec) -> dict[str, Any]:
+    def once(spec: RunSpec) -> dict[str, Any]:
         known = store.find(spec)
         if known is not None:
             return known
-        result = simulate(spec)
-        store_line = {"spec": asdict(spec), "result": result}
-        emit(store_line)
+        result = run(spec)
+        emit({"spec": asdict(spec), "result": result})
         return result
 
     if chain.kind == "unloaded":
-        return {"unloaded_s": unloaded(chain.spec, run)}
+        return {"unloaded_s": unloaded(chain.spec, once)}
     if chain.kind == "run":
-        return {"runs": [run(chain.spec)]}
-    found = capacity(chain.spec, chain.limit_s, chain.guess_rps, chain.tolerance, run)
+        return {"runs": [once(chain.spec)]}
+    found = capacity(chain.spec, chain.limit_s, chain.guess_rps, chain.tolerance, once)
     return {"rps": found.rps, "low_rps": found.low_rps, "high_rps": found.high_rps, "runs": list(found.runs)}
 
 

@@ -35,7 +35,11 @@ CHECK_EVERY_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """What is run. ``limit_s``: stop as soon as the normalized latency is certain to exceed this."""
+    """What is run.
+
+    ``engine`` is "simulated", or the dummy model (15M, 135M) of a run in real time. ``tool_scale`` multiplies all tool
+    times. ``limit_s``: stop as soon as the normalized latency is certain to exceed this.
+    """
 
     workload: str
     policy: str
@@ -46,15 +50,36 @@ class RunSpec:
     kv_tokens: int | None = None
     host_tokens: int | None = None
     limit_s: float | None = None
+    engine: str = "simulated"
+    tool_scale: float = 1.0
 
     def sized_machine(self) -> Machine:
         """The machine with this run's pools."""
         return find_machine(self.machine).sized(self.kv_tokens, self.host_tokens)
 
 
-def simulate(spec: RunSpec, progress: Callable[[float], None] = lambda share: None) -> dict[str, Any]:
-    """Run in virtual time; the result is plain data (see ``measure``)."""
+def run(spec: RunSpec, progress: Callable[[float], None] = lambda share: None) -> dict[str, Any]:
+    """Carry a run out; the result is plain data (see ``measure``)."""
+    begun = time.perf_counter()
     machine = spec.sized_machine()
+    arrivals = find_workload(spec.workload).arrivals(spec.rate_rps, spec.minutes, spec.seed)
+    if spec.engine == "simulated":
+        engine, simulation = simulated(machine, spec.policy)
+        load = Load(engine, simulation, arrivals, tool_scale=spec.tool_scale)
+        result = play(spec, machine, load, progress)
+    else:
+        from benchmarks.dummy import VOCAB
+        from benchmarks.pause.real import real_engine, real_simulation
+
+        with real_engine(spec.engine, spec.policy, machine) as engine:
+            simulation = real_simulation(engine)
+            load = Load(engine, simulation, arrivals, tool_scale=spec.tool_scale, vocab_size=VOCAB)
+            result = play(spec, machine, load, progress)
+    return result | {"wall_s": time.perf_counter() - begun}
+
+
+def simulated(machine: Machine, policy: str) -> tuple[Engine, Simulation]:
+    """An engine of this machine in virtual time, and its event loop."""
     clock = VirtualClock()
     size = machine.page_size
     executor = CostExecutor(
@@ -66,13 +91,8 @@ def simulate(spec: RunSpec, progress: Callable[[float], None] = lambda share: No
         token_bytes=machine.token_bytes,
     )
     config = SchedulerConfig(machine.max_step_tokens, machine.max_running)
-    engine = Engine(executor, make_policy(spec.policy), machine.profile, clock, config)
-    simulation = Simulation(engine, clock)
-    arrivals = find_workload(spec.workload).arrivals(spec.rate_rps, spec.minutes, spec.seed)
-    load = Load(engine, simulation, arrivals)
-    begun = time.perf_counter()
-    result = play(spec, machine, load, progress)
-    return result | {"wall_s": time.perf_counter() - begun}
+    engine = Engine(executor, make_policy(policy), machine.profile, clock, config)
+    return engine, Simulation(engine, clock)
 
 
 def play(spec: RunSpec, machine: Machine, load: Load, progress: Callable[[float], None]) -> dict[str, Any]:

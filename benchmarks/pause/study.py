@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from caesura.scheduler.policies import POLICIES
@@ -18,6 +18,7 @@ from benchmarks.pause.store import Store, code_fingerprint
 
 LONG = frozenset({"coding", "mix-4096", "forks", "shift", "hang"})  # contexts for which the depth of attention counts
 QUICK_POLICIES = ("discard", "preserve", "swap", "lru_host", "infercept", "min_waste")
+REAL_POLICIES = ("discard", "lru_host", "infercept", "min_waste")
 QUICK_WORKLOADS = ("mix", "mix-4096", "coding")
 FULL_WORKLOADS = ("mix", "mix-512", "mix-4096", "forks", "coding", "shift", "hang", "qa", "chat", "virtual_env")
 GRID = (0.25, 0.5, 0.7, 0.85, 1.0, 1.15, 1.35)  # of the median capacity over policies
@@ -38,19 +39,39 @@ class Study:
     rates: tuple[float, ...] = ()
     curves: bool = True
     tolerance: float = 1.03
+    engine: str = "simulated"
+    tool_scale: float = 1.0
+    guess_rps: float = 1.0
 
     def spec(self, workload: str, kv_tokens: int | None, policy: str, seed: int) -> RunSpec:
         """A run of this study, its rate still to be chosen."""
         machine = self.machine
         if machine == "gptj-6b-a100" and workload in LONG:
             machine = "gptj-6b-a100-long"
-        return RunSpec(workload, policy, 1.0, seed, self.minutes, machine, kv_tokens, self.host_tokens)
+        spec = RunSpec(workload, policy, 1.0, seed, self.minutes, machine, kv_tokens, self.host_tokens)
+        return replace(spec, engine=self.engine, tool_scale=self.tool_scale)
 
 
 def quick_study(**changes: Any) -> Study:
     """A few minutes on two cores."""
     settings = {"policies": QUICK_POLICIES, "workloads": QUICK_WORKLOADS, "seeds": (0,), "minutes": 3.0}
     return Study(**{**settings, "tolerance": 1.08, "curves": False, **changes})
+
+
+def real_study(model: str, tool_scale: float, **changes: Any) -> Study:
+    """The engine of this machine in real time."""
+    settings = {
+        "policies": REAL_POLICIES,
+        "workloads": ("mix", "mix-512"),
+        "seeds": (0, 1, 2),
+        "minutes": 3.0,
+        "machine": f"cpu-{model.lower()}",
+        "engine": model,
+        "tool_scale": tool_scale,
+        "tolerance": 1.08,
+        "curves": False,
+    }
+    return Study(**{**settings, **changes})
 
 
 def full_study(**changes: Any) -> Study:
@@ -128,7 +149,7 @@ def conduct(study: Study, store: Store, jobs: int, say: Callable[[str], None]) -
                 "capacity",
                 study.spec(workload, kv, policy, seed),
                 limits[workload],
-                findings.median_rps(findings.label(workload, kv), policy) or 1.0,
+                findings.median_rps(findings.label(workload, kv), policy) or study.guess_rps,
                 study.tolerance,
             )
             for workload, kv in cases
@@ -160,11 +181,5 @@ def _curves(study: Study, findings: Findings, cases: list[tuple[str, int | None]
             for policy in study.policies:
                 for rate in rates:
                     spec = study.spec(workload, kv, policy, seed)
-                    chains.append(Chain("run", _at(spec, rate, limit_s)))
+                    chains.append(Chain("run", replace(spec, rate_rps=rate, limit_s=limit_s)))
     return chains
-
-
-def _at(spec: RunSpec, rate: float, limit_s: float) -> RunSpec:
-    from dataclasses import replace
-
-    return replace(spec, rate_rps=rate, limit_s=limit_s)
