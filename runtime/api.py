@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from caesura.runtime.executors.base import SampledToken
 from caesura.runtime.generation import TokenChunk, ToolCalling
 from caesura.runtime.sampling import SamplingParams
 from caesura.runtime.snapshot import EngineSnapshot
@@ -51,6 +52,9 @@ class Handle(Protocol):
 
     async def score(self, start: int) -> list[float]:
         """Logprobs of the context's tokens from ``start`` (>= 1) on."""
+
+    async def score_top(self, start: int, top: int) -> Sequence[SampledToken]:
+        """As ``score``, with the ``top`` likeliest tokens in each place."""
 
     async def prefill(self) -> int:
         """Compute everything appended so far, so that others can share it; returns the number of tokens."""
@@ -108,6 +112,12 @@ class Service(Protocol):
 
     async def flush_cache(self) -> None:
         """Forget every cached prefix no context holds."""
+
+    async def hold(self, *, retract: bool) -> None:
+        """No steps until ``go_on``: contexts stay as they are and wait. ``retract`` gives up their KV and the cache."""
+
+    async def go_on(self) -> None:
+        """Take steps again. Idempotent."""
 
     async def read_stats(self) -> dict[str, Any]:
         """The running account and the pools, as of now."""

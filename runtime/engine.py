@@ -8,14 +8,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from caesura.runtime.clock import Clock
 from caesura.runtime.errors import BrokenInvariant, ContextClosed, ContextTooLong, DeadlineExceeded, InvalidRequest
 from caesura.runtime.executors.base import ExecOutput, Executor, SampledToken, SliceInput, SliceOutput
 from caesura.runtime.generation import Ending, Generation
 from caesura.runtime.kv.ledger import KVLedger
-from caesura.scheduler.context import Call
+from caesura.scheduler.context import Call, Context
 from caesura.scheduler.policies import PausePolicy
 from caesura.scheduler.profile import CostProfile
 from caesura.scheduler.scheduler import Scheduler, SchedulerConfig
@@ -34,11 +34,13 @@ class Observer(Protocol):
 
 @dataclass(slots=True)
 class _Scoring:
-    """Logprobs wanted of ``tokens[start:]``."""
+    """Logprobs wanted of ``tokens[start:]``; with ``top``, of the likeliest tokens in their places too."""
 
     start: int
-    done: Callable[[list[float] | Exception], None]
+    done: Callable[[list[Any] | Exception], None]
+    top: int = 0
     found: dict[int, float] = field(default_factory=dict)
+    tops: dict[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -77,6 +79,7 @@ class Engine:
         self._records: dict[ContextId, _Record] = {}
         self._ids = itertools.count(1)
         self._has_new_pause = False  # the policy has not seen it yet
+        self.held = False  # no steps for now
 
     # -- contexts ---------------------------------------------------------------------------------------------
 
@@ -134,8 +137,11 @@ class Engine:
         record.prefilled = done
         self.scheduler.submit(context, self.clock.now(), samples=False)
 
-    def score(self, context: ContextId, start: int, done: Callable[[list[float] | Exception], None]) -> None:
-        """Logprobs of the context's tokens from ``start`` on, each given all before it."""
+    def score(
+        self, context: ContextId, start: int, done: Callable[[list[Any] | Exception], None], *, top: int = 0
+    ) -> None:
+        """Logprobs of the context's tokens from ``start`` on, each given all before it. With ``top``, ``done`` gets
+        SampledTokens, which tell the likeliest tokens in each place as well; else floats."""
         record = self._idle(context)
         num_tokens = self.num_tokens(context)
         if not 1 <= start <= num_tokens:
@@ -143,7 +149,7 @@ class Engine:
         if start == num_tokens:
             done([])
             return
-        record.scoring = _Scoring(start, done)
+        record.scoring = _Scoring(start, done, top)
         self.scheduler.submit(context, self.clock.now(), samples=False, recompute_from=start - 1)
 
     def pause(
@@ -214,14 +220,15 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """A step would do something: contexts to run, copies to take in, a pause to decide about."""
-        return self._has_new_pause or self.scheduler.has_work or self.ledger.copying_pages > 0
+        wanted = self._has_new_pause or self.scheduler.has_work or self.ledger.copying_pages > 0
+        return wanted and not self.held
 
     def step(self) -> StepPlan:
         """One iteration."""
         self._has_new_pause = False
         plan = self.scheduler.plan(self.clock.now())
         for context in plan.expired:
-            self.close(context, DeadlineExceeded(f"context {context} outlasted its deadline and was closed"))
+            self._close_expired(context)
         for decision in plan.decisions:
             self._remember(decision)
         self.executor.begin(plan.moves)
@@ -247,15 +254,31 @@ class Engine:
             observer.on_step(self, plan, result)
         return plan
 
+    def hold(self, *, retract: bool) -> None:
+        """No more steps until ``go_on``. ``retract`` gives up all KV besides, to be computed again."""
+        self.held = True
+        if retract:
+            self.scheduler.retract()
+            self.ledger.flush()
+
+    def go_on(self) -> None:
+        """Take steps again. Idempotent."""
+        self.held = False
+
+    def expire(self) -> None:
+        """Close contexts past their deadline, which a step does as well."""
+        now = self.clock.now()
+        for state in list(self.scheduler.contexts.with_deadline.values()):
+            if (due := _deadline_of(state)) is not None and now >= due:
+                self._close_expired(state.id)
+
+    def _close_expired(self, context: ContextId) -> None:
+        self.close(context, DeadlineExceeded(f"context {context} outlasted its deadline and was closed"))
+
     def next_deadline(self) -> float | None:
         """The earliest moment at which a step would have to act by itself."""
-        moments = [
-            moment
-            for state in self.scheduler.contexts.with_deadline.values()
-            for moment in (state.deadline_at, state.pause.deadline_at if state.phase is Phase.PAUSED else None)
-            if moment is not None
-        ]
-        return min(moments, default=None)
+        moments = map(_deadline_of, self.scheduler.contexts.with_deadline.values())
+        return min((moment for moment in moments if moment is not None), default=None)
 
     def check(self) -> None:
         """Raise BrokenInvariant unless all accounting adds up."""
@@ -276,8 +299,10 @@ class Engine:
             first = max(piece.start, record.scoring.start - 1)
             last = min(end, state.num_tokens - 1)
             targets = [(position - piece.start, state.tokens[position + 1]) for position in range(first, last)]
+        top = record.scoring.top if record.scoring is not None else 0
         sampler = record.generation.sampler if piece.samples and record.generation is not None else None
-        return SliceInput(piece.context_id, state.tokens[piece.start : end], piece.start, piece.pages, sampler, targets)
+        tokens = state.tokens[piece.start : end]
+        return SliceInput(piece.context_id, tokens, piece.start, piece.pages, sampler, targets, top)
 
     def _read(self, output: ExecOutput, endings: dict[ContextId, Ending]) -> dict[ContextId, int]:
         """Feed sampled tokens to their generations and see which of them end."""
@@ -340,11 +365,12 @@ class Engine:
         if scoring is not None and out.scores:
             first = max(piece.start, scoring.start - 1) + 1
             scoring.found.update(zip(range(first, first + len(out.scores)), out.scores, strict=True))
+            scoring.tops.update(enumerate(out.score_tops, first))
         if state.phase is not Phase.PAUSED:
             return
         if scoring is not None:
             record.scoring = None
-            scoring.done([scoring.found[position] for position in range(scoring.start, state.num_tokens)])
+            scoring.done(_scored(scoring, state.tokens))
         if record.prefilled is not None:
             done, record.prefilled = record.prefilled, None
             done(state.num_tokens)
@@ -394,3 +420,16 @@ class Engine:
                 f"{self.executor.max_context_tokens}, KV pool {self._pool_tokens}): shorten it, "
                 "lower max_new_tokens or enlarge the pool"
             )
+
+
+def _deadline_of(state: Context) -> float | None:
+    """The earlier of a context's own deadline and its pause's."""
+    pause = state.pause.deadline_at if state.phase is Phase.PAUSED else None
+    return min((moment for moment in (state.deadline_at, pause) if moment is not None), default=None)
+
+
+def _scored(scoring: _Scoring, tokens: Sequence[int]) -> list[Any]:
+    places = range(scoring.start, len(tokens))
+    if not scoring.top:
+        return [scoring.found[place] for place in places]
+    return [SampledToken(tokens[place], scoring.found[place], scoring.tops.get(place, ())) for place in places]

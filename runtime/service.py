@@ -20,6 +20,7 @@ from caesura.runtime.build import Runtime, build
 from caesura.runtime.config import EngineConfig
 from caesura.runtime.engine import Engine, Observer
 from caesura.runtime.errors import ContextClosed, EngineStopped
+from caesura.runtime.executors.base import SampledToken
 from caesura.runtime.generation import Generation, TokenChunk, ToolCalling
 from caesura.runtime.history import History
 from caesura.runtime.logs import note
@@ -96,6 +97,14 @@ class EngineService:
     async def flush_cache(self) -> None:
         """Forget every cached prefix no context holds."""
         await self.call(lambda engine: engine.flush_cache())
+
+    async def hold(self, *, retract: bool) -> None:
+        """No steps until ``go_on``: contexts stay as they are and wait. ``retract`` gives up their KV and the cache."""
+        await self.call(lambda engine: engine.hold(retract=retract))
+
+    async def go_on(self) -> None:
+        """Take steps again. Idempotent."""
+        await self.call(lambda engine: engine.go_on())
 
     async def read_stats(self) -> dict[str, Any]:
         """As ``stats``, without blocking the event loop."""
@@ -198,6 +207,9 @@ class EngineService:
             self._drain()
             if not self._engine.has_work and not self._deadline_due():
                 self._sleep()
+                continue
+            if self._engine.held:
+                self._engine.expire()
                 continue
             try:
                 self._engine.step()
@@ -340,6 +352,13 @@ class ContextHandle:
         """Logprobs of the context's tokens from ``start`` (>= 1) on."""
         scores: list[float] = await self._request(lambda engine, done: engine.score(self.id, start, done))
         return scores
+
+    async def score_top(self, start: int, top: int) -> list[SampledToken]:
+        """As ``score``, with the ``top`` likeliest tokens in each place."""
+        scored: list[SampledToken] = await self._request(
+            lambda engine, done: engine.score(self.id, start, done, top=top)
+        )
+        return scored
 
     async def prefill(self) -> int:
         """Compute everything appended so far, so that others can share it; returns the number of tokens."""

@@ -131,6 +131,14 @@ class Scheduler:
         self.contexts.remove(context)
         self.ledger.close(context, keep_cached=keep_cached)
 
+    def retract(self) -> None:
+        """Every running context goes back to the queue, and all let go of their KV: it is computed again."""
+        for state in self.contexts.values():
+            if state.phase is Phase.RUNNING:
+                self.contexts.become(state, Phase.QUEUED)
+            self.ledger.pause(state.id)
+            self.ledger.release(state.id)
+
     # -- the step ---------------------------------------------------------------------------------------------
 
     def plan(self, now: float) -> StepPlan:

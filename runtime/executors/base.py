@@ -16,7 +16,8 @@ class SliceInput:
 
     ``token_ids`` are computed at positions ``start, start + 1, ...``; ``pages`` is the device page table for
     ``[0, start + len(token_ids))``. ``sampler`` is set when the last row yields the next token.
-    ``score_targets`` are ``(row, token_id)`` pairs: the logprob of ``token_id`` as successor of that row.
+    ``score_targets`` are ``(row, token_id)`` pairs: the logprob of ``token_id`` as successor of that row; with
+    ``score_top``, the most likely successors of each of these rows as well.
     """
 
     context_id: ContextId
@@ -25,6 +26,7 @@ class SliceInput:
     pages: Sequence[int]
     sampler: SamplerState | None
     score_targets: Sequence[tuple[int, int]] = ()
+    score_top: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,14 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class SliceOutput:
-    """What one slice yielded. ``failure`` is set instead of a token when only this context is at fault."""
+    """What one slice yielded. ``failure`` is set instead of a token when only this context is at fault.
+    ``score_tops`` are ``(token_id, logprob)`` pairs by score target, most likely first; empty unless asked for."""
 
     context_id: ContextId
     sampled: SampledToken | None
     scores: tuple[float, ...] = ()
     failure: str | None = None
+    score_tops: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

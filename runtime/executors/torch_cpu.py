@@ -13,9 +13,11 @@ from caesura.runtime.model.batch import Batch, build_batch
 from caesura.runtime.model.sampler import SampleFailure, sample
 from caesura.runtime.model.transformer import Decoder
 from caesura.runtime.model.weights import Model
+from caesura.runtime.native import NativeDecoder, unsupported
 from caesura.scheduler.types import Move, MoveId
 from torch import Tensor
 
+_Tops = tuple[tuple[tuple[int, float], ...], ...]
 _SCORE_ROWS = 128  # logits held at once while scoring long prompts
 _NOT_FINITE = "the model produced hidden states that are not finite numbers"
 
@@ -34,12 +36,15 @@ class TorchExecutor:
         deterministic: bool = False,
         num_threads: int | None = None,
         vocab_limit: int | None = None,
+        native: bool | None = None,
     ) -> None:
         """Allocate the arenas.
 
+        ``native`` False does without the C decoder, which is used where it can be (``native_refused`` says why not).
+
         ``eos_ids`` are banned until a generation's ``min_new_tokens``. ``deterministic`` makes every row's bits
-        independent of batch, chunking and page size (slower). ``vocab_limit``: ids from here on are never
-        sampled; give the tokenizer's size when the model's vocabulary is padded beyond it.
+        independent of batch, chunking and page size (slower in torch, always so in C). ``vocab_limit``: ids from here on
+        are never sampled; give the tokenizer's size when the model's vocabulary is padded beyond it.
         Raises NotEnoughMemory when the pools do not fit.
         """
         if num_threads is not None:
@@ -59,7 +64,12 @@ class TorchExecutor:
         self.num_device_pages = num_device_pages
         self.num_host_pages = num_host_pages
         self.max_context_tokens = config.max_context_tokens
-        self._decoder = Decoder(model, deterministic=deterministic)
+        self.native_refused = "not wanted" if native is False else unsupported(model, page_size)
+        self._decoder: Decoder | NativeDecoder
+        if self.native_refused is None:
+            self._decoder = NativeDecoder(model, num_threads=num_threads)
+        else:
+            self._decoder = Decoder(model, deterministic=deterministic)
         self._eos_ids = frozenset(eos_ids)
         self._vocab_limit = min(vocab_limit or config.vocab_size, config.vocab_size)
 
@@ -82,14 +92,15 @@ class TorchExecutor:
         self.arena.copy_within(copies)
         outputs: tuple[SliceOutput, ...] = ()
         if slices:
-            vocab_size = self._decoder.model.config.vocab_size
+            vocab_size = self._decoder.config.vocab_size
             batch = build_batch(slices, self.page_size, self.num_device_pages, vocab_size)
             hidden = self._decoder.forward(batch, self.arena.layers)
             broken = self._broken_slices(batch, hidden)
-            scores = self._score(slices, batch, hidden)
+            scores, tops = self._score(slices, batch, hidden)
             sampled = self._sample(slices, batch, hidden)
             outputs = tuple(
-                _output(piece, sampled.get(index), scores[index], index in broken) for index, piece in enumerate(slices)
+                _output(piece, sampled.get(index), scores[index], tops[index], index in broken)
+                for index, piece in enumerate(slices)
             )
         return ExecOutput(time.perf_counter() - started, outputs)
 
@@ -105,14 +116,16 @@ class TorchExecutor:
         outcomes = sample(logits, [sampler for _, sampler in chosen], self._eos_ids)
         return {index: outcome for (index, _), outcome in zip(chosen, outcomes, strict=True)}
 
-    def _score(self, slices: Sequence[SliceInput], batch: Batch, hidden: Tensor) -> list[tuple[float, ...]]:
-        """Logprobs (temperature 1) of the slices' ``score_targets``, in their order."""
+    def _score(
+        self, slices: Sequence[SliceInput], batch: Batch, hidden: Tensor
+    ) -> tuple[list[tuple[float, ...]], list[_Tops]]:
+        """Logprobs (temperature 1) of the slices' ``score_targets``, in their order, and the likeliest instead."""
         rows: list[int] = []
         tokens: list[int] = []
         for index, piece in enumerate(slices):
             placed = batch.pieces[index]
             for row, token in piece.score_targets:
-                if not (0 <= row < placed.num_rows and 0 <= token < self._decoder.model.config.vocab_size):
+                if not (0 <= row < placed.num_rows and 0 <= token < self._decoder.config.vocab_size):
                     raise BrokenInvariant(
                         f"context {piece.context_id}: score target ({row}, {token}) lies outside the slice's "
                         f"{placed.num_rows} rows or the vocabulary"
@@ -120,17 +133,27 @@ class TorchExecutor:
                 rows.append(placed.first_row + row)
                 tokens.append(token)
         values: list[float] = []
+        likeliest: list[tuple[tuple[int, float], ...]] = []
+        count_top = max((piece.score_top for piece in slices), default=0)
         for first in range(0, len(rows), _SCORE_ROWS):
             part = slice(first, first + _SCORE_ROWS)
             logits = self._decoder.logits(hidden[rows[part]])  # [n, vocab]
             picked = logits.gather(1, torch.tensor(tokens[part])[:, None])[:, 0]
-            values += (picked - logits.logsumexp(dim=-1)).tolist()
+            norm = logits.logsumexp(dim=-1)
+            values += (picked - norm).tolist()
+            if count_top:
+                top = (logits[:, : self._vocab_limit] - norm[:, None]).topk(min(count_top, self._vocab_limit), dim=-1)
+                pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                likeliest += [tuple(zip(ids, logprobs, strict=True)) for ids, logprobs in pairs]
         scores: list[tuple[float, ...]] = []
+        tops: list[_Tops] = []
+        first = 0
         for piece in slices:
-            count = len(piece.score_targets)
-            scores.append(tuple(values[:count]))
-            values = values[count:]
-        return scores
+            last = first + len(piece.score_targets)
+            scores.append(tuple(values[first:last]))
+            tops.append(tuple(row[: piece.score_top] for row in likeliest[first:last]) if piece.score_top else ())
+            first = last
+        return scores, tops
 
     def _broken_slices(self, batch: Batch, hidden: Tensor) -> frozenset[int]:
         """Slices with NaN or infinity; their keys and values are zeroed, lest a page's next owner inherits them."""
@@ -141,16 +164,19 @@ class TorchExecutor:
             rows = slice(piece.first_row, piece.first_row + piece.num_rows)
             if not bool(torch.isfinite(hidden[rows]).all()):
                 broken.add(index)
-                slots = self.arena.device.flatten(2, 3)  # [layers, 2, slots, kv_heads, head_dim]
-                slots.index_fill_(2, batch.slots[rows], 0.0)
+                self._decoder.erase(self.arena.layers, batch.slots[rows])
         return frozenset(broken)
 
 
 def _output(
-    piece: SliceInput, outcome: SampledToken | SampleFailure | None, scores: tuple[float, ...], broken: bool
+    piece: SliceInput,
+    outcome: SampledToken | SampleFailure | None,
+    scores: tuple[float, ...],
+    tops: _Tops,
+    broken: bool,
 ) -> SliceOutput:
     if broken:
         return SliceOutput(piece.context_id, None, failure=_NOT_FINITE)
     if isinstance(outcome, SampleFailure):
-        return SliceOutput(piece.context_id, None, scores, outcome.reason)
-    return SliceOutput(piece.context_id, outcome, scores)
+        return SliceOutput(piece.context_id, None, scores, outcome.reason, tops)
+    return SliceOutput(piece.context_id, outcome, scores, score_tops=tops)

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from caesura.runtime.api import PendingCall
 from caesura.runtime.config import EngineConfig
 from caesura.runtime.errors import CaesuraError, ContextClosed, EngineStopped
+from caesura.runtime.executors.base import SampledToken
 from caesura.runtime.generation import TokenChunk, ToolCalling
 from caesura.runtime.ipc import messages as m
 from caesura.runtime.ipc.connection import Connection, State, Supervision
@@ -92,6 +93,14 @@ class EngineClient:
     async def flush_cache(self) -> None:
         """Forget every cached prefix no context holds."""
         await self._ask(m.Done, m.FlushCache)
+
+    async def hold(self, *, retract: bool) -> None:
+        """No steps until ``go_on``: contexts stay as they are and wait. ``retract`` gives up their KV and the cache."""
+        await self._ask(m.Done, lambda number: m.Hold(number, retract))
+
+    async def go_on(self) -> None:
+        """Take steps again. Idempotent."""
+        await self._ask(m.Done, m.GoOn)
 
     async def read_stats(self) -> dict[str, Any]:
         """The running account and the pools; under ``ipc`` restarts and dropped frames."""
@@ -251,6 +260,11 @@ class RemoteHandle:
     async def score(self, start: int) -> list[float]:
         """Logprobs of the context's tokens from ``start`` (>= 1) on."""
         return (await self._ask(m.Scores, lambda number: m.Score(number, self.id, start), stops=True)).logprobs
+
+    async def score_top(self, start: int, top: int) -> list[SampledToken]:
+        """As ``score``, with the ``top`` likeliest tokens in each place."""
+        ask = self._ask(m.ScoredTokens, lambda number: m.Score(number, self.id, start, top), stops=True)
+        return (await ask).tokens
 
     async def prefill(self) -> int:
         """Compute everything appended so far, so that others can share it; returns the number of tokens."""

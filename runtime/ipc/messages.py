@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from caesura.runtime import errors
 from caesura.runtime.api import PendingCall
+from caesura.runtime.executors.base import SampledToken
 from caesura.runtime.generation import TokenChunk, ToolCalling
 from caesura.runtime.sampling import SamplingParams
 from caesura.runtime.snapshot import EngineSnapshot
@@ -58,6 +59,7 @@ class Score(Message, frozen=True, tag=True):
     request: int
     context: ContextId
     start: int
+    top: int = 0
 
 
 class Prefill(Message, frozen=True, tag=True):
@@ -100,6 +102,15 @@ class Decisions(Message, frozen=True, tag=True):
 
 
 class FlushCache(Message, frozen=True, tag=True):
+    request: int
+
+
+class Hold(Message, frozen=True, tag=True):
+    request: int
+    retract: bool
+
+
+class GoOn(Message, frozen=True, tag=True):
     request: int
 
 
@@ -149,6 +160,8 @@ Command = (
     | Tokens
     | Decisions
     | FlushCache
+    | Hold
+    | GoOn
     | Stats
     | Look
     | Ping
@@ -188,6 +201,13 @@ class Length(Message, frozen=True, tag=True):
 class Scores(Message, frozen=True, tag=True):
     request: int
     logprobs: list[float]
+
+
+class ScoredTokens(Message, frozen=True, tag=True):
+    """Answer to a Score with ``top``."""
+
+    request: int
+    tokens: list[SampledToken]
 
 
 class Forked(Message, frozen=True, tag=True):
@@ -256,6 +276,7 @@ Event = (
     | Opened
     | Length
     | Scores
+    | ScoredTokens
     | Forked
     | TokenIds
     | Decided
@@ -267,7 +288,7 @@ Event = (
     | Heartbeat
     | Fatal
 )
-Answer = Done | Opened | Length | Scores | Forked | TokenIds | Decided | Account | Seen | Chunk | Failed
+Answer = Done | Opened | Length | Scores | ScoredTokens | Forked | TokenIds | Decided | Account | Seen | Chunk | Failed
 
 # -- bytes ----------------------------------------------------------------------------------------------------
 

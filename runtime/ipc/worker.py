@@ -25,6 +25,8 @@ _Request = (
     | m.Tokens
     | m.Decisions
     | m.FlushCache
+    | m.Hold
+    | m.GoOn
     | m.Stats
     | m.Look
 )
@@ -91,6 +93,12 @@ class Worker:
             case m.FlushCache():
                 await self._service.flush_cache()
                 return m.Done(command.request)
+            case m.Hold():
+                await self._service.hold(retract=command.retract)
+                return m.Done(command.request)
+            case m.GoOn():
+                await self._service.go_on()
+                return m.Done(command.request)
             case m.Stats():
                 return m.Account(command.request, await self._service.read_stats())
             case m.Look():
@@ -106,6 +114,8 @@ class Worker:
             case m.Prefill():
                 return m.Length(command.request, await handle.prefill())
             case m.Score():
+                if command.top:
+                    return m.ScoredTokens(command.request, await handle.score_top(command.start, command.top))
                 return m.Scores(command.request, await handle.score(command.start))
             case m.Fork():
                 return await self._fork(command, handle)

@@ -81,7 +81,7 @@ async def life(service: Service) -> list[Any]:
         seen += [ids(chunks), [chunk.logprobs for chunk in chunks], child.num_tokens, finish(chunks)]
         await child.close()
     await handle.truncate(9)
-    seen += [handle.num_tokens, await handle.token_ids(), await handle.score(3)]
+    seen += [handle.num_tokens, await handle.token_ids(), await handle.score(3), await handle.score_top(3, 2)]
     chunks = await generated(handle, SamplingParams(max_new_tokens=0))
     seen += [ids(chunks), finish(chunks).reason]
     assert await handle.read_decisions() == await asyncio.to_thread(handle.decisions)
