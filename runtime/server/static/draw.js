@@ -62,8 +62,7 @@ function seconds(value) {
   if (value === null || !Number.isFinite(value)) return "?";
   if (value < 0.0995) return Math.round(value * 1000) + " ms";
   if (value < 9.95) return value.toFixed(1) + " s";
-  if (value < 59.5) return Math.round(value) + " s";
-  if (value < 120 && Math.abs(value - 60) > 0.5) return Math.round(value) + " s";
+  if (value < 120) return Math.round(value) + " s";
   if (value < 7200) return Math.round(value / 60) + " min";
   if (value < 172800) return Math.round(value / 3600) + " h";
   return Math.round(value / 86400) + " d";

@@ -86,15 +86,16 @@ function drawTools(engine) {
     ? rows : [el("tr", {}, el("td", { colspan: "5", class: "none" }, "No context has waited for a tool yet."))]));
 }
 
-function drawEmpty(empty) {
+function drawEmpty(empty, needsKey) {
   const card = byId("lanes-empty");
   card.hidden = !empty;
   if (!empty || card.childElementCount) return;
-  const ask = `curl ${location.origin}/v1/chat/completions -H 'content-type: application/json' \\\n` +
+  const key = needsKey ? ' -H "authorization: Bearer $KEY"' : "";
+  const ask = `curl ${location.origin}/v1/chat/completions${key} -H 'content-type: application/json' \\\n` +
     `  -d '{"messages": [{"role": "user", "content": "What is 4827 * 396?"}]}'`;
   card.replaceChildren(
     el("strong", {}, "Nothing has run yet"),
     el("p", {}, "Point any OpenAI client at ", el("code", {}, `${location.origin}/v1`), ", or try one of these:"),
     el("pre", {}, el("code", {}, ask)),
-    el("pre", {}, el("code", {}, `python examples/agents_over_http.py --url ${location.origin}`)));
+    el("pre", {}, el("code", {}, `python examples/agents_over_http.py --url ${location.origin}${needsKey ? " --key $KEY" : ""}`)));
 }

@@ -49,7 +49,7 @@ function take(answer) {
 function draw() {
   if (!view.last) return;
   const { server, engine } = view.last;
-  byId("board").hidden = false;
+  byId("board").hidden = byId("facts").hidden = false;
   byId("key-form").hidden = true;
   drawHeader(server, engine);
   drawTiles(view.history, engine);
@@ -58,12 +58,12 @@ function draw() {
   drawDecisions(view.history, engine);
   drawTools(engine);
   const lanes = drawLanes(view.history, engine, view.windowS);
-  drawEmpty(!lanes && !engine.step);
+  drawEmpty(!lanes && !engine.step, storedKey() !== "");
   notice(server.draining ? "The server is draining: it finishes what runs and takes nothing new." : "");
 }
 
 function askForKey(refused) {
-  byId("board").hidden = true;
+  byId("board").hidden = byId("facts").hidden = true;
   byId("key-form").hidden = false;
   view.last = null;
   say("", "waiting for a key");

@@ -113,7 +113,7 @@ function timeMarks(at, now, windowS, width) {
   return Array.from({ length: Math.floor(windowS / step) + 1 }, (_, i) => i * step).map((ago) => ({
     x: Math.round(at(now - ago)) - 0.5,
     anchor: ago === 0 ? "end" : ago === windowS ? "start" : "middle",
-    text: ago === 0 ? "now" : `-${seconds(ago)}`,
+    text: ago === 0 ? "now" : windowS < 120 ? `-${ago} s` : `-${ago / 60} min`,
   }));
 }
 

@@ -104,7 +104,7 @@ function drawTree(engine) {
   const scale = (width - 2) / end;
   const gap = band >= 5 ? 1 : 0;
   const parts = [];
-  for (const tick of ticks(end, width / 110)) {
+  for (const tick of placed.length ? ticks(end, width / 110) : []) {
     const x = Math.round(1 + tick * scale) + 0.5;
     parts.push(svg("line", { class: "rule", x1: x, x2: x, y1: 0, y2: bottom + 4 }));
     const anchor = tick === 0 ? "start" : x > width - 40 ? "end" : "middle";
