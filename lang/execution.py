@@ -26,6 +26,7 @@ log = logging.getLogger("caesura.lang")
 
 CLOSE_TIMEOUT_S = 10.0
 INSIST_AFTER_S = 1.0
+MAKING_GRACE_S = 1.0  # sessions being made are better closed than cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +173,11 @@ class Execution:
             with contextlib.suppress(Exception):
                 await state.keep_decisions()
         if self._making:
-            await asyncio.wait(set(self._making), timeout=CLOSE_TIMEOUT_S)
+            _, late = await asyncio.wait(set(self._making), timeout=MAKING_GRACE_S)
+            for task in late:  # a server that has no room may keep us waiting for long
+                task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=CLOSE_TIMEOUT_S)
         sessions, self._sessions = self._sessions, []
         if sessions:
             closing = [asyncio.ensure_future(close_session(session)) for session in sessions]

@@ -13,7 +13,7 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -41,7 +41,7 @@ class HttpOptions:
     """How a backend talks to its server. ``timeout_s`` bounds one computing request, ``retry_s`` the time spent on
     retries; a program's ``deadline_s`` ends both earlier."""
 
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     timeout_s: float = 3600.0
     retry_s: float = 60.0
     max_connections: int = 512
