@@ -174,8 +174,8 @@ class Execution:
                 await state.keep_decisions()
         if self._making:
             _, late = await asyncio.wait(set(self._making), timeout=MAKING_GRACE_S)
-            for task in late:  # a server that has no room may keep us waiting for long
-                task.cancel()
+            for making in late:  # a server that has no room may keep us waiting for long
+                making.cancel()
             if late:
                 await asyncio.wait(late, timeout=CLOSE_TIMEOUT_S)
         sessions, self._sessions = self._sessions, []

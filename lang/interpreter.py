@@ -34,7 +34,9 @@ def check(node: ir.Expr, backend: Backend) -> None:
             missing = f"the constraint {node.constraint.kind}"
         elif node.sampling.return_logprob and not able.logprobs:
             missing = "logprobs"
-        elif (node.sampling.logprob_start_len or -1) >= 0 and not able.prompt_logprobs:
+        elif (node.sampling.logprob_start_len is not None and node.sampling.logprob_start_len >= 0) and not (
+            able.prompt_logprobs
+        ):
             missing = "logprobs of the prompt (logprob_start_len)"
     elif isinstance(node, ir.Select) and not able.score:
         missing = "select"

@@ -1,0 +1,474 @@
+"""Programs on OpenAI-compatible endpoints and on SGLang's protocol, with this project's server as their peer, and on
+endpoints that behave in ways ours does not."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import pytest
+from caesura.lang import (
+    Engine,
+    OpenAIBackend,
+    ProgramState,
+    RemoteError,
+    SGLangBackend,
+    UnsupportedByBackend,
+    assistant,
+    call_tool,
+    flush_cache,
+    function,
+    gen,
+    get_server_info,
+    greedy_token_selection,
+    select,
+    system,
+    token_length_normalized,
+    tool,
+    unconditional_likelihood_normalized,
+    user,
+)
+from caesura.lang.backends.engine import EngineBackend
+from caesura.runtime.embedded.calculator import calculate
+from caesura.runtime.errors import ContextTooLong, GrammarError
+
+from tests.integration.live_server import Live, live, live_server
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[EngineBackend]:
+    with Engine(kv_tokens=1 << 14, deterministic=True, num_threads=1) as backend:
+        yield backend
+
+
+@pytest.fixture(scope="module")
+def server(engine: EngineBackend) -> Iterator[Live]:
+    with live_server(engine.service) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def openai(server: Live) -> Iterator[OpenAIBackend]:
+    """As this project's server understands it."""
+    with OpenAIBackend(server.url, dialect="sglang", prefill=True) as backend:
+        yield backend
+
+
+@pytest.fixture(scope="module")
+def bare(server: Live) -> Iterator[OpenAIBackend]:
+    """As OpenAI's own endpoints are."""
+    with OpenAIBackend(server.url) as backend:
+        yield backend
+
+
+@pytest.fixture(scope="module")
+def sglang(server: Live) -> Iterator[SGLangBackend]:
+    with SGLangBackend(server.url, chat="chatml") as backend:
+        yield backend
+
+
+@pytest.fixture(params=["openai", "bare", "sglang"])
+def remote(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+@tool
+def calculator(expression: str) -> str:
+    """Evaluate an arithmetic expression."""
+    return calculate(expression)
+
+
+@function
+def plain(s: ProgramState) -> None:
+    s += "Numbers: 1 2 3 " + gen("x", max_tokens=8, temperature=0, return_logprob=True, top_logprobs_num=2) + "\n"
+    point = s.snapshot()
+    s += gen("y", max_tokens=4, temperature=0)
+    s.sync()
+    s.rollback(point)
+    s += gen("z", max_tokens=6, temperature=0, stop=["8", "1"])
+    forks = s.fork(2)
+    forks += lambda i: f" {i}" + gen("fork", max_tokens=3, temperature=0)
+    forks.join()
+    s += gen("n", n=2, max_tokens=3, temperature=0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_plain_programs_give_the_engines_text(engine: EngineBackend, remote: Any, stream: bool) -> None:
+    expected, state = plain.run(backend=engine), plain.run(backend=remote, stream=stream)
+    assert "".join(state.text_iter("x")) == state["x"]
+    assert state.text() == expected.text() and state.variables == expected.variables
+    ours, theirs = expected.get_meta_info("x"), state.get_meta_info("x")
+    assert [one[0] for one in theirs["output_token_logprobs"]] == [one[0] for one in ours["output_token_logprobs"]]
+    assert [len(top) for top in theirs["output_top_logprobs"]] == [2] * len(ours["output_top_logprobs"])
+    assert theirs["prompt_tokens"] == ours["prompt_tokens"]
+    assert theirs["completion_tokens"] == ours["completion_tokens"]
+
+
+def test_contexts_of_the_other_programs_are_found_in_the_servers_cache(remote: Any) -> None:
+    @function
+    def program(s: ProgramState, end: str) -> None:
+        s += "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 4 + end + gen("x", max_tokens=2, temperature=0)
+
+    program.run("1", backend=remote).sync()
+    meta = program.run("2", backend=remote).get_meta_info("x")
+    assert meta["cached_tokens"] >= meta["prompt_tokens"] // 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_chats_and_their_tools_give_the_engines_answers(engine: EngineBackend, bare: Any, stream: bool) -> None:
+    @function
+    def program(s: ProgramState) -> None:
+        s += system("You calculate.") + user("What is 4827 * 396?")
+        s += assistant(gen("first", tools=[calculator], max_tokens=96, temperature=0))
+        s += user("What is 12 + 30?") + assistant(gen("second", tools=[calculator], max_tokens=96, temperature=0))
+
+    expected, state = program.run(backend=engine), program.run(backend=bare, stream=stream)
+    assert state["first"] == expected["first"] and "1911492" in state["first"]
+    assert state["second"] == expected["second"]
+    told = [(call.tool, json.loads(call.arguments), result.text) for call, result in state.tool_calls("first")]
+    assert told == [("calculator", {"expression": "4827 * 396"}, "1911492")]
+    assert [m["role"] for m in state.messages()] == [m["role"] for m in expected.messages()]
+
+
+def test_a_required_call_and_declared_tools(bare: OpenAIBackend) -> None:
+    @function
+    def required(s: ProgramState) -> None:
+        s += user("Hello there.")
+        s += assistant(gen("x", tools=[calculator], tool_choice="required", max_tool_rounds=1, max_tokens=96))
+
+    assert [call.tool for call, _ in required.run(backend=bare).tool_calls("x")] == ["calculator"]
+
+    @function(tools=[calculator])
+    def react(s: ProgramState) -> None:
+        s += user("What is 4827 * 396?") + assistant(gen("thought", max_tokens=96, temperature=0))
+        s.role(
+            "tool", call_tool("value", calculator, json.loads(s["thought"].split("\n")[1])["arguments"]["expression"])
+        )
+        s += assistant(gen("answer", max_tokens=40, temperature=0))
+
+    assert "1911492" in react.run(backend=bare)["answer"], "a native call is text to a program that reads text"
+
+
+def test_a_turn_that_has_begun(openai: OpenAIBackend, bare: OpenAIBackend, engine: EngineBackend) -> None:
+    @function
+    def program(s: ProgramState) -> None:
+        s += user("What is 3 + 4?") + assistant("The answer is" + gen("x", max_tokens=5, temperature=0))
+
+    assert program.run(backend=openai)["x"] == program.run(backend=engine)["x"]
+    error = program.run(backend=bare).error()
+    assert error is not None and isinstance(error.root, UnsupportedByBackend) and "prefill=True" in str(error)
+
+
+@pytest.mark.parametrize("method", [token_length_normalized, greedy_token_selection])
+def test_select_compares_the_same_logprobs(engine: EngineBackend, remote: Any, method: Any) -> None:
+    @function
+    def program(s: ProgramState) -> None:
+        s += "3 + 4 =" + select("x", [" 7", " carrot", " the the"], choices_method=method)
+
+    states = [program.run(backend=backend) for backend in (engine, remote)]
+    scores = [state.get_meta_info("x")["normalized_prompt_logprobs"] for state in states]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5) and states[0]["x"] == states[1]["x"] == " 7"
+
+
+def test_select_without_context(remote: Any) -> None:
+    @function
+    def program(s: ProgramState) -> None:
+        s += "3 + 4 =" + select("x", [" 7", " carrot"], choices_method=unconditional_likelihood_normalized)
+
+    gains = program.run(backend=remote).get_meta_info("x")["normalized_unconditional_prompt_logprobs"]
+    assert len(gains) == 2 and all(-100 < gain < 100 for gain in gains)
+
+
+def test_select_in_a_chat_asks_the_model(
+    openai: OpenAIBackend, sglang: SGLangBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    @function
+    def program(s: ProgramState) -> None:
+        s += user("What is 3 + 4?") + assistant("The answer is " + select("x", ["7", "carrot"]))
+
+    with caplog.at_level(logging.WARNING, "caesura.lang"):
+        for _ in range(2):
+            state = program.run(backend=openai)
+            assert state["x"] in ("7", "carrot") and state.text().endswith(state["x"] + "<|end|>\n")
+    assert sum("asked which option" in record.message for record in caplog.records) <= 1
+    assert program.run(backend=sglang)["x"] == "7", "text has logprobs"
+
+
+def test_grammars_and_types(openai: OpenAIBackend, sglang: SGLangBackend, bare: OpenAIBackend) -> None:
+    @function
+    def program(s: ProgramState, full: bool) -> None:
+        s += user("Left or right?") + assistant(gen("side", type=Literal["left", "right"], temperature=0))
+        s += user("Yes or no?") + assistant(gen("flag", type=bool, temperature=0))
+        schema = {"type": "string", "enum": ["ab", "cd"]}
+        s += user("A word.") + assistant(gen("word", json_schema=schema, temperature=0, max_tokens=30))
+        if full:
+            s += user("A number.") + assistant(gen("number", type=int, max_tokens=8, temperature=0))
+            s += user("A grammar.") + assistant(gen("grammar", ebnf='root ::= "ab" | "cd"', temperature=0))
+
+    for backend in (openai, sglang):
+        state = program.run(True, backend=backend)
+        assert state["side"] in ("left", "right") and state["flag"] in (True, False)
+        assert json.loads(state["word"]) in ("ab", "cd") and isinstance(state["number"], int)
+        assert state["grammar"] in ("ab", "cd")
+    error = program.run(True, backend=bare).error()
+    assert error is not None and "does not support the constraint regex" in str(error)
+
+
+def test_what_cannot_be_done_is_said_where_it_is_asked_for(
+    bare: OpenAIBackend, openai: OpenAIBackend, sglang: SGLangBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    @function
+    def odd(s: ProgramState) -> None:
+        s += "a" + gen("x", top_k=3, max_tokens=1)
+
+    @function
+    def held(s: ProgramState) -> None:
+        s += "a" + gen("x", json_schema={"type": "object"}, max_tokens=1)
+
+    @function
+    def scored(s: ProgramState) -> None:
+        s += "a b" + gen("x", return_logprob=True, logprob_start_len=0, max_tokens=1)
+
+    @function
+    def forced(s: ProgramState) -> None:
+        s += user("x") + assistant(gen("x", tools=[calculator], tool_choice="required"))
+
+    @function
+    def mixed(s: ProgramState) -> None:
+        s += "loose text"
+        s += user("x") + assistant(gen("x"))
+
+    cases: list[tuple[Any, Any, str]] = [
+        (odd, bare, "sets top_k"),
+        (held, bare, "no grammar"),
+        (scored, bare, "logprob_start_len"),
+        (forced, sglang, "demands the tool call"),
+        (mixed, openai, "stands outside of any"),
+    ]
+    for program, backend, words in cases:
+        error = program.run(backend=backend).error()
+        assert error is not None and isinstance(error.root, UnsupportedByBackend) and words in str(error), words
+    with pytest.raises(UnsupportedByBackend, match="flush"):
+        flush_cache(bare)
+    error = odd.run(backend=bare, namespace="mine").error()
+    assert error is not None and "namespace" in str(error)
+    assert odd.run(backend=openai).error() is None and scored.run(backend=sglang).error() is None
+
+
+def test_no_pauses_are_mentioned_once(server: Live, caplog: pytest.LogCaptureFixture) -> None:
+    @function
+    def program(s: ProgramState) -> None:
+        s += "a" + call_tool("x", lambda: "b") + call_tool("y", lambda: "c")
+
+    with OpenAIBackend(server.url) as backend, caplog.at_level(logging.WARNING, "caesura.lang"):
+        assert not backend.capabilities.pause
+        for _ in range(3):
+            assert program.run(backend=backend).text() == "abc"
+    assert [record.message for record in caplog.records if "knows no pauses" in record.message][1:] == []
+    assert any("knows no pauses" in record.message for record in caplog.records)
+
+
+def test_errors_of_the_server_keep_their_kinds(openai: OpenAIBackend, sglang: SGLangBackend) -> None:
+    @function
+    def long(s: ProgramState) -> None:
+        s += "word " * 20_000 + gen("x", max_tokens=4)
+
+    @function
+    def broken(s: ProgramState) -> None:
+        s += "a" + gen("x", ebnf="this is no grammar(", max_tokens=4)
+
+    for backend in (openai, sglang):
+        assert isinstance(long.run(backend=backend).error(), ContextTooLong)
+        assert isinstance(broken.run(backend=backend).error(), GrammarError)
+
+
+def test_servers_say_what_they_are(openai: OpenAIBackend, sglang: SGLangBackend, server: Live) -> None:
+    assert get_server_info(openai)["model"] == "embedded" == get_server_info(sglang)["model"]
+    flush_cache(sglang)
+
+    @function
+    def program(s: ProgramState) -> None:
+        s += user("hi") + assistant(gen("x", max_tokens=2, temperature=0))
+
+    with SGLangBackend(server.url) as guessed:  # the model's name tells nothing
+        assert program.run(backend=guessed).text().startswith("USER: hi\nASSISTANT: ")
+
+
+# -- endpoints unlike ours ----------------------------------------------------------------------------------------
+
+
+class Endpoint:
+    """An endpoint made of a function from (path, body) to (status, object or list of stream objects)."""
+
+    def __init__(self, answer: Callable[[str, dict[str, Any]], tuple[int, Any]]) -> None:
+        self._answer = answer
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            return
+        raw, more = b"", True
+        while more:
+            message = await receive()
+            raw, more = raw + message.get("body", b""), message.get("more_body", False)
+        body = json.loads(raw or b"{}")
+        self.asked.append((scope["path"], body))
+        status, told = self._answer(scope["path"], body)
+        if body.get("stream"):
+            kind, data = b"text/event-stream", b"".join(b"data: " + json.dumps(one).encode() + b"\n\n" for one in told)
+            data += b"data: [DONE]\n\n"
+        else:
+            kind, data = b"application/json", json.dumps(told).encode()
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
+        await send({"type": "http.response.body", "body": data})
+
+
+def _said(text: str | None, **more: Any) -> dict[str, Any]:
+    message = {"role": "assistant", "content": text, **more}
+    return {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": {"prompt_tokens": 3}}
+
+
+@function
+def hello(s: ProgramState) -> None:
+    s += user("Hello.") + assistant(gen("x", max_tokens=7))
+
+
+def test_a_model_that_wants_the_newer_name_of_max_tokens() -> None:
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if "max_tokens" in body:
+            message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+            return 400, {"error": {"message": message, "param": "max_tokens", "code": "unsupported_parameter"}}
+        return 200, _said("Hi.")
+
+    endpoint = Endpoint(answer)
+    with live(endpoint) as server, OpenAIBackend(server.url, "m") as backend:
+        assert [hello.run(backend=backend)["x"] for _ in range(2)] == ["Hi."] * 2
+    assert [("max_tokens" in body) for _, body in endpoint.asked] == [True, False, False]
+    assert endpoint.asked[-1][1] == {
+        "model": "m", "max_completion_tokens": 7, "messages": [{"role": "user", "content": "Hello."}]
+    }  # fmt: skip
+
+
+def test_streamed_calls_in_pieces_and_an_error_in_the_middle() -> None:
+    def delta(finish: str | None = None, **delta: Any) -> dict[str, Any]:
+        return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+    calls = [
+        delta(content="Let me see."),
+        delta(tool_calls=[{"index": 1, "id": "b", "function": {"name": "calculator", "arguments": '{"expr'}}]),
+        delta(tool_calls=[{"index": 0, "id": "a", "function": {"name": "calculator", "arguments": ""}}]),
+        delta(tool_calls=[{"index": 1, "function": {"arguments": 'ession": "1 + 1"}'}}]),
+        delta(tool_calls=[{"index": 0, "function": {"arguments": '{"expression": "2 + 2"}'}}]),
+        delta("tool_calls"),
+        {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 6}},
+    ]
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if len(body["messages"]) == 1:
+            return 200, calls
+        results = [(m["tool_call_id"], m["content"]) for m in body["messages"] if m["role"] == "tool"]
+        assert results == [("a", "4"), ("b", "2")]
+        if len(endpoint.asked) == 2:
+            return 200, [delta(content="4 and"), delta("stop", content=" 2"), {"choices": []}]
+        return 200, [delta(content="4"), {"error": {"message": "out of memory", "type": "server_error"}}]
+
+    @function
+    def program(s: ProgramState) -> None:
+        s += user("Sums?") + assistant(gen("x", tools=[calculator]))
+
+    endpoint = Endpoint(answer)
+    with live(endpoint) as server, OpenAIBackend(server.url, "m") as backend:
+        state = program.run(backend=backend, stream=True)
+        assert state["x"] == "4 and 2"
+        assert [result.text for _, result in state.tool_calls("x")] == ["4", "2"]
+        assert state.messages()[1]["content"] == "Let me see."
+        error = program.run(backend=backend, stream=True).error()
+    assert error is not None and isinstance(error.root, RemoteError) and "out of memory" in str(error)
+
+
+def test_an_endpoint_without_echo_and_schemas_is_asked_in_words() -> None:
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if body.get("echo"):
+            return 400, {"error": {"message": "echo is not supported"}}
+        if path.endswith("/completions") and "prompt" in body:
+            return 200, {"choices": [{"index": 0, "text": " carrots!", "finish_reason": "length"}]}
+        return 200, _said("It is the carrot" if "options" in body["messages"][-1]["content"] else "no")
+
+    @function
+    def text(s: ProgramState) -> None:
+        s += "Rabbits eat" + select("x", [" cars", " carrots"])
+
+    @function
+    def chat(s: ProgramState) -> None:
+        s += user("Eat?") + assistant(select("x", ["it is the carrot", "it is the car"]))
+
+    endpoint = Endpoint(answer)
+    with live(endpoint) as server, OpenAIBackend(server.url, "m") as backend:
+        assert [text.run(backend=backend)["x"] for _ in range(2)] == [" carrots"] * 2
+        assert chat.run(backend=backend)["x"] == "it is the carrot"
+        scores = chat.run(backend=backend).get_meta_info("x")["normalized_prompt_logprobs"]
+    assert scores[0] == 0.0 > scores[1]
+    assert sum(bool(body.get("echo")) for _, body in endpoint.asked) == 1, "what was refused is not asked for again"
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"choices": [{"message": {"content": "x"}, "finish_reason": "content_filter"}]}, "content filter"),
+        ({"choices": [{"message": {"content": "x"}, "finish_reason": None}]}, "without saying why"),
+        ({}, "without saying why"),
+    ],
+)
+def test_answers_that_are_none(told: Any, words: str) -> None:
+    with live(Endpoint(lambda path, body: (200, told))) as server, OpenAIBackend(server.url, "m") as backend:
+        error = hello.run(backend=backend).error()
+    assert error is not None and isinstance(error.root, RemoteError) and words in str(error)
+
+
+def test_a_stock_sglang_server_has_no_first_logprob_and_may_stream_pieces() -> None:
+    """It gives null for the first returned token, lacks /server_info in older versions, and aborts."""
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path in ("/model_info", "/server_info"):
+            return 404, {"detail": "Not Found"}
+        if path in ("/get_model_info", "/get_server_info"):
+            return 200, {"model_path": "Qwen/Qwen3-0.6B"}
+        sampling = body["sampling_params"]
+        if isinstance(body["text"], list):
+            assert sampling["max_new_tokens"] == 0 and body["logprob_start_len"] == 1
+            rows = [
+                [[None, 1, "b"], [-5.0, 2, " c"], [-float(i + 1), 3, text[-2:]]] for i, text in enumerate(body["text"])
+            ]
+            return 200, [{"text": "", "meta_info": {"input_token_logprobs": row}} for row in rows]
+        if sampling["max_new_tokens"] == 0:
+            return 200, {"text": "", "meta_info": {"prompt_tokens": 3, "finish_reason": {"type": "length"}}}
+        if body.get("stream"):
+            done = {"finish_reason": {"type": "stop", "matched": 9}, "completion_tokens": 4, "prompt_tokens": 3}
+            return 200, [
+                {"text": "one", "output_ids": [1], "meta_info": {"finish_reason": None, "completion_tokens": 1}},
+                {"text": " two", "output_ids": [2, 3], "meta_info": {"finish_reason": None, "completion_tokens": 3}},
+                {"text": " one", "output_ids": [4], "meta_info": done},
+            ]
+        return 200, {"text": "", "meta_info": {"finish_reason": {"type": "abort", "message": "too busy"}}}
+
+    @function
+    def choose(s: ProgramState) -> None:
+        s += "a b c" + select("x", [" x", " y"])
+
+    @function
+    def talk(s: ProgramState) -> None:
+        s += user("<|im_end|>") + assistant(gen("x"))
+
+    endpoint = Endpoint(answer)
+    with live(endpoint) as server, SGLangBackend(server.url) as backend:
+        assert choose.run(backend=backend)["x"] == " x"
+        state = talk.run(backend=backend, stream=True)
+        assert state["x"] == "one two one"
+        assert state.get_meta_info("x")["finish_reason"] == {"type": "stop", "matched": 9}
+        error = talk.run(backend=backend).error()
+        assert error is not None and "too busy" in str(error)
+        assert get_server_info(backend)["model"] == "Qwen/Qwen3-0.6B"
+    sent = next(body["text"] for _, body in endpoint.asked if body.get("stream"))
+    assert sent.count("<|im_end|>") == 1 and sent.startswith("<|im_start|>user\n<\u200b|im_end|>")
