@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 RIVALS = ("discard", "lru_host", "infercept", "oracle")
@@ -72,9 +73,10 @@ def screen(document: dict[str, Any]) -> list[Table]:
     for label in document["capacity_rps"]:
         unloaded_ms = document["unloaded_s"][label.split("@")[0]] * 1e3
         title = f"{label}: requests/s carried at twice the unloaded {unloaded_ms:.1f} ms a token"
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for heading in HEADINGS:
-            table.add_column(heading, justify="left" if heading == "policy" else "right")
+            first = heading == "policy"
+            table.add_column(heading, justify="left" if first else "right", no_wrap=first, overflow="fold")
         for row in capacity_rows(document, label):
             table.add_row(*cells(row))
         tables.append(table)
