@@ -49,6 +49,9 @@ class EngineConfig:
         _bounded("page_size", self.page_size, 1, 64)
         _bounded("max_step_tokens", self.max_step_tokens, 1, 1 << 20)
         _bounded("max_running", self.max_running, 1, 4096)
+        _bounded("seed", self.seed, 0, (1 << 63) - 1)
+        if self.num_threads is not None:
+            _bounded("num_threads", self.num_threads, 1, 1024)
         for name, value in (("kv_tokens", self.kv_tokens), ("host_kv_tokens", self.host_kv_tokens)):
             if value is not None:
                 _bounded(name, value, 0 if name.startswith("host") else 2 * self.page_size, 1 << 40)
