@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from caesura.lang.backend import Backend
 from caesura.lang.errors import DefinitionError
+
+if TYPE_CHECKING:
+    from caesura.lang.backends.http import HTTPBackend
+    from caesura.lang.backends.openai import OpenAIBackend
+    from caesura.lang.backends.sglang import SGLangBackend
 
 KINDS = ("caesura", "openai", "sglang")
 _OPTIONS = {"caesura": (), "openai": ("model", "dialect"), "sglang": ("chat",)}
@@ -16,7 +21,7 @@ _connected: dict[str, Backend] = {}
 _lock = threading.Lock()
 
 
-def connect(address: str, api_key: str | None = None, **options: Any) -> Backend:
+def connect(address: str, api_key: str | None = None, **options: Any) -> HTTPBackend | OpenAIBackend | SGLangBackend:
     """The backend at an address: ``http://host:port`` for a Caesura server, ``openai+https://host/v1?model=NAME``,
     ``sglang+http://host:port``.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -326,7 +328,9 @@ def _cli(*arguments: str, input: str | None = None) -> Any:
     return CliRunner().invoke(cli, list(arguments), input=input)
 
 
-def test_examples_run_here_or_there_by_a_flag(server: Live) -> None:
+def test_examples_run_here_or_there_by_a_flag(
+    server: Live, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = []
     for extra in ([], ["--url", server.url]):
         result = _cli("run", str(EXAMPLES / "hello.py"), "--json", *extra)
@@ -335,6 +339,10 @@ def test_examples_run_here_or_there_by_a_flag(server: Live) -> None:
     assert texts[0] == texts[1]
     answer = _cli("run", str(EXAMPLES / "hello.py"), "--url", f"openai+{server.url}/v1?dialect=sglang")
     assert answer.exit_code == 1 and "prefill=True" in answer.stderr
+    for address in (server.url, f"openai+{server.url}/v1", f"openai+{server.url}?dialect=sglang&model=any"):
+        monkeypatch.setattr(sys, "argv", ["anywhere.py", address])
+        runpy.run_path(str(EXAMPLES / "anywhere.py"), run_name="__main__")
+        assert "1911492" in capsys.readouterr().out.splitlines()[-1]
     spoken = _cli("chat", "--url", server.url, input="What is 12 + 30?\n")
     assert spoken.exit_code == 0 and "calculator(expression='12 + 30')" in spoken.stdout, spoken.stderr
     assert "42" in spoken.stdout
