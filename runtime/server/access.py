@@ -14,7 +14,9 @@ class Access(StrEnum):
 
 
 PUBLIC_PATHS = frozenset({b"/health", b"/ready", b"/version", b"/dashboard"})
-ADMIN_PATHS = frozenset({b"/flush_cache", b"/metrics", b"/v1/dashboard/state"})
+ADMIN_PATHS = frozenset(
+    {b"/flush_cache", b"/pause_generation", b"/continue_generation", b"/metrics", b"/v1/dashboard/state"}
+)
 
 
 def access_of(raw_path: bytes) -> Access:

@@ -17,6 +17,7 @@ from caesura.runtime.server.guard import Auth, BodyLimit, HostGuard, Outermost
 from caesura.runtime.server.info import Info, package_version
 from caesura.runtime.server.metrics import Counting, Metrics
 from caesura.runtime.server.native import Generate
+from caesura.runtime.server.native_control import NativeControl
 from caesura.runtime.server.native_info import NativeInfo
 from caesura.runtime.server.openapi import describe
 from caesura.runtime.server.responses import Responses
@@ -92,7 +93,7 @@ def _routes(state: ServerState, info: Info, metrics: Metrics) -> list[tuple[str,
     """(methods, path, endpoint). ``access.py`` says who may call what."""
     native, contexts, template = NativeInfo(state, info), Contexts(state), Template(state)
     dashboard = Dashboard(state)
-    responses = Responses(state)
+    responses, control = Responses(state), NativeControl(state)
     one = "/v1/contexts/{context_id}"
     return [
         ("GET", "/health", info.health),
@@ -119,6 +120,16 @@ def _routes(state: ServerState, info: Info, metrics: Metrics) -> list[tuple[str,
         ("POST", "/flush_cache", native.flush_cache),
         ("POST", "/concate_and_append_request", native.concate_and_append),
         ("POST", "/abort_request", native.abort),
+        ("POST", "/open_session", control.open_session),
+        ("POST", "/close_session", control.close_session),
+        ("POST", "/pause_generation", control.pause_generation),
+        ("POST", "/continue_generation", control.continue_generation),
+        ("GET", "/start_profile", control.profile),
+        ("POST", "/start_profile", control.profile),
+        ("GET", "/stop_profile", control.profile),
+        ("POST", "/stop_profile", control.profile),
+        ("POST", "/parse_function_call", control.parse_function_call),
+        ("POST", "/separate_reasoning", control.separate_reasoning),
         ("POST", "/tokenize", native.tokenize),
         ("POST", "/v1/tokenize", native.tokenize),
         ("POST", "/detokenize", native.detokenize),

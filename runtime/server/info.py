@@ -54,15 +54,19 @@ class Info:
 
     async def models(self, _: Request) -> Response:
         """OpenAI's model list: the one model there is."""
-        return reply({"object": "list", "data": [self._card()]})
+        return reply({"object": "list", "data": [await self._card()]})
 
     async def model(self, request: Request) -> Response:
         """One model of the list."""
         if request.path_params["model"] not in (self._state.model_name, self._state.service.model_name):
             raise ApiError(404, "there is no model of this name", param="model", code="model_not_found")
-        return reply(self._card())
+        return reply(await self._card())
 
-    def _card(self) -> dict[str, Any]:
+    async def _card(self) -> dict[str, Any]:
+        try:
+            limit = await self._state.max_context_tokens()
+        except Exception:  # whatever ails the engine: what is served is told without it
+            limit = None
         return {
             "id": self._state.model_name,
             "object": "model",
@@ -70,4 +74,5 @@ class Info:
             "owned_by": "caesura",
             "root": self._state.model_name,
             "parent": None,
+            "max_model_len": limit,
         }

@@ -15,7 +15,9 @@ from caesura.runtime.server import limits
 from caesura.runtime.server.answer import token_text_bytes
 from caesura.runtime.server.errors import ApiError
 from caesura.runtime.server.http import DONE, event, read, reply, stream, until_disconnect
+from caesura.runtime.server.kept import owner_of
 from caesura.runtime.server.native_protocol import GenerateRequest, NativeSampling, per_prompt
+from caesura.runtime.server.sessions import SessionTurn
 from caesura.runtime.server.state import ServerState
 from caesura.runtime.server.textgen import Scores, TextItem, TextJob, checked_ids, each, encode_text, run_jobs
 from caesura.runtime.server.work import Work
@@ -97,7 +99,38 @@ class Generate:
         self, body: GenerateRequest, work: Work, results: list[_Result], scores: dict[int, Scores]
     ) -> AsyncGenerator[int, None]:
         """Indices of results that have grown."""
-        asked, jobs = await self._state.on_text_thread(lambda: self._prepare(body))
+        turn = await self._turn(body, work)
+        try:
+            asked, jobs = await self._state.on_text_thread(lambda: self._prepare(body, turn))
+            async with contextlib.aclosing(self._run(body, work, asked, jobs, results, scores)) as indices:
+                async for index in indices:
+                    finish = results[index].finish
+                    if turn is not None and finish is not None and finish.reason != "abort":
+                        self._state.sessions.commit(turn, asked[0].ids, results[index].output_ids)
+                    yield index
+        finally:
+            if turn is not None:
+                self._state.sessions.roll_back(turn)
+
+    async def _turn(self, body: GenerateRequest, work: Work) -> SessionTurn | None:
+        """The request's place in its session, if it has one."""
+        if body.session_params is None:
+            return None
+        key_id = owner_of(work.namespace)
+        turn = self._state.sessions.begin(key_id, body.session_params, work.request_id)
+        for rid in turn.aborts:
+            await self._state.board.abort(key_id, rid)
+        return turn
+
+    async def _run(
+        self,
+        body: GenerateRequest,
+        work: Work,
+        asked: list[_Asked],
+        jobs: list[TextJob],
+        results: list[_Result],
+        scores: dict[int, Scores],
+    ) -> AsyncGenerator[int, None]:
         firsts = []
         for number, one in enumerate(asked):
             firsts.append(len(results))
@@ -114,8 +147,10 @@ class Generate:
                 self._take(results[index], item)
                 yield index
 
-    def _prepare(self, body: GenerateRequest) -> tuple[list[_Asked], list[TextJob]]:
+    def _prepare(self, body: GenerateRequest, turn: SessionTurn | None) -> tuple[list[_Asked], list[TextJob]]:
         prompts = self._prompts(body)
+        if turn is not None:
+            prompts = [turn.prompt(ids, self._tokenizer.bos_id) for ids in prompts]
         asked = [self._asked(body, ids, index, len(prompts)) for index, ids in enumerate(prompts)]
         if sum(one.choices for one in asked) > limits.MAX_PROMPTS:
             raise ApiError(400, f"prompts times n is more than {limits.MAX_PROMPTS}")
@@ -132,7 +167,8 @@ class Generate:
                 return dataclasses.replace(made, ignore_eos=True, stop_token_ids=()) if one.peek else made
 
             wants_scores = one.logprobs and one.start < len(one.ids)
-            jobs.append(TextJob(one.ids, each(make, one.choices), one.start if wants_scores else None))
+            score_from = one.start if wants_scores else None
+            jobs.append(TextJob(one.ids, each(make, one.choices), score_from, one.top if wants_scores else 0))
         return asked, jobs
 
     def _prompts(self, body: GenerateRequest) -> list[list[int]]:
@@ -211,7 +247,8 @@ class Generate:
         meta["output_token_logprobs"] = [entry(token.logprob, token.token_id) for token in outputs]
         meta["output_token_logprobs_length"] = len(outputs)
         if asked.top:
-            meta["input_top_logprobs"] = [None for _ in values]  # only the prompt's own tokens are scored
+            tops = scores.tops if scores is not None else ()
+            meta["input_top_logprobs"] = [[entry(lp, i) for i, lp in top] if top else None for top in tops]
             meta["output_top_logprobs"] = [[entry(lp, i) for i, lp in token.top_logprobs] for token in outputs]
 
 

@@ -14,6 +14,7 @@ from caesura.runtime.server.http import principal_of, read, reply, until_disconn
 from caesura.runtime.server.info import Info, package_version
 from caesura.runtime.server.state import ServerState
 from caesura.runtime.server.textgen import begun, checked_ids, encode_text
+from caesura.runtime.text.reasoning import detect_marks, marks_name
 from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -64,7 +65,7 @@ class NativeInfo:
                 "preferred_sampling_params": None,
                 "weight_version": "default",
                 "load_format": "auto",
-                "reasoning_parser": None,
+                "reasoning_parser": marks_name(detect_marks(self._service.template.source)),
                 "tool_call_parser": str(self._service.tool_format),
                 "disaggregation_mode": "null",
                 "has_image_understanding": False,
@@ -85,18 +86,24 @@ class NativeInfo:
                 "model_path": self._state.model_name,
                 "served_model_name": self._state.model_name,
                 "page_size": stats.get("page_size"),
+                "context_length": stats.get("max_context_tokens"),
+                "max_total_num_tokens": stats.get("device_pages", 0) * stats.get("page_size", 0),
+                "generation_paused": self._state.paused,
                 "policy": stats.get("policy"),
                 "max_requests": config.max_requests,
                 "tool_wait_s": config.tool_wait_s,
                 "requests": len(self._state.board),
                 "kept_contexts": len(self._state.kept),
+                "sessions": len(self._state.sessions),
+                "responses": len(self._state.responses),
                 "internal_states": [stats],
             }
         )
 
     async def flush_cache(self, _: Request) -> Response:
-        """Forget every cached prefix. Refused while requests run; contexts that wait for tools keep theirs."""
-        if len(self._state.board):
+        """Forget every cached prefix. Refused while requests run, unless they hold nothing (paused by ``retract``);
+        contexts that wait for tools keep theirs."""
+        if len(self._state.board) and self._state.paused != "retract":
             raise ApiError(400, f"the cache cannot be flushed while {len(self._state.board)} requests run")
         await self._service.flush_cache()
         return PlainTextResponse("Cache flushed.\n")

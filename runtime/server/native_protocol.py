@@ -9,6 +9,7 @@ from caesura.runtime.sampling import Constraint, SamplingParams
 from caesura.runtime.server import limits
 from caesura.runtime.server.errors import ApiError
 from caesura.runtime.server.params import bias_of, constraint_of, seed_of, strings
+from caesura.runtime.server.sessions import SessionParams
 from msgspec import Meta
 
 T = TypeVar("T")
@@ -110,6 +111,8 @@ class GenerateRequest(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     cache_salt: limits.Id | None = None
     extra_key: limits.Id | None = None
+    session_params: SessionParams | None = None
+    session_id: limits.Id | None = None
     image_data: Any = None
     video_data: Any = None
     audio_data: Any = None
@@ -119,6 +122,16 @@ class GenerateRequest(msgspec.Struct, kw_only=True):
         """What the types cannot say."""
         if (self.text is None) == (self.input_ids is None):
             raise ApiError(400, "exactly one of text and input_ids must be given", param="text")
+        if self.session_params is not None:
+            several = (
+                isinstance(self.text, list) or isinstance(self.rid, list) or isinstance(self.sampling_params, list)
+            )
+            nested = self.input_ids is not None and any(isinstance(item, list) for item in self.input_ids)
+            choices = self.sampling_params.n if isinstance(self.sampling_params, NativeSampling) else None
+            if several or nested or (choices or 1) > 1:
+                raise ApiError(400, "a request of a session has one prompt and one choice", param="session_params")
+            if self.session_id is not None:
+                raise ApiError(400, "session_id and session_params exclude each other", param="session_id")
         for name in ("image_data", "video_data", "audio_data", "input_embeds"):
             if getattr(self, name):
                 raise ApiError(400, f"{name} is not supported, only text and input_ids", param=name)

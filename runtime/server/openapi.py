@@ -18,9 +18,11 @@ from caesura.runtime.server.contexts_protocol import (
     TruncateRequest,
     TurnRequest,
 )
+from caesura.runtime.server.native_control import ParseCalls, PauseGeneration, SplitReasoning
 from caesura.runtime.server.native_info import AbortRequest, DetokenizeRequest, TokenizeRequest
 from caesura.runtime.server.native_protocol import GenerateRequest
 from caesura.runtime.server.responses_protocol import ResponsesRequest
+from caesura.runtime.server.sessions import CloseSession, OpenSession
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
@@ -31,6 +33,11 @@ BODIES: dict[str, type[msgspec.Struct]] = {
     "/v1/responses": ResponsesRequest,
     "/generate": GenerateRequest,
     "/abort_request": AbortRequest,
+    "/open_session": OpenSession,
+    "/close_session": CloseSession,
+    "/pause_generation": PauseGeneration,
+    "/parse_function_call": ParseCalls,
+    "/separate_reasoning": SplitReasoning,
     "/tokenize": TokenizeRequest,
     "/v1/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,

@@ -16,6 +16,7 @@ from caesura.runtime.server.kept import KeptContexts, namespace_of
 from caesura.runtime.server.keys import KeyRing
 from caesura.runtime.server.registry import ContextRegistry
 from caesura.runtime.server.responses_store import ResponseStore
+from caesura.runtime.server.sessions import SessionStore
 from caesura.runtime.server.tally import TALLY, RequestTally, ServerCounts
 from caesura.runtime.server.work import Work, WorkBoard
 from starlette.requests import Request
@@ -37,6 +38,8 @@ class ServerState:
         self.kept = KeptContexts(config.max_kept_contexts, config.max_contexts_per_key, config.tool_wait_s)
         self.contexts = ContextRegistry(config.max_kept_contexts, config.max_contexts_per_key)
         self.responses = ResponseStore(config.max_kept_contexts, config.max_contexts_per_key, config.context_ttl_s)
+        self.sessions = SessionStore(config.max_kept_contexts, config.max_contexts_per_key, config.context_ttl_s)
+        self.paused: str | None = None  # how generation was put on hold
         self.model_name = config.model_name or service.model_name
         self.counts = ServerCounts()
         self.started_at = time.time()

@@ -19,11 +19,13 @@ from caesura.runtime.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class TextJob:
-    """One prompt with its choices. ``score_from``: logprobs of the prompt's tokens from there on are wanted."""
+    """One prompt with its choices. ``score_from``: logprobs of the prompt's tokens from there on are wanted, and of the
+    ``score_top`` likeliest tokens in their places."""
 
     prompt_ids: Sequence[int]
     params: Sequence[SamplingParams]
     score_from: int | None = None
+    score_top: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class Scores:
     job: int
     start: int
     values: tuple[float | None, ...]
+    tops: tuple[tuple[tuple[int, float], ...], ...] = ()  # (token id, logprob) in place of each, if asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +70,7 @@ async def _run_job(
         await handle.append(job.prompt_ids[:first])
         cached = await _prefill(work, handle)
         await handle.append(job.prompt_ids[first:])
-        values = await handle.score(first) if first < len(job.prompt_ids) else []
-        yield Scores(number, job.score_from, (*(() if job.score_from else (None,)), *values))
+        yield await _score(number, job, handle, first)
     handles = [handle]
     if len(job.params) > 1:
         found = await _prefill(work, handle)
@@ -93,6 +95,21 @@ async def _run_job(
     async with contextlib.aclosing(merged([choose(choice) for choice in range(len(handles))])) as items:
         async for item in items:
             yield item
+
+
+async def _score(number: int, job: TextJob, handle: Handle, first: int) -> Scores:
+    """Scores of the prompt's tokens; the very first one has none."""
+    assert job.score_from is not None
+    values: Sequence[float | None] = []
+    tops: list[tuple[tuple[int, float], ...]] = []
+    if first < len(job.prompt_ids) and job.score_top:
+        scored = await handle.score_top(first, job.score_top)
+        values, tops = [token.logprob for token in scored], [token.top_logprobs for token in scored]
+    elif first < len(job.prompt_ids):
+        values = await handle.score(first)
+    if job.score_from == 0:
+        values, tops = [None, *values], [(), *tops] if job.score_top else []
+    return Scores(number, job.score_from, tuple(values), tuple(tops))
 
 
 async def _prefill(work: Work, handle: Handle) -> int:

@@ -138,6 +138,13 @@ class WorkBoard:
     def leave(self, place: tuple[str, str]) -> None:
         self._at_work.pop(place, None)
 
+    async def abort_everything(self) -> int:
+        """Abort all keys' requests. Returns how many."""
+        found = list(self._at_work.values())
+        for work in found:
+            await work.abort()
+        return len(found)
+
     async def abort(self, key_id: str, request_id: str | None) -> int:
         """Abort one key's request, or all of them. Returns how many."""
         found = [

@@ -17,12 +17,12 @@ class ThinkMarks:
     opened: bool = False
 
 
-MARKS: dict[str, ThinkMarks] = {
+MARKS: dict[str, ThinkMarks] = {  # of equal marks the first name is told
+    "qwen3": ThinkMarks("<think>", "</think>"),
     "deepseek-r1": ThinkMarks("<think>", "</think>", True),
     "deepseek-v3": ThinkMarks("<think>", "</think>"),
     "glm45": ThinkMarks("<think>", "</think>"),
     "kimi": ThinkMarks("◁think▷", "◁/think▷"),
-    "qwen3": ThinkMarks("<think>", "</think>"),
     "qwen3-thinking": ThinkMarks("<think>", "</think>", True),
 }
 
@@ -33,6 +33,11 @@ def detect_marks(template_source: str) -> ThinkMarks | None:
         if marks.closing in template_source:
             return marks
     return None
+
+
+def marks_name(marks: ThinkMarks | None) -> str | None:
+    """The model type that stands for these marks."""
+    return next((name for name, known in MARKS.items() if known == marks), None)
 
 
 class ThinkSplitter:

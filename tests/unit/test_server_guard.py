@@ -23,10 +23,11 @@ from fastapi.routing import APIRoute
 
 KEY, ADMIN_KEY = "sk-test-0123456789", "sk-admin-0123456789"
 PUBLIC = {"/health", "/ready", "/version", "/dashboard"}
-ADMIN = {"/flush_cache", "/metrics", "/v1/dashboard/state"}
+ADMIN = {"/pause_generation", "/continue_generation", "/flush_cache", "/metrics", "/v1/dashboard/state"}
 KEYED = {
     "/v1/models", "/v1/models/{model:path}", "/v1/chat/completions", "/v1/completions", "/generate",
     "/v1/template/turn", "/v1/template/tool_results",
+    "/open_session", "/close_session", "/start_profile", "/stop_profile", "/parse_function_call", "/separate_reasoning",
     "/v1/responses", "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel",
     "/v1/responses/{response_id}/input_items",
     "/get_model_info", "/model_info", "/get_server_info", "/server_info", "/health_generate",

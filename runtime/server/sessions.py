@@ -1,0 +1,214 @@
+"""SGLang's sessions: the server keeps the tokens, a request sends only what is new and says which one it goes on from.
+
+Tokens alone are kept; their KV is the prefix cache's. Sessions belong to a key, are bounded, and end when unused.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import msgspec
+from caesura.runtime.server import limits
+from caesura.runtime.server.errors import ApiError
+from msgspec import Meta
+
+MAX_SESSION_REQUESTS = 1024
+MAX_SESSION_TOKENS = 1 << 23  # of all sessions together
+Offset = Annotated[int, Meta(ge=-limits.MAX_PROMPT_TOKENS, le=limits.MAX_PROMPT_TOKENS)]
+
+
+class SessionParams(msgspec.Struct):
+    """``session_params`` of ``/generate``: go on from the request ``rid``, after its first ``offset`` tokens or all.
+
+    ``replace`` forgets what came after ``rid`` (everything, without one); ``drop_previous_output`` leaves out what the
+    model answered there.
+    """
+
+    id: limits.Name
+    rid: limits.Id | None = None
+    offset: Offset | None = None
+    replace: bool | None = None
+    drop_previous_output: bool | None = None
+
+
+class OpenSession(msgspec.Struct):
+    """The body of ``/open_session``. A ``streaming`` session is a line of requests, one at a time; any other a tree.
+
+    ``timeout`` is in seconds without a request. ``capacity_of_str_len`` is accepted and, as in SGLang, bounds nothing.
+    """
+
+    capacity_of_str_len: Annotated[int, Meta(ge=0, le=1 << 40)] = 0
+    session_id: limits.Name | None = None
+    streaming: bool | None = None
+    timeout: limits.WaitSeconds | None = None
+
+
+class CloseSession(msgspec.Struct):
+    """The body of ``/close_session``."""
+
+    session_id: limits.Name
+
+
+@dataclass(slots=True)
+class _Node:
+    """One request. ``output`` is None while it runs."""
+
+    rid: str
+    parent: str | None
+    prompt: array[int]
+    output: array[int] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.output or ())
+
+
+@dataclass(slots=True)
+class _Session:
+    key_id: str
+    id: str
+    streaming: bool
+    ttl_s: float
+    expires_at: float
+    nodes: dict[str, _Node] = field(default_factory=dict)
+    num_tokens: int = 0  # as of the last commit
+
+    def drop(self, rids: Sequence[str]) -> list[str]:
+        """Forget requests and all that came after them; returns those that still run."""
+        running = []
+        for rid in rids:
+            node = self.nodes.pop(rid, None)
+            if node is None:
+                continue
+            running += [rid] if node.output is None else []
+            running += self.drop([child.rid for child in self.nodes.values() if child.parent == rid])
+        return running
+
+
+@dataclass(frozen=True, slots=True)
+class SessionTurn:
+    """A request of a session, about to run after ``before``. ``aborts`` are requests that it replaces."""
+
+    session: _Session
+    rid: str
+    parent: str | None
+    before: array[int]
+    aborts: Sequence[str]
+
+    def prompt(self, new: Sequence[int], bos_id: int | None) -> list[int]:
+        """The whole prompt; what is appended begins without BOS."""
+        if self.parent is not None and new and new[0] == bos_id:
+            new = new[1:]
+        return [*self.before, *new]
+
+
+class SessionStore:
+    """The store. All methods run on the server's event loop."""
+
+    def __init__(
+        self, max_sessions: int, max_per_key: int, ttl_s: float, *, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._max_sessions = max_sessions
+        self._max_per_key = max_per_key
+        self._ttl_s = ttl_s
+        self._monotonic = monotonic
+        self._sessions: OrderedDict[tuple[str, str], _Session] = OrderedDict()  # the one used last at the end
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def open(self, key_id: str, body: OpenSession) -> str:
+        """A new session's id. Raises ApiError 400 for an id in use, 429 when there are too many."""
+        self.expire()
+        session_id = body.session_id or secrets.token_hex(16)
+        if (key_id, session_id) in self._sessions:
+            raise ApiError(400, f"session {session_id!r} is open already; close it first", param="session_id")
+        mine = sum(session.key_id == key_id for session in self._sessions.values())
+        if mine >= self._max_per_key or len(self._sessions) >= self._max_sessions:
+            raise ApiError(429, f"there are {mine} sessions of this key; close some", retry_after_s=5)
+        ttl_s = min(body.timeout or self._ttl_s, self._ttl_s)
+        session = _Session(key_id, session_id, bool(body.streaming), ttl_s, self._monotonic() + ttl_s)
+        self._sessions[key_id, session_id] = session
+        return session_id
+
+    def close(self, key_id: str, session_id: str) -> bool:
+        """Forget a session; requests of it that run are not stopped. Whether there was one."""
+        return self._sessions.pop((key_id, session_id), None) is not None
+
+    def begin(self, key_id: str, asked: SessionParams, rid: str) -> SessionTurn:
+        """A request's place in its session. Raises ApiError 400."""
+        self.expire()
+        session = self._sessions.get((key_id, asked.id))
+        if session is None:
+            raise _refused(f"session {asked.id!r} does not exist or has expired", "id")
+        self._sessions.move_to_end((key_id, asked.id))
+        session.expires_at = self._monotonic() + session.ttl_s
+        aborts: list[str] = []
+        if session.streaming:
+            parent = self._line(session, asked)
+        else:
+            if asked.rid is not None and asked.rid not in session.nodes:
+                raise _refused(f"request {asked.rid!r} is not part of session {asked.id!r}", "rid")
+            parent = session.nodes[asked.rid] if asked.rid is not None else None
+            if asked.replace:
+                roots = [n.rid for n in session.nodes.values() if n.parent == asked.rid]
+                aborts = session.drop(roots)
+        if parent is not None and parent.output is None:
+            raise _refused(f"request {parent.rid!r} has not ended", "rid")
+        if rid in session.nodes:
+            raise _refused(f"request {rid!r} is already part of session {asked.id!r}", "rid")
+        if len(session.nodes) >= MAX_SESSION_REQUESTS:
+            raise _refused(f"the session holds {len(session.nodes)} requests; replace some, or close it", "id")
+        before = array("i")
+        if parent is not None:
+            before = parent.prompt[:] if asked.drop_previous_output else parent.prompt + (parent.output or array("i"))
+            before = before[: asked.offset] if asked.offset else before
+        name = parent.rid if parent is not None else None
+        session.nodes[rid] = _Node(rid, name, array("i"))
+        return SessionTurn(session, rid, name, before, aborts)
+
+    @staticmethod
+    def _line(session: _Session, asked: SessionParams) -> _Node | None:
+        """The one request that a streaming session's next one goes on from."""
+        for name in ("replace", "drop_previous_output", "offset"):
+            if getattr(asked, name):
+                raise _refused(f"a streaming session only appends; {name} is not possible", name)
+        if any(node.output is None for node in session.nodes.values()):
+            raise _refused("a streaming session has one request at a time, and one is running", "id")
+        return next(reversed(session.nodes.values()), None)
+
+    def commit(self, turn: SessionTurn, prompt: Sequence[int], output: Sequence[int]) -> None:
+        """The request has ended: others may go on from it."""
+        node = turn.session.nodes.get(turn.rid)
+        if node is None:  # replaced meanwhile
+            return
+        node.prompt, node.output = array("i", prompt), array("i", output)
+        if turn.session.streaming and turn.parent is not None:
+            del turn.session.nodes[turn.parent]
+            node.parent = None
+        turn.session.num_tokens = sum(one.num_tokens for one in turn.session.nodes.values())
+        total = sum(session.num_tokens for session in self._sessions.values())
+        while total > MAX_SESSION_TOKENS and len(self._sessions) > 1:
+            total -= self._sessions.popitem(last=False)[1].num_tokens
+
+    def roll_back(self, turn: SessionTurn) -> None:
+        """The request has no end to go on from: as if it had not been. Nothing happens after ``commit``."""
+        node = turn.session.nodes.get(turn.rid)
+        if node is not None and node.output is None:
+            del turn.session.nodes[turn.rid]
+
+    def expire(self) -> None:
+        """Forget what nobody uses."""
+        now = self._monotonic()
+        for place in [place for place, session in self._sessions.items() if now >= session.expires_at]:
+            del self._sessions[place]
+
+
+def _refused(message: str, name: str) -> ApiError:
+    return ApiError(400, message, param=f"session_params.{name}")
