@@ -27,7 +27,7 @@ from caesura.runtime.logs import note
 from caesura.runtime.model.grammar import GrammarCompiler
 from caesura.runtime.sampling import Constraint, ConstraintKind, SamplerState, SamplingParams
 from caesura.runtime.snapshot import EngineSnapshot, take_snapshot
-from caesura.runtime.telemetry import Telemetry
+from caesura.runtime.telemetry import Telemetry, stats_of
 from caesura.runtime.text.template import ChatTemplate
 from caesura.runtime.text.tokenizer import Tokenizer
 from caesura.runtime.text.tool_parser import ToolFormat, detect_format, tool_grammar
@@ -119,7 +119,7 @@ class EngineService:
         return await self.call(lambda engine: take_snapshot(engine, self._history, since))
 
     def _account(self, engine: Engine) -> dict[str, Any]:
-        return {**_stats(engine), "telemetry": self._telemetry.account(engine)}
+        return {**stats_of(engine), "telemetry": self._telemetry.account(engine)}
 
     def observe(self, observer: Observer) -> None:
         """Let ``observer`` see every step from now on (called on the engine thread)."""
@@ -432,21 +432,3 @@ class ContextHandle:
         """Close the context, aborting what it does. Idempotent."""
         self._service.post(lambda engine: engine.close(self.id))
         self._closed = self._closed or ContextClosed(f"context {self.id} is closed")
-
-
-def _stats(engine: Engine) -> dict[str, Any]:
-    scheduler, ledger = engine.scheduler, engine.ledger
-    phases = [state.phase.value for state in scheduler.contexts.values()]
-    return {
-        "contexts": {phase: phases.count(phase) for phase in ("queued", "running", "paused")},
-        "device_pages": ledger.num_device_pages,
-        "free_pages": ledger.free_pages,
-        "cached_pages": ledger.evictable_pages,
-        "paused_pages": ledger.paused_pages,
-        "host_pages": ledger.num_host_pages,
-        "page_size": ledger.page_size,
-        "page_bytes": engine.executor.page_bytes,
-        "policy": scheduler.policy.name,
-        "max_context_tokens": engine.max_context_tokens,
-        **scheduler.meter.snapshot(),
-    }

@@ -167,3 +167,22 @@ def _is_copying(engine: Engine, context: ContextId) -> bool:
     """Part of what the context holds is on its way between the tiers."""
     lease = engine.ledger.leases.get(context) if engine.ledger.transfers else None
     return lease is not None and any(node.transfer is not None for node in lease.node.path())
+
+
+def stats_of(engine: Engine) -> dict[str, Any]:
+    """Contexts by phase, the pools, the policy, and the waste account."""
+    scheduler, ledger = engine.scheduler, engine.ledger
+    phases = [state.phase.value for state in scheduler.contexts.values()]
+    return {
+        "contexts": {phase: phases.count(phase) for phase in ("queued", "running", "paused")},
+        "device_pages": ledger.num_device_pages,
+        "free_pages": ledger.free_pages,
+        "cached_pages": ledger.evictable_pages,
+        "paused_pages": ledger.paused_pages,
+        "host_pages": ledger.num_host_pages,
+        "page_size": ledger.page_size,
+        "page_bytes": engine.executor.page_bytes,
+        "policy": scheduler.policy.name,
+        "max_context_tokens": engine.max_context_tokens,
+        **scheduler.meter.snapshot(),
+    }
