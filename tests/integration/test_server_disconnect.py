@@ -40,10 +40,11 @@ async def leave(
     after_events: int,
     after_s: float,
     gone: asyncio.Event | None = None,
+    stuck_at: bytes | None = None,
 ) -> int:
     """Send a request and hang up after so many body messages, or so many seconds, or when ``gone`` is set.
 
-    Returns how many messages came.
+    The message that holds ``stuck_at`` is never taken. Returns how many messages came.
     """
     raw = json.dumps(body).encode()
     gone = gone or asyncio.Event()
@@ -64,6 +65,8 @@ async def leave(
             sent += 1
             if sent >= after_events:
                 gone.set()
+            if stuck_at is not None and stuck_at in message.get("body", b""):
+                await asyncio.Event().wait()
 
     scope = {
         "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
@@ -91,6 +94,20 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream() -> None:
     async def test(_: httpx.AsyncClient, app: FastAPI) -> None:
         sent = await leave(app, "/v1/chat/completions", {**LONG, "stream": True}, after_events=5, after_s=10)
         assert sent < 100
+        await nothing_left(embedded_service())
+
+    run(test)
+
+
+def test_a_client_that_never_hears_of_its_tool_call_leaves_no_paused_context() -> None:
+    """The answer has ended in a call and its context is paused, but the client is gone before the last event: it does
+    not know the call's id, so nobody will come back."""
+
+    async def test(_: httpx.AsyncClient, app: FastAPI) -> None:
+        path = "/v1/chat/completions"
+        body = {"messages": [QUESTION], "tools": TOOLS, "temperature": 0, "stream": True}
+        assert await leave(app, path, body, after_events=10_000, after_s=0.5, stuck_at=b'"finish_reason":"tool_calls"')
+        assert len(app.state.server.kept) == 0
         await nothing_left(embedded_service())
 
     run(test)

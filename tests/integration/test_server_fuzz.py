@@ -19,7 +19,7 @@ from schemathesis import Case, GenerationMode
 from tests.integration.server_client import client_of
 from tests.integration.server_hostile import check_answer, idle, remote_service
 
-FEW, MANY = 8, 250  # examples for each operation and mode
+FEW, MANY = 5, 250  # examples for each operation and mode
 MOST_TOKENS = 4
 LENGTHS = {"max_tokens", "max_completion_tokens", "max_new_tokens", "max_output_tokens"}
 LENGTH_OF = {
