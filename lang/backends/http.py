@@ -29,6 +29,7 @@ from caesura.lang.backends.http_client import HttpClient, HttpOptions, Refusal, 
 from caesura.lang.errors import RemoteError, ServerUnavailable
 
 MAX_AT_ONCE = 64  # forks, and options to score, in one request
+MAX_UNSENT = 1024  # pieces that wait for the next request
 MAX_TURNS = 256  # remembered turns of the chat template
 
 Pieces = tuple[tuple[Piece, ...], tuple[Piece, ...]]
@@ -127,6 +128,7 @@ class HTTPSession:
         self._client = client
         self._path = f"/v1/contexts/{described['id']}"
         self._num_tokens: int | None = described["num_tokens"]  # None: something was interrupted, the server knows
+        self._unsent: list[dict[str, Any]] = []  # goes with the next request that needs it
         self._closed = False
 
     async def _post(self, verb: str, body: Mapping[str, Any] | None = None, *, computes: bool = False) -> Any:
@@ -137,18 +139,27 @@ class HTTPSession:
         return answer
 
     async def append(self, pieces: Sequence[Piece | Tokens]) -> None:
-        body = [
-            {"token_ids": list(piece.token_ids)}
-            if isinstance(piece, Tokens)
-            else {"text": piece.text, "special": piece.special}
-            for piece in pieces
-        ]
-        if body:
-            await self._post("append", {"pieces": body})
+        for piece in pieces:
+            if isinstance(piece, Tokens):
+                self._unsent.append({"token_ids": list(piece.token_ids)})
+            else:
+                self._unsent.append({"text": piece.text, "special": piece.special})
+        if len(self._unsent) > MAX_UNSENT:
+            await self._flush()
+
+    def _take_unsent(self) -> list[dict[str, Any]]:
+        unsent, self._unsent = self._unsent, []
+        return unsent
+
+    async def _flush(self) -> None:
+        """Send what was appended."""
+        for at in range(0, len(self._unsent), MAX_UNSENT):
+            await self._post("append", {"pieces": self._unsent[at : at + MAX_UNSENT]})
+        self._unsent = []
 
     async def generate(self, request: GenRequest) -> AsyncGenerator[GenChunk, None]:
         sampling_params(request)  # the runtime's own checks, so that a bad value is told of in the same words
-        body = _generate_body(request)
+        body = {**_generate_body(request), "pieces": self._take_unsent()}
         self._num_tokens = None
         if request.stream:
             chunks = self._stream(body)
@@ -185,6 +196,7 @@ class HTTPSession:
         return GenChunk(told["text"], tuple(told.get("token_ids", ())), logprobs, finish)
 
     async def score(self, texts: Sequence[str], *, unconditional: bool = False) -> list[OptionScore]:
+        await self._flush()
         scores: list[OptionScore] = []
         for at in range(0, len(texts), MAX_AT_ONCE):
             body = {"texts": list(texts[at : at + MAX_AT_ONCE]), "unconditional": unconditional}
@@ -198,6 +210,7 @@ class HTTPSession:
         return scores
 
     async def prompt_logprobs(self, start: int) -> list[TokenLogprob]:
+        await self._flush()
         answer = await self._post("score", {"start": start}, computes=True)
         return list(_scored(answer["tokens"]))
 
@@ -207,6 +220,7 @@ class HTTPSession:
 
     async def fork(self, n: int) -> list[HTTPSession]:
         """Made 64 at a time; all or none."""
+        await self._flush()
         copies: list[HTTPSession] = []
         try:
             while len(copies) < n:
@@ -221,6 +235,7 @@ class HTTPSession:
         return copies
 
     async def pause(self, calls: Sequence[PendingCall], *, wait: Literal["all", "any"] = "all") -> None:
+        await self._flush()
         pending = [
             {
                 "tool": call.tool[:64],
@@ -232,14 +247,16 @@ class HTTPSession:
         await self._post("pause", {"calls": pending, "wait": wait})
 
     async def resume(self) -> None:
-        await self._post("resume")
+        await self._post("resume", {"pieces": self._take_unsent()})
 
     async def mark(self) -> int:
+        await self._flush()
         if self._num_tokens is None:
             self._num_tokens = (await self._client.get(self._path))["num_tokens"]
         return self._num_tokens or 0
 
     async def rollback(self, mark: int) -> None:
+        self._unsent = []  # marks are taken of what was sent
         await self._post("rollback", {"num_tokens": mark})
 
     async def close(self) -> None:

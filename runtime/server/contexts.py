@@ -17,7 +17,9 @@ from caesura.runtime.server.contexts_protocol import (
     ForkRequest,
     GenerateSpec,
     PauseRequest,
+    RollbackRequest,
     ScoreRequest,
+    SnapshotRequest,
     TruncateRequest,
 )
 from caesura.runtime.server.contexts_template import result_pieces
@@ -104,8 +106,29 @@ class Contexts:
         """Roll back to the first tokens."""
         body = await read(request, TruncateRequest)
         async with self._using(request) as context:
-            await context.handle.truncate(body.num_tokens)
+            await context.roll_back(body.num_tokens)
             return reply(self._described(context))
+
+    async def snapshot(self, request: Request) -> Response:
+        """Name the context's present state, to come back to it by ``rollback``."""
+        body = await read(request, SnapshotRequest)
+        async with self._using(request) as context:
+            context.snapshot(body.name)
+            return reply({**self._described(context), "snapshots": context.snapshots})
+
+    async def rollback(self, request: Request) -> Response:
+        """Back to a snapshot, or to the first tokens."""
+        body = await read(request, RollbackRequest)
+        if (body.snapshot is None) == (body.num_tokens is None):
+            raise ApiError(400, "exactly one of snapshot and num_tokens must be given", param="snapshot")
+        async with self._using(request) as context:
+            num_tokens = body.num_tokens if body.num_tokens is not None else context.snapshots.get(body.snapshot or "")
+            if num_tokens is None:
+                known = ", ".join(sorted(context.snapshots)) or "none"
+                message = f"there is no snapshot {body.snapshot!r} (known: {known}), or it was rolled over"
+                raise ApiError(404, message, param="snapshot", code="snapshot_not_found")
+            await context.roll_back(num_tokens)
+            return reply({**self._described(context), "snapshots": context.snapshots})
 
     async def tokens(self, request: Request) -> Response:
         """All token ids."""
@@ -172,6 +195,9 @@ class Contexts:
     ) -> AsyncGenerator[tuple[TokenChunk, dict[str, Any] | None], None]:
         """Chunks as they come, the last one with the body of the ``finish`` event."""
         async with self._at_work(request) as work, self._using(request) as context:
+            ids = await self._encode(spec.pieces, context.handle.num_tokens)
+            if ids:
+                await context.handle.append(ids)
             start, text = context.handle.num_tokens, ""
             chunks = work.generate(context.handle, spec.params(), spec.calling())
             async with contextlib.aclosing(chunks):

@@ -59,8 +59,10 @@ class ConstraintSpec(msgspec.Struct):
 
 
 class GenerateSpec(msgspec.Struct, kw_only=True):
-    """The body of ``.../generate``: the runtime's own sampling arguments, and tools the model may call."""
+    """The body of ``.../generate``: what is appended first, the runtime's own sampling arguments, and tools the model
+    may call."""
 
+    pieces: Pieces = []
     max_new_tokens: limits.NewTokens = 128
     min_new_tokens: limits.NewTokens = 0
     temperature: limits.Temperature = 1.0
@@ -121,6 +123,19 @@ class ForkRequest(msgspec.Struct):
     """The body of ``.../fork``."""
 
     count: Annotated[int, Meta(ge=1, le=limits.MAX_FORKS)] = 1
+
+
+class SnapshotRequest(msgspec.Struct):
+    """The body of ``.../snapshot``: a name for the context as it is. The same name again replaces the first."""
+
+    name: limits.Name
+
+
+class RollbackRequest(msgspec.Struct):
+    """The body of ``.../rollback``: to a snapshot, or to the first ``num_tokens`` tokens."""
+
+    snapshot: limits.Name | None = None
+    num_tokens: Annotated[int, Meta(ge=0, le=limits.MAX_PROMPT_TOKENS)] | None = None
 
 
 class TruncateRequest(msgspec.Struct):
