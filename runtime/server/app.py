@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -41,7 +42,10 @@ def create_app(service: Service, config: ServerConfig | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.ensure_future(state.sweep())
         yield
+        sweeping.cancel()
+        await asyncio.gather(sweeping, return_exceptions=True)
         await state.close()
 
     origins = (*config.allowed_origins, *config.cors_origins)
@@ -145,7 +149,8 @@ def _routes(state: ServerState, info: Info, metrics: Metrics) -> list[tuple[str,
         ("POST", one + "/pause", contexts.pause),
         ("POST", one + "/resume", contexts.resume),
         ("POST", one + "/truncate", contexts.truncate),
-        ("POST", one + "/rollback", contexts.truncate),
+        ("POST", one + "/snapshot", contexts.snapshot),
+        ("POST", one + "/rollback", contexts.rollback),
         ("GET", one + "/tokens", contexts.tokens),
         ("GET", one + "/decisions", contexts.decisions),
         ("POST", "/v1/template/turn", template.turn),

@@ -58,7 +58,7 @@ class ServerConfig:
     max_connections: int = 1024
     max_kept_contexts: int = 1024
     max_contexts_per_key: int = 256
-    default_max_tokens: int = 1024
+    default_max_tokens: int = 8192
     tool_wait_s: float = 600.0
     context_ttl_s: float = 3600.0
     request_deadline_s: float = 3600.0

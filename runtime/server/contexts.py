@@ -87,6 +87,8 @@ class Contexts:
             work = Work(self._service, self._state.board, context.key_id, "", "")
             handles = await work.fork(context.handle, body.count)
             forks = [self._contexts.add(context.key_id, handle, context.ttl_s) for handle in handles]
+            for fork in forks:
+                fork.snapshots = dict(context.snapshots)
             return reply({"contexts": [self._described(fork) for fork in forks]}, 201)
 
     # -- tokens -----------------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from caesura.runtime.server.contexts_protocol import (
     GenerateSpec,
     PauseRequest,
     ResultsRequest,
+    RollbackRequest,
     ScoreRequest,
+    SnapshotRequest,
     TruncateRequest,
     TurnRequest,
 )
@@ -50,7 +52,8 @@ BODIES: dict[str, type[msgspec.Struct]] = {
     f"{_CONTEXT}/pause": PauseRequest,
     f"{_CONTEXT}/score": ScoreRequest,
     f"{_CONTEXT}/truncate": TruncateRequest,
-    f"{_CONTEXT}/rollback": TruncateRequest,
+    f"{_CONTEXT}/snapshot": SnapshotRequest,
+    f"{_CONTEXT}/rollback": RollbackRequest,
     "/v1/template/turn": TurnRequest,
     "/v1/template/tool_results": ResultsRequest,
 }

@@ -14,6 +14,8 @@ from caesura.runtime.api import Handle
 from caesura.runtime.errors import ContextClosed, DeadlineExceeded, EngineStopped
 from caesura.runtime.server.errors import ApiError
 
+MAX_SNAPSHOTS = 256
+
 
 @dataclass(slots=True, eq=False)
 class NamedContext:
@@ -25,7 +27,21 @@ class NamedContext:
     ttl_s: float
     expires_at: float
     deleted: bool = False
+    snapshots: dict[str, int] = field(default_factory=dict)  # name -> number of tokens
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def snapshot(self, name: str) -> None:
+        """Name the present length. Raises ApiError 400 when there are too many names."""
+        if name not in self.snapshots and len(self.snapshots) >= MAX_SNAPSHOTS:
+            raise ApiError(
+                400, f"the context has {MAX_SNAPSHOTS} snapshots; use one of their names again", param="name"
+            )
+        self.snapshots[name] = self.handle.num_tokens
+
+    async def roll_back(self, num_tokens: int) -> None:
+        """Cut to the first tokens. Snapshots of what is cut off are gone: other tokens may come in its place."""
+        await self.handle.truncate(num_tokens)
+        self.snapshots = {name: size for name, size in self.snapshots.items() if size <= num_tokens}
 
 
 class ContextRegistry:

@@ -25,6 +25,7 @@ T = TypeVar("T")
 TEXT_DEADLINE_S = 20.0
 TEXT_THREADS = 2
 STATS_DEADLINE_S = 5.0
+SWEEP_S = 15.0
 
 
 class ServerState:
@@ -65,6 +66,19 @@ class ServerState:
         tally = request.scope[TALLY] = RequestTally(self.counts)
         name = rid or secrets.token_hex(16)
         return Work(self.service, self.board, key_id, name, namespace_of(key_id, cache_salt), tally)
+
+    async def sweep(self) -> None:
+        """Let go of what has expired, though no request comes. Runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            await self.expire()
+
+    async def expire(self) -> None:
+        """Drop contexts, responses and sessions that nobody came back for."""
+        await self.kept.expire()
+        await self.contexts.expire()
+        self.responses.expire()
+        self.sessions.expire()
 
     async def close(self) -> None:
         """Give up every context this server kept. The service is its owner's."""

@@ -274,9 +274,17 @@ def test_a_context_pauses_resumes_forks_and_rolls_back() -> None:
         assert finish["num_tokens"] - 1 <= after["usage"]["cached_tokens"] <= finish["num_tokens"]
         forks = (await post(client, f"{path}/fork", {"count": 2}))["contexts"]
         assert [fork["num_tokens"] for fork in forks] == [after["num_tokens"]] * 2
+        await post(client, f"{path}/snapshot", {"name": "answered"})
         assert (await post(client, f"{path}/rollback", {"num_tokens": mark}))["num_tokens"] == mark
+        gone = await client.post(f"{path}/rollback", json={"snapshot": "answered"})
+        assert gone.status_code == 404, "what it named was cut off"
+        assert (await post(client, f"{path}/snapshot", {"name": "asked"}))["snapshots"] == {"asked": mark}
+        for wrong in ({}, {"snapshot": "asked", "num_tokens": 1}):
+            assert (await client.post(f"{path}/rollback", json=wrong)).status_code == 400
         again = await post(client, f"{path}/generate", {**spec, "stream": False})
         assert again["tool_calls"] == finish["tool_calls"]
+        assert (await post(client, f"{path}/rollback", {"snapshot": "asked"}))["num_tokens"] == mark
+        again = await post(client, f"{path}/generate", {**spec, "stream": False})
         assert len((await post(client, f"{path}/score", {"start": 1}))["logprobs"]) == again["num_tokens"] - 1
         assert (await post(client, f"{path}/prefill", {}))["computed_tokens"] == again["num_tokens"]
         assert len((await client.get(f"{path}/tokens")).json()["token_ids"]) == again["num_tokens"]

@@ -155,3 +155,24 @@ def test_parsers_as_routes_and_what_the_server_tells() -> None:
         assert usage["total_tokens"] == min(limit, usage["prompt_tokens"] + app.state.server.config.default_max_tokens)
 
     run(test)
+
+
+def test_what_nobody_comes_back_for_goes_without_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caesura.runtime.server.state.SWEEP_S", 0.02)
+
+    async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
+        state = app.state.server
+        async with app.router.lifespan_context(app):
+            await post(client, "/v1/contexts", {"pieces": [{"text": TEXT}]})
+            await post(client, "/v1/responses", {"input": "hi", "max_output_tokens": 1})
+            await post(client, "/open_session", {})
+            body = {"messages": [QUESTION], "tools": TOOLS, "temperature": 0, "tool_choice": "required"}
+            await post(client, "/v1/chat/completions", body)
+            stores = (state.contexts, state.responses, state.sessions, state.kept)
+            for _ in range(500):
+                if not any(len(store) for store in stores):
+                    break
+                await asyncio.sleep(0.01)
+            assert [len(store) for store in stores] == [0, 0, 0, 0]
+
+    run(test, context_ttl_s=0.2, tool_wait_s=0.2)
