@@ -43,8 +43,8 @@ class TorchExecutor:
         ``native`` False does without the C decoder, which is used where it can be (``native_refused`` says why not).
 
         ``eos_ids`` are banned until a generation's ``min_new_tokens``. ``deterministic`` makes every row's bits
-        independent of batch, chunking and page size (slower in torch, always so in C). ``vocab_limit``: ids from here on
-        are never sampled; give the tokenizer's size when the model's vocabulary is padded beyond it.
+        independent of batch, chunking and page size (slower in torch, always so in C). ``vocab_limit``: ids from here
+        on are never sampled; give the tokenizer's size when the model's vocabulary is padded beyond it.
         Raises NotEnoughMemory when the pools do not fit.
         """
         if num_threads is not None:

@@ -62,9 +62,14 @@ class RotaryTable:
 
     def lookup(self, positions: Tensor, max_position: int) -> tuple[Tensor, Tensor]:
         """cos and sin of ``positions`` [rows], none above ``max_position``: two of [rows, head_dim / 2]."""
+        cos, sin = self.tables(max_position)
+        return cos[positions], sin[positions]
+
+    def tables(self, max_position: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of all positions up to ``max_position`` and beyond: two of [positions, head_dim / 2]."""
         while self._cos.shape[0] <= max_position:
             self._grow()
-        return self._cos[positions], self._sin[positions]
+        return self._cos, self._sin
 
     def _grow(self) -> None:
         start = self._cos.shape[0]

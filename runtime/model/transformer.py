@@ -26,6 +26,7 @@ class Decoder:
 
     def __init__(self, model: Model, *, deterministic: bool = False) -> None:
         self.model = model
+        self.config = model.config
         self.deterministic = deterministic
         self._rotary = RotaryTable(model.config, model.dtype)
         self._workspace = Workspace(model.dtype)
@@ -60,6 +61,11 @@ class Decoder:
         padded = exact.pad_rows(hidden)
         parts = [F.linear(tile, self.model.head) for tile in exact.tiles(padded)]
         return torch.cat(parts)[: hidden.shape[0]].float()
+
+    def erase(self, cache: Sequence[Tensor], slots: Tensor) -> None:
+        """Zero the keys and values of these slots [n]."""
+        for layer in cache:
+            layer.flatten(1, 2).index_fill_(1, slots, 0.0)  # [2, slots, kv_heads, head_dim]
 
     def _attention(self, batch: Batch) -> Attend:
         """The step's attention, with index tensors and masks made once for all layers of a window."""

@@ -1,0 +1,238 @@
+"""A drop-in for ``model.transformer.Decoder`` whose forward pass is one call into C.
+
+Float32 on the CPU. A row's bits do not depend on the batch around it, on chunking, on page size or on the number of
+threads, so this is the deterministic mode too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from caesura.runtime.model.batch import Batch
+from caesura.runtime.model.rotary import RotaryTable
+from caesura.runtime.model.weights import LayerWeights, Model
+from caesura.runtime.native.library import NoNativeLibrary, native_library
+from caesura.runtime.native.plan import MAX_QUERIES, plan_attention
+from torch import Tensor
+
+LANES = 16
+MAX_HEAD_DIM = 256
+_COLUMNS = 32  # output columns of a packed block
+
+_Long, _Pointer = ctypes.c_long, ctypes.c_void_p
+
+
+def _structure(name: str, **fields: Any) -> Any:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+_Linear = _structure("Linear", packed=_Pointer, bias=_Pointer, inner=_Long, outer=_Long)
+_Layer = _structure(
+    "Layer",
+    **dict.fromkeys(("input_norm", "qk_norm", "mlp_norm"), _Pointer),
+    **dict.fromkeys(("qkv", "out", "gate_up", "down"), _Linear),
+    **dict.fromkeys(("keys", "values"), _Pointer),
+    window=_Long,
+)
+_Decoder = _structure(
+    "Decoder",
+    **dict.fromkeys(("hidden", "heads", "kv_heads", "head_dim", "inner", "layers", "page_size"), _Long),
+    epsilon=ctypes.c_float,
+    **dict.fromkeys(("embeddings", "norm", "layer"), _Pointer),
+)
+_Step = _structure(
+    "Step",
+    **dict.fromkeys(("rows", "num_pieces", "num_items", "num_decodes"), _Long),
+    **dict.fromkeys(("tokens", "positions", "slots", "cos", "sin"), _Pointer),
+    **dict.fromkeys(("pieces", "items", "members", "decodes", "offsets"), _Pointer),
+    **dict.fromkeys(("hidden_rows", "normed", "qkv", "mixed", "inner", "partials", "scratch"), _Pointer),
+)
+
+
+def unsupported(model: Model, page_size: int) -> str | None:
+    """Why this model cannot run natively here; None when it can."""
+    config = model.config
+    if page_size % LANES:
+        return f"page_size is {page_size}; the C decoder needs a multiple of {LANES}"
+    if model.dtype != torch.float32:
+        return f"the model's dtype is {model.dtype}; the C decoder computes in float32"
+    if config.hidden_size % LANES or config.head_dim % LANES or config.head_dim > MAX_HEAD_DIM:
+        return (
+            f"hidden size {config.hidden_size} or head size {config.head_dim} is no multiple of {LANES}, or too large"
+        )
+    if config.num_heads // config.num_kv_heads > MAX_QUERIES:
+        return f"more than {MAX_QUERIES} query heads share a KV head"
+    try:
+        native_library()
+    except NoNativeLibrary as error:
+        return str(error)
+    return None
+
+
+class NativeDecoder:
+    """Runs one model. Holds no KV: the cache is passed in, the same one at every call."""
+
+    def __init__(self, model: Model, *, num_threads: int | None = None) -> None:
+        """Pack the weights; the model's own may be let go of. Raises NoNativeLibrary; ask ``unsupported`` first."""
+        self.config = model.config
+        self._library = _declared(native_library())
+        self._num_threads = num_threads or torch.get_num_threads()
+        self._pool = self._library.caesura_pool_open(self._num_threads)
+        if not self._pool:
+            raise NoNativeLibrary("the threads of the C decoder could not be started")
+        weakref.finalize(self, self._library.caesura_pool_close, self._pool)
+        self._rotary = RotaryTable(model.config, torch.float32)
+        self._kept: list[Tensor] = []  # what C holds addresses of
+        self._embeddings, self._norm = self._keep(model.embeddings), self._keep(model.norm)
+        self._head = self._linear(model.head, None)
+        self._layers = (_Layer * model.config.num_layers)(*(self._layer(layer) for layer in model.layers))
+        self._decoder: Any = None
+        self._buffers: dict[str, Tensor] = {}
+
+    def forward(self, batch: Batch, cache: Sequence[Tensor]) -> Tensor:
+        """Hidden states after the last norm: [rows, hidden], good until the next call.
+
+        ``cache`` holds one tensor per layer, [2, num_pages, page_size, kv_heads, head_dim]; within a page it is laid
+        out as attention.h says, which is nobody else's business: pages are copied whole.
+        """
+        if self._decoder is None:
+            self._decoder = self._bind(cache)
+        config, rows = self.config, batch.num_rows
+        plan = plan_attention(batch, config.num_heads // config.num_kv_heads)
+        cos, sin = self._rotary.tables(batch.max_position)
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        normed = self._buffer("normed", rows * config.hidden_size)
+        step = _Step(
+            rows=rows,
+            num_pieces=len(plan.pieces),
+            num_items=len(plan.items),
+            num_decodes=len(plan.decodes),
+            tokens=batch.token_ids.data_ptr(),
+            positions=batch.positions.data_ptr(),
+            slots=batch.slots.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            pieces=_address(plan.pieces),
+            items=_address(plan.items),
+            members=_address(plan.members),
+            decodes=_address(plan.decodes),
+            offsets=_address(plan.offsets),
+            hidden_rows=self._buffer("hidden", rows * config.hidden_size).data_ptr(),
+            normed=normed.data_ptr(),
+            qkv=self._buffer("qkv", rows * (q_size + 2 * kv_size)).data_ptr(),
+            mixed=self._buffer("mixed", rows * q_size).data_ptr(),
+            inner=self._buffer("inner", rows * config.intermediate_size).data_ptr(),
+            partials=self._buffer(
+                "partials", plan.num_partials * config.num_heads * (config.head_dim + LANES)
+            ).data_ptr(),
+            scratch=self._scratch().data_ptr(),
+        )
+        self._library.caesura_forward(self._pool, ctypes.byref(self._decoder), ctypes.byref(step))
+        return normed[: rows * config.hidden_size].view(rows, config.hidden_size)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits of ``hidden`` [n, hidden]: [n, vocab]."""
+        rows = hidden.contiguous()
+        out = torch.empty(rows.shape[0], self.config.vocab_size)
+        self._library.caesura_linear(
+            self._pool, ctypes.byref(self._head), rows.data_ptr(), out.data_ptr(), rows.shape[0]
+        )
+        return out
+
+    def erase(self, cache: Sequence[Tensor], slots: Tensor) -> None:
+        """Zero the keys and values of these slots [n]."""
+        for layer in cache:
+            num_pages, page_size, kv_heads, head_dim = layer.shape[1:]
+            pages, within = slots // page_size, slots % page_size
+            layer[0].view(num_pages, kv_heads, head_dim, page_size)[pages, :, :, within] = 0.0
+            layer[1].view(num_pages, kv_heads, page_size, head_dim)[pages, :, within] = 0.0
+
+    # -- preparation ------------------------------------------------------------------------------------------
+
+    def _bind(self, cache: Sequence[Tensor]) -> Any:
+        config = self.config
+        for layer, tensor, window in zip(self._layers, cache, config.windows, strict=True):
+            layer.keys, layer.values = tensor[0].data_ptr(), tensor[1].data_ptr()
+            layer.window = window or 0
+        return _Decoder(
+            hidden=config.hidden_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            inner=config.intermediate_size,
+            layers=config.num_layers,
+            page_size=cache[0].shape[2],
+            epsilon=config.rms_norm_eps,
+            embeddings=self._embeddings,
+            norm=self._norm,
+            layer=ctypes.addressof(self._layers),
+        )
+
+    def _layer(self, weights: LayerWeights) -> Any:
+        return _Layer(
+            input_norm=self._keep(weights.input_norm),
+            qk_norm=self._keep(weights.qk_norm),
+            mlp_norm=self._keep(weights.mlp_norm),
+            qkv=self._linear(weights.qkv, weights.qkv_bias),
+            out=self._linear(weights.out, weights.out_bias),
+            gate_up=self._linear(weights.gate_up, weights.gate_up_bias, gated=True),
+            down=self._linear(weights.down, weights.down_bias),
+        )
+
+    def _linear(self, weights: Tensor, bias: Tensor | None, *, gated: bool = False) -> Any:
+        """Packed weights [outer, inner]; ``gated`` ones are gate and up, interleaved."""
+        outer = weights.shape[0] // 2 if gated else weights.shape[0]
+        inner = weights.shape[1]
+        packed = self._pack(weights, outer, inner, gated)
+        packed_bias = None if bias is None else self._pack(bias[:, None], outer, 1, gated)
+        return _Linear(packed=packed, bias=packed_bias, inner=inner, outer=outer)
+
+    def _pack(self, weights: Tensor, outer: int, inner: int, gated: bool) -> int:
+        blocks = -(-outer // (_COLUMNS // 2 if gated else _COLUMNS))
+        packed = torch.empty(blocks * inner * _COLUMNS)
+        pack = self._library.caesura_pack_gate_up if gated else self._library.caesura_pack
+        pack(weights.contiguous().data_ptr(), outer, inner, packed.data_ptr())
+        return self._keep(packed)
+
+    def _keep(self, tensor: Tensor | None) -> Any:
+        """The address of a tensor that must live as long as this decoder."""
+        if tensor is None:
+            return None
+        self._kept.append(tensor.contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _buffer(self, name: str, size: int) -> Tensor:
+        """Kept between calls: fresh memory costs more than what is written into it."""
+        found = self._buffers.get(name)
+        if found is None or found.numel() < size:
+            found = self._buffers[name] = torch.empty(size + size // 4 + LANES)
+        return found
+
+    def _scratch(self) -> Tensor:
+        return self._buffer("scratch", self._library.caesura_scratch_bytes() * self._num_threads // 4)
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    return int(array.ctypes.data)
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Argument types, without which addresses would be cut to 32 bits."""
+    library.caesura_pool_open.restype = _Pointer
+    library.caesura_pool_open.argtypes = [ctypes.c_int]
+    library.caesura_pool_close.argtypes = [_Pointer]
+    library.caesura_pool_close.restype = None
+    library.caesura_scratch_bytes.restype = _Long
+    for pack in (library.caesura_pack, library.caesura_pack_gate_up):
+        pack.argtypes = [_Pointer, _Long, _Long, _Pointer]
+        pack.restype = None
+    library.caesura_forward.argtypes = [_Pointer, _Pointer, _Pointer]
+    library.caesura_forward.restype = None
+    library.caesura_linear.argtypes = [_Pointer, _Pointer, _Pointer, _Pointer, _Long]
+    library.caesura_linear.restype = None
+    return library

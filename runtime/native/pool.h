@@ -1,0 +1,132 @@
+/* A few threads that work on one task together. They spin briefly between tasks, then sleep. */
+#pragma once
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#define SPINS_BEFORE_SLEEP 20000
+#define SPINS_BEFORE_YIELD 4000
+
+typedef struct Pool Pool;
+typedef void (*Task)(Pool *pool, void *argument, int thread);
+
+struct Pool {
+    int threads;
+    pthread_t *workers;
+    Task task;
+    void *argument;
+    atomic_uint epoch;     /* grows with every task */
+    atomic_int unfinished; /* workers still in the task */
+    atomic_uint arrived, passed; /* the barrier */
+    atomic_long next;      /* shared counter for items given out one by one */
+    atomic_int sleeping, stopping;
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+};
+
+typedef struct {
+    Pool *pool;
+    int thread;
+} Worker;
+
+static inline void relax(int spins) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+    if (spins > SPINS_BEFORE_YIELD) sched_yield(); /* somebody else may need the core we wait for */
+}
+
+/* Nobody goes on before all have arrived. */
+static inline void barrier(Pool *pool) {
+    if (pool->threads == 1) return;
+    unsigned turn = atomic_load(&pool->passed);
+    if (atomic_fetch_add(&pool->arrived, 1) == (unsigned)pool->threads - 1) {
+        atomic_store(&pool->arrived, 0);
+        atomic_fetch_add(&pool->passed, 1);
+        return;
+    }
+    for (int spins = 0; atomic_load_explicit(&pool->passed, memory_order_acquire) == turn; spins++) relax(spins);
+}
+
+/* A thread's share of `count` units: [*first, *last). */
+static inline void share(const Pool *pool, int thread, long count, long *first, long *last) {
+    *first = count * thread / pool->threads;
+    *last = count * (thread + 1) / pool->threads;
+}
+
+/* Sleeps until a task newer than `seen` is there; returns its epoch. */
+static unsigned await_task(Pool *pool, unsigned seen) {
+    for (int spins = 0; spins < SPINS_BEFORE_SLEEP; spins++) {
+        unsigned epoch = atomic_load_explicit(&pool->epoch, memory_order_acquire);
+        if (epoch != seen) return epoch;
+        relax(spins);
+    }
+    pthread_mutex_lock(&pool->lock);
+    atomic_fetch_add(&pool->sleeping, 1);
+    while (atomic_load(&pool->epoch) == seen) pthread_cond_wait(&pool->wake, &pool->lock);
+    atomic_fetch_sub(&pool->sleeping, 1);
+    pthread_mutex_unlock(&pool->lock);
+    return atomic_load(&pool->epoch);
+}
+
+static void *work(void *argument) {
+    Worker self = *(Worker *)argument;
+    free(argument);
+    unsigned seen = 0;
+    for (;;) {
+        seen = await_task(self.pool, seen);
+        if (atomic_load(&self.pool->stopping)) return NULL;
+        self.pool->task(self.pool, self.pool->argument, self.thread);
+        atomic_fetch_sub(&self.pool->unfinished, 1);
+    }
+}
+
+static void announce(Pool *pool) {
+    atomic_fetch_add(&pool->epoch, 1);
+    if (atomic_load(&pool->sleeping)) {
+        pthread_mutex_lock(&pool->lock);
+        pthread_cond_broadcast(&pool->wake);
+        pthread_mutex_unlock(&pool->lock);
+    }
+}
+
+/* Runs `task` on all threads, the caller among them. One caller at a time. */
+static void run_task(Pool *pool, Task task, void *argument) {
+    pool->task = task;
+    pool->argument = argument;
+    atomic_store(&pool->next, 0);
+    atomic_store(&pool->unfinished, pool->threads - 1);
+    if (pool->threads > 1) announce(pool);
+    task(pool, argument, 0);
+    for (int spins = 0; atomic_load_explicit(&pool->unfinished, memory_order_acquire); spins++) relax(spins);
+}
+
+void caesura_pool_close(Pool *pool) {
+    atomic_store(&pool->stopping, 1);
+    announce(pool);
+    for (int i = 0; i < pool->threads - 1; i++) pthread_join(pool->workers[i], NULL);
+    free(pool->workers);
+    free(pool);
+}
+
+/* NULL when threads or memory cannot be had. */
+Pool *caesura_pool_open(int threads) {
+    Pool *pool = calloc(1, sizeof *pool);
+    if (!pool) return NULL;
+    pthread_mutex_init(&pool->lock, NULL);
+    pthread_cond_init(&pool->wake, NULL);
+    pool->workers = calloc(threads, sizeof *pool->workers);
+    pool->threads = 1;
+    for (int thread = 1; thread < threads && pool->workers; thread++) {
+        Worker *self = malloc(sizeof *self);
+        if (self) *self = (Worker){pool, thread};
+        if (!self || pthread_create(&pool->workers[thread - 1], NULL, work, self)) {
+            free(self);
+            caesura_pool_close(pool);
+            return NULL;
+        }
+        pool->threads++;
+    }
+    return pool;
+}
