@@ -176,6 +176,12 @@ def filled(template: Any, value: bytes) -> bytes:
     return raw.replace(f'"{HOLE}"'.encode(), value)
 
 
+async def go_on(client: httpx.AsyncClient, path: str) -> None:
+    """Undo what stops the engine for everybody."""
+    if path.endswith("/pause_generation"):
+        assert (await client.post("/continue_generation", json={})).status_code == 200
+
+
 # -- answers -----------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from schemathesis import Case, GenerationMode
 
 from tests.integration.server_client import client_of
-from tests.integration.server_hostile import check_answer, idle, remote_service
+from tests.integration.server_hostile import check_answer, go_on, idle, remote_service
 
 FEW, MANY = 5, 250  # examples for each operation and mode
 MOST_TOKENS = 4
@@ -58,6 +58,7 @@ class Fuzzer:
         finally:
             if made is not None:
                 await self._client.delete(f"/v1/contexts/{made}")
+        await go_on(self._client, path)
         self.num_sent += 1
         self.statuses.add(answer.status_code)
         check_answer(answer, (case.method, path, str(case.body)[:300]))
