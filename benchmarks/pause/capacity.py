@@ -10,7 +10,6 @@ from typing import Any
 from benchmarks.pause.runs import RunSpec
 
 LATENCY_FACTOR = 2.0
-STRETCH = 1.25  # steps while looking for a bracket
 LEAST_RPS, MOST_RPS = 1e-3, 1e3
 UNLOADED_GAP_S = 3000.0  # between arrivals, in the mean: longer than a program lives
 UNLOADED_REQUESTS = 200
@@ -41,8 +40,10 @@ def unloaded(spec: RunSpec, run: Runner) -> float:
     return float(run(alone)["normalized_latency_s"])
 
 
-def capacity(spec: RunSpec, limit_s: float, guess_rps: float, tolerance: float, run: Runner) -> Capacity:
-    """Bracket the limit from ``guess_rps``, then bisect (geometrically) until high/low <= ``tolerance``.
+def capacity(
+    spec: RunSpec, limit_s: float, guess_rps: float, tolerance: float, run: Runner, *, stretch: float = 1.4
+) -> Capacity:
+    """Bracket the limit from ``guess_rps`` in steps of ``stretch``, then bisect until high/low <= ``tolerance``.
 
     The programs are the same at every rate (only the gaps stretch), so neighbours differ by load and not by luck.
     """
@@ -63,9 +64,9 @@ def capacity(spec: RunSpec, limit_s: float, guess_rps: float, tolerance: float, 
         else:
             high, at_high = rate, found
         if not low:
-            rate = _round(high / STRETCH)
+            rate = _round(high / stretch)
         elif high == math.inf:
-            rate = _round(low * STRETCH)
+            rate = _round(low * stretch)
         else:
             rate = _round(math.sqrt(low * high))
         if rate < LEAST_RPS or rate > MOST_RPS or rate in (low, high):

@@ -31,7 +31,8 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     begun = time.monotonic()
-    findings = conduct(study, Store(options.store), options.jobs, _say(console, options.quiet, begun))
+    jobs = options.jobs or (2 if options.quick and not options.real else 1)
+    findings = conduct(study, Store(options.store), jobs, _say(console, options.quiet, begun))
     document = findings.document()
     for table in screen(document):
         console.print(table)
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host-tokens", type=int, help="size of the host pool")
     parser.add_argument("--tolerance", type=float, help="how close capacity is bracketed; 1.03 is 3 %%")
     parser.add_argument("--no-curves", action="store_true", help="capacities alone")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--jobs", type=int, help="processes; 2 with --quick, else 1")
     parser.add_argument("--json", help="write all results here ('-': standard output)")
     parser.add_argument("--plots", type=Path, help="draw the figures into this folder")
     parser.add_argument("--store", type=Path, default=STORE, help="where finished runs are kept")
@@ -86,7 +87,7 @@ def _study(options: argparse.Namespace) -> Study:
     """The study asked for. ValueError for names that do not exist."""
     study = quick_study() if options.quick else full_study()
     if options.real:
-        if options.jobs > 1:
+        if (options.jobs or 1) > 1:
             raise ValueError("--jobs must be 1 with --real: engines that run side by side measure each other")
         study = real_study(options.model, 0.1 if options.tool_scale is None else options.tool_scale)
     elif options.tool_scale is not None:

@@ -7,7 +7,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class Chain:
     limit_s: float = 0.0
     guess_rps: float = 1.0
     tolerance: float = 1.03
+    stretch: float = 1.4
 
 
 def run_chain(chain: Chain, store: Store, emit: Emit) -> dict[str, Any]:
@@ -45,14 +46,17 @@ def run_chain(chain: Chain, store: Store, emit: Emit) -> dict[str, Any]:
         return {"unloaded_s": unloaded(chain.spec, once)}
     if chain.kind == "run":
         return {"runs": [once(chain.spec)]}
-    found = capacity(chain.spec, chain.limit_s, chain.guess_rps, chain.tolerance, once)
+    found = capacity(chain.spec, chain.limit_s, chain.guess_rps, chain.tolerance, once, stretch=chain.stretch)
     return {"rps": found.rps, "low_rps": found.low_rps, "high_rps": found.high_rps, "runs": list(found.runs)}
 
 
 def run_all(
-    chains: Sequence[Chain], store: Store, jobs: int, noted: Callable[[Chain, dict[str, Any]], None]
+    chains: Iterable[Chain], store: Store, jobs: int, noted: Callable[[Chain, dict[str, Any]], None]
 ) -> Iterator[tuple[Chain, dict[str, Any]]]:
-    """Outcomes as they come. ``noted`` hears of each new run. One job runs here, more in processes of their own."""
+    """Outcomes as they come; a chain is asked for when somebody is free to take it.
+
+    ``noted`` hears of each new run. One job runs here, more in processes of their own.
+    """
     if jobs <= 1:
         for chain in chains:
 
@@ -62,65 +66,56 @@ def run_all(
 
             yield chain, run_chain(chain, store, keep)
         return
-    todo: queue.SimpleQueue[Chain] = queue.SimpleQueue()
-    lines: queue.SimpleQueue[tuple[Chain, dict[str, Any]]] = queue.SimpleQueue()
-    for chain in chains:
-        todo.put(chain)
-    workers = [_Worker(store.path, todo, lines) for _ in range(min(jobs, len(chains)))]
-    left = len(chains)
+    todo = iter(chains)
+    lines: queue.SimpleQueue[tuple[_Worker, dict[str, Any]]] = queue.SimpleQueue()
+    workers = [_Worker(store.path, lines) for _ in range(jobs)]
     try:
-        while left:
-            chain, line = lines.get()
-            if "failed" in line:
-                raise RuntimeError(f"a worker failed at {chain}: {line['failed']}")
+        busy = sum(worker.give(next(todo, None)) for worker in workers)
+        while busy:
+            worker, line = lines.get()
+            given = worker.chain
+            if given is None or "failed" in line:
+                raise RuntimeError(f"a worker failed at {given}: {line.get('failed')}")
             if "spec" in line:
                 store.add(RunSpec(**line["spec"]), line["result"])
-                noted(chain, line["result"])
-            else:
-                left -= 1
-                yield chain, line
+                noted(given, line["result"])
+                continue
+            yield given, line
+            busy -= not worker.give(next(todo, None))
     finally:
         for worker in workers:
             worker.stop()
 
 
 class _Worker:
-    """A process and the thread that feeds it."""
+    """A process, and the thread that listens to it."""
 
-    def __init__(
-        self, store: Path, todo: queue.SimpleQueue[Chain], lines: queue.SimpleQueue[tuple[Chain, dict[str, Any]]]
-    ) -> None:
+    def __init__(self, store: Path, lines: queue.SimpleQueue[tuple[_Worker, dict[str, Any]]]) -> None:
+        self.chain: Chain | None = None
+        self._lines = lines
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.pause.pool", str(store)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        threading.Thread(target=self._feed, args=(todo, lines), daemon=True).start()
+        threading.Thread(target=self._listen, daemon=True).start()
 
-    def _feed(self, todo: queue.SimpleQueue[Chain], lines: queue.SimpleQueue[tuple[Chain, dict[str, Any]]]) -> None:
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        while True:
-            try:
-                chain = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                process.stdin.write(json.dumps(asdict(chain)) + "\n")
-                process.stdin.flush()
-            except OSError as error:
-                lines.put((chain, {"failed": str(error)}))
-                return
-            for line in process.stdout:
-                message = json.loads(line)
-                lines.put((chain, message))
-                if "spec" not in message:
-                    break
-            else:
-                lines.put((chain, {"failed": f"exit code {process.wait()}"}))
-                return
+    def give(self, chain: Chain | None) -> bool:
+        """Set it to work; False when there is none left."""
+        self.chain = chain
+        if chain is None:
+            return False
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asdict(chain)) + "\n")
+        self._process.stdin.flush()
+        return True
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put((self, json.loads(line)))
+        self._lines.put((self, {"failed": "the process ended"}))
 
     def stop(self) -> None:
         """End the process."""

@@ -21,6 +21,7 @@ QUICK_POLICIES = ("discard", "preserve", "swap", "lru_host", "infercept", "min_w
 REAL_POLICIES = ("discard", "lru_host", "infercept", "min_waste")
 QUICK_WORKLOADS = ("mix", "mix-4096", "coding")
 FULL_WORKLOADS = ("mix", "mix-512", "mix-4096", "forks", "coding", "shift", "hang", "qa", "chat", "virtual_env")
+UNSURE_STRETCH, SURE_STRETCH = 1.5, 1.06  # steps of a search that begins with a rival's capacity, with its own
 GRID = (0.25, 0.5, 0.7, 0.85, 1.0, 1.15, 1.35)  # of the median capacity over policies
 GRID_LIMIT = 8.0  # times the unloaded latency: beyond it a curve is over
 
@@ -41,7 +42,7 @@ class Study:
     tolerance: float = 1.03
     engine: str = "simulated"
     tool_scale: float = 1.0
-    guess_rps: float = 1.0
+    guess_rps: float = 3.0
 
     def spec(self, workload: str, kv_tokens: int | None, policy: str, seed: int) -> RunSpec:
         """A run of this study, its rate still to be chosen."""
@@ -143,29 +144,34 @@ def conduct(study: Study, store: Store, jobs: int, say: Callable[[str], None]) -
     for chain, outcome in run_all(empty, store, jobs, noted):
         findings.unloaded_s[chain.spec.workload] = outcome["unloaded_s"]
         limits[chain.spec.workload] = LATENCY_FACTOR * outcome["unloaded_s"]
-    for seeds in (study.seeds[:1], study.seeds[1:]):
-        chains = [
-            Chain(
-                "capacity",
-                study.spec(workload, kv, policy, seed),
-                limits[workload],
-                findings.median_rps(findings.label(workload, kv), policy) or study.guess_rps,
-                study.tolerance,
-            )
-            for workload, kv in cases
-            for seed in seeds
-            for policy in study.policies
-        ]
-        for chain, outcome in run_all(chains, store, jobs, noted):
-            label = findings.label(chain.spec.workload, chain.spec.kv_tokens)
-            found = findings.capacities.setdefault(label, {}).setdefault(chain.spec.policy, [])
-            found.append({"seed": chain.spec.seed} | {key: outcome[key] for key in ("rps", "low_rps", "high_rps")})
-            findings.add_runs(outcome["runs"])
-            say(f"{label} {chain.spec.policy} seed {chain.spec.seed}: carries {outcome['rps']:.3g} requests/s")
+    searches = (
+        _search(findings, case, policy, seed, limits[case[0]])
+        for seed in study.seeds
+        for case in cases
+        for policy in study.policies
+    )
+    for chain, outcome in run_all(searches, store, jobs, noted):
+        label = findings.label(chain.spec.workload, chain.spec.kv_tokens)
+        found = findings.capacities.setdefault(label, {}).setdefault(chain.spec.policy, [])
+        found.append({"seed": chain.spec.seed} | {key: outcome[key] for key in ("rps", "low_rps", "high_rps")})
+        findings.add_runs(outcome["runs"])
+        say(f"{label} {chain.spec.policy} seed {chain.spec.seed}: carries {outcome['rps']:.3g} requests/s")
     if study.curves or study.rates:
         for _, outcome in run_all(_curves(study, findings, cases), store, jobs, noted):
             findings.add_runs(outcome["runs"])
     return findings
+
+
+def _search(findings: Findings, case: tuple[str, int | None], policy: str, seed: int, limit_s: float) -> Chain:
+    """A capacity search that begins at what is known: of this policy with another seed, else of other policies."""
+    study, (workload, kv) = findings.study, case
+    label = findings.label(workload, kv)
+    known = findings.median_rps(label, policy)
+    others = [findings.median_rps(label, other) or 0.0 for other in findings.capacities.get(label, {})]
+    guess = known or (statistics.median(others) if others else study.guess_rps)
+    spec = study.spec(workload, kv, policy, seed)
+    stretch = max(SURE_STRETCH, study.tolerance) if known else UNSURE_STRETCH
+    return Chain("capacity", spec, limit_s, guess, study.tolerance, stretch)
 
 
 def _curves(study: Study, findings: Findings, cases: list[tuple[str, int | None]]) -> list[Chain]:

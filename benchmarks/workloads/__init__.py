@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.workloads.agents import coding, forks, hang, shift
+from benchmarks.workloads.agents import coding, forks, hang, shift, turns
 from benchmarks.workloads.infercept import KINDS, mix, single
 from benchmarks.workloads.model import Arrival, Branch, Program, Segment, Workload, every_segment
 from benchmarks.workloads.trace import BadTrace, read_trace, trace_workload, write_program
@@ -19,6 +19,7 @@ WORKLOADS: dict[str, Workload] = {
         Workload("coding", "coding agents: 5,000 to 17,500 tokens, eleven turns, tools with a heavy tail", coding),
         Workload("shift", "two tools that exchange their durations half-way", shift),
         Workload("hang", "one program in twenty waits for a tool that never answers", hang),
+        Workload("turns", "ten calls with two dozen tokens between them", turns),
         *(Workload(kind, f"InferCept's {kind} alone", single(kind)) for kind in KINDS),
     )
 }

@@ -83,3 +83,12 @@ def hang(source: random.Random, progress: float) -> Program:
         stuck = Segment(lost.generate_tokens, lost.tool, math.inf, 0, deadline_s=HANG_DEADLINE_S, hint_s=lost.hint_s)
         segments = [*segments[:at], stuck]
     return Program("hang", tokens(source, 800, 400, 100, 3000), tuple(segments), "office", 512)
+
+
+def turns(source: random.Random, progress: float) -> Program:
+    """Ten tool calls with two dozen tokens between them: many pauses and little else."""
+    segments = [
+        Segment(tokens(source, 24, 12, 4, 80), "search", lognormal(source, 2.0, 2.0), tokens(source, 40, 20, 5, 150))
+        for _ in range(10)
+    ]
+    return Program("turns", tokens(source, 300, 150, 50, 1200), (*segments, Segment(tokens(source, 24, 12, 4, 80))))
