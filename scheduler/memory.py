@@ -107,7 +107,7 @@ class MemoryDesk:
             if self._policy.on_demand or must:
                 lacking -= self._reclaim(lacking, context, must=must)
             if lacking > 0:
-                lacking -= self._reclaim_queued(context, lacking)
+                lacking -= self._reclaim_queued(context, lacking, must=must)
         secured = lacking <= 0 and self._ledger.lacking_now(context, num_tokens) <= 0
         self.contended = self.contended or not secured
         return secured
@@ -153,14 +153,17 @@ class MemoryDesk:
                     self._write_down(holder, done.action, take.costs, take.reason, tokens, take.remaining_s)
         return got
 
-    def _reclaim_queued(self, context: ContextId, wanted: int) -> int:
-        """Take from contexts that queue behind ``context`` (preempted ones among them), the last one first."""
+    def _reclaim_queued(self, context: ContextId, wanted: int, *, must: bool = False) -> int:
+        """Take from contexts that queue behind ``context`` (preempted ones among them), the last one first.
+
+        ``must``: from those ahead of it as well, which the policy holds back.
+        """
         key = self._policy.order_key
         mine = key(self._contexts[context])
         behind = {
             state.id: key(state)
             for state in self._contexts.in_phase(Phase.QUEUED)
-            if state.id != context and key(state) > mine
+            if state.id != context and (must or key(state) > mine)
         }
         action = Action.SWAP if self._policy.uses_host and self._ledger.num_host_pages else Action.DISCARD
         segments = [s for s in self._ledger.segments() if any(holder in behind for holder in s.holders)]

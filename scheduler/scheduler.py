@@ -41,6 +41,7 @@ class Scheduler:
         self.meter = WasteMeter(ledger.page_size)
         self._memory = MemoryDesk(ledger, policy, profile, self.contexts)
         self.on_resumed: Callable[[Pause, float], None] = lambda *_: None  # hears how long a pause has lasted (s)
+        self._loading: set[ContextId] = set()  # queued ones for which copies in were begun
         self._number = 0
 
     # -- what callers ask -------------------------------------------------------------------------------------
@@ -128,6 +129,7 @@ class Scheduler:
     def close(self, context: ContextId, *, keep_cached: bool = True) -> None:
         """Forget a context in whatever state it is; its cached prefix may serve others."""
         self.policy.saw_closed(self.contexts[context])
+        self._loading.discard(context)
         self.contexts.remove(context)
         self.ledger.close(context, keep_cached=keep_cached)
 
@@ -226,6 +228,7 @@ class Scheduler:
         running = self._in_order(Phase.RUNNING)
         chunked = [state.num_tokens - self.ledger.computed(state.id) > 1 for state in running]
         queued: Sequence[Context] = self._in_order(Phase.QUEUED)
+        self._unpin_loaded()
         budget = self.config.max_step_tokens
         if queued:
             room = self._memory.room(self._number)
@@ -249,6 +252,13 @@ class Scheduler:
                 budget -= self._grant(state, budget, [], draft)
         return draft
 
+    def _unpin_loaded(self) -> None:
+        """What was copied in for a queued context stays revocable until it is admitted: it may be behind others."""
+        for context in [context for context in self._loading if not self.ledger.is_loading(context)]:
+            self._loading.discard(context)
+            if self.contexts[context].phase is Phase.QUEUED:
+                self.ledger.pause(context)
+
     def _admit(self, state: Context) -> bool | None:
         """True: running now. False: its KV is on the way in. None: no memory, so nobody behind it either."""
         ledger, tokens = self.ledger, state.tokens
@@ -262,6 +272,7 @@ class Scheduler:
                 return None
             if ledger.load(state.id, tokens, state.reuse_limit):
                 self._note_cached(state, computed + wanted)
+                self._loading.add(state.id)
                 return False
         if not self._memory.secure(state.id, state.num_tokens):
             self.ledger.pause(state.id)

@@ -144,6 +144,38 @@ def test_two_hundred_hanging_agents_do_not_stop_the_others() -> None:
     world.settle()
 
 
+def test_what_was_copied_in_for_one_gives_way_to_another_ahead_of_it() -> None:
+    world = World("swap", page_size=4, device_pages=20, host_pages=40)
+    engine = world.engine
+    done: list[int] = []
+    contexts = []
+    for number in range(2):  # each fills more than half of the pool
+        context = engine.open()
+        engine.append(context, [number] * 44)
+        engine.prefill(context, lambda _: None)
+        world.sim.run()
+        engine.pause(context, [Call("search")])
+        world.sim.run()
+        assert engine.ledger.computed(context) == 0
+        contexts.append(context)
+        world.clock.advance(1.0)
+
+    def go_on(context: ContextId) -> None:
+        engine.append(context, [5, 6])
+        engine.prefill(context, done.append)
+
+    older, younger = contexts
+    go_on(younger)
+    engine.step()
+    assert engine.ledger.is_loading(younger)
+    go_on(older)  # comes first now, and does not fit beside the other
+    world.sim.run()
+    assert done == [46, 46]
+    for context in contexts:
+        engine.close(context)
+    world.settle()
+
+
 def test_a_tool_past_its_deadline_closes_the_context_and_says_so() -> None:
     world = World("min_waste")
     heard: list[Exception] = []
