@@ -81,13 +81,16 @@ class _Session:
 
     def drop(self, rids: Sequence[str]) -> list[str]:
         """Forget requests and all that came after them; returns those that still run."""
-        running = []
-        for rid in rids:
-            node = self.nodes.pop(rid, None)
-            if node is None:
-                continue
-            running += [rid] if node.output is None else []
-            running += self.drop([child.rid for child in self.nodes.values() if child.parent == rid])
+        children: dict[str | None, list[str]] = {}
+        for node in self.nodes.values():
+            children.setdefault(node.parent, []).append(node.rid)
+        running, pending = [], list(rids)
+        while pending:  # a line of requests is as deep as it is long
+            rid = pending.pop()
+            dropped = self.nodes.pop(rid, None)
+            if dropped is not None:
+                running += [rid] if dropped.output is None else []
+                pending += children.get(rid, ())
         return running
 
 
@@ -165,6 +168,8 @@ class SessionStore:
             raise _refused(f"request {rid!r} is already part of session {asked.id!r}", "rid")
         if len(session.nodes) >= MAX_SESSION_REQUESTS:
             raise _refused(f"the session holds {len(session.nodes)} requests; replace some, or close it", "id")
+        if session.num_tokens >= MAX_SESSION_TOKENS:
+            raise _refused(f"the session holds {session.num_tokens} tokens; replace requests, or close it", "id")
         before = array("i")
         if parent is not None:
             before = parent.prompt[:] if asked.drop_previous_output else parent.prompt + (parent.output or array("i"))

@@ -106,7 +106,28 @@ async def holds_a_context(client: Client, stream: bool) -> str:
     return path
 
 
-SCENES = (chats, completes, generates, calls_a_tool, holds_a_context)
+async def holds_a_session(client: Client, stream: bool) -> None:
+    """The second request is a continuation of the first, which only the server still has."""
+    session = json.loads(await client.ask("POST", "/open_session", {}))
+    said = {"session_params": {"id": session}, "text": SHARED + client.secret, "sampling_params": {"max_new_tokens": 3}}
+    answer = await client.post("/generate", said)
+    params = {"max_new_tokens": 40, "regex": client.secret}
+    more = {"id": session, "rid": answer["meta_info"]["id"]}
+    await client.ask("POST", "/generate", {"session_params": more, "text": "again ", "sampling_params": params})
+    await client.ask("POST", "/close_session", {"session_id": session})
+
+
+async def responds(client: Client, stream: bool) -> str:
+    """A stored response, gone on from by its id."""
+    first = await client.post("/v1/responses", {"input": SHARED + client.secret, "max_output_tokens": 4})
+    body = {"input": client.secret, "previous_response_id": first["id"], "max_output_tokens": 4, "stream": stream}
+    await client.ask("POST", "/v1/responses", body)
+    path = f"/v1/responses/{first['id']}"
+    assert client.secret in await client.ask("GET", path + "/input_items")
+    return path
+
+
+SCENES = (chats, completes, generates, calls_a_tool, holds_a_context, holds_a_session, responds)
 
 
 @pytest.mark.parametrize("seed", [1])
@@ -122,17 +143,14 @@ def test_sec_16_two_hundred_clients_see_their_own_secrets_alone(seed: int) -> No
         found = dict(zip(work, await asyncio.gather(*work.values()), strict=True))
         assert all(client.sightings for client in clients), "a test that saw no secret at all would prove nothing"
         paths = {path: clients[number].key for number, path in found.items() if path is not None}
-        assert len(paths) == sum(scene is holds_a_context for scene in scenes)
+        assert len(paths) == sum(scene in (holds_a_context, responds) for scene in scenes)
         for path, key in paths.items():
             stranger = Client(http, next(other for other in KEYS if other != key), "none")
-            for method, more in (
-                ("GET", ""),
-                ("GET", "/tokens"),
-                ("GET", "/decisions"),
-                ("POST", "/prefill"),
-                ("DELETE", ""),
-            ):
-                await stranger.ask(method, path + more, status=404)
+            tails = ("/tokens", "/decisions") if "contexts" in path else ("/input_items",)
+            for method, url in (("GET", path), *(("GET", path + tail) for tail in tails), ("DELETE", path)):
+                await stranger.ask(method, url, status=404)
+            going_on = {"input": "x", "previous_response_id": path.rsplit("/", 1)[1]}
+            await stranger.ask("POST", "/v1/responses", going_on, status=400)
         for path, key in paths.items():
             await Client(http, key, "none").ask("DELETE", path)
 

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 from caesura.runtime.server.errors import ApiError
-from caesura.runtime.server.sessions import OpenSession, SessionParams, SessionStore
+from caesura.runtime.server.sessions import (
+    MAX_SESSION_REQUESTS,
+    MAX_SESSION_TOKENS,
+    OpenSession,
+    SessionParams,
+    SessionStore,
+)
 
 
 class Clock:
@@ -123,3 +129,19 @@ def test_all_sessions_together_hold_so_many_tokens(monkeypatch: pytest.MonkeyPat
         store.begin("bob", SessionParams("t"), rid)
     with pytest.raises(ApiError, match="holds 3 requests"):
         store.begin("bob", SessionParams("t"), "e")
+
+
+def test_a_line_as_long_as_it_may_be_can_be_replaced_at_once() -> None:
+    store = opened()
+    for number in range(MAX_SESSION_REQUESTS):
+        ask(store, str(number), [1], [], **({"rid": str(number - 1)} if number else {}))
+    with pytest.raises(ApiError, match="1024 requests"):
+        ask(store, "one more", [1], [])
+    ask(store, "anew", [1], [], replace=True)
+
+
+def test_a_session_holds_a_bounded_number_of_tokens() -> None:
+    store = opened()
+    ask(store, "long", [1] * MAX_SESSION_TOKENS, [])
+    with pytest.raises(ApiError, match="8388608 tokens"):
+        ask(store, "more", [1], [], rid="long")
