@@ -31,7 +31,8 @@ from caesura.runtime.server.kept import KeptContext
 from caesura.runtime.server.params import constraint_of, json_schema_of
 from caesura.runtime.server.state import ServerState
 from caesura.runtime.server.work import Aborted, Work, merged
-from caesura.runtime.text.reasoning import ThinkSplitter, detect_marks, opens_thinking
+from caesura.runtime.text.reasoning import ThinkMarks, ThinkSplitter, detect_marks, opens_thinking
+from caesura.runtime.text.think_grammar import after_thinking
 from caesura.runtime.text.tool_parser import ToolCallParser, ToolFormat, tool_grammar
 
 CALL_MARK = "<tool_call>"
@@ -64,6 +65,8 @@ class ChatPlan:
     tools: ToolCalling | None
     bias: tuple[tuple[int, float], ...]
     remember: bool = False
+    marks: ThinkMarks | None = None  # of thinking that is to come apart
+    opened: bool = False  # the prompt opened it
 
     @property
     def is_held(self) -> bool:
@@ -104,12 +107,15 @@ class ChatWork:
         plan = await self._state.on_text_thread(lambda: self._plan(body, remember))
         opened = await self._context(plan.conversation, work, before, truncate)
         plan = dataclasses.replace(plan, conversation=opened.conversation)
+        marks = detect_marks(self._service.template.source)
+        if marks is not None and body.separate_reasoning is not False and not plan.conversation.continue_final:
+            plan = await self._state.on_text_thread(lambda: self._thinking(plan, marks, opened.end))
         handles = [opened.handle]
         num_choices = body.n or 1
         if num_choices > 1:
             yield await self._prefill(work, opened.handle)
             handles += await work.fork(opened.handle, num_choices - 1)
-        sources = [self._choose(plan, work, i, one, readers, opened.end) for i, one in enumerate(handles)]
+        sources = [self._choose(plan, work, i, one, readers) for i, one in enumerate(handles)]
         async with contextlib.aclosing(merged(sources)) as items:
             async for item in items:
                 yield item
@@ -135,6 +141,24 @@ class ChatWork:
         elif schema is not None:
             constraint = self._call_or_json(specs, parallel, schema)
         return ChatPlan(body, conversation, constraint, ToolCalling(specs, choice, parallel), bias, remember)
+
+    def _thinking(self, plan: ChatPlan, marks: ThinkMarks, prompt_end: str) -> ChatPlan:
+        """The plan for a model that thinks: its thinking comes apart, and a grammar begins only after it."""
+        opened = opens_thinking(prompt_end, marks)
+        if not plan.is_held:
+            return dataclasses.replace(plan, marks=marks, opened=opened)
+        if prompt_end.rstrip().endswith(marks.closing):  # the template ended the thinking
+            return plan
+        special_ids = self._service.tokenizer.special_ids
+        held = plan.constraint
+        if held is None and plan.tools is not None:
+            specs, choice, parallel = plan.tools.tools, plan.tools.choice, plan.tools.parallel
+            form = self._service.tool_format
+            source = tool_grammar(form, specs, choice=choice, parallel=parallel, special_ids=special_ids)
+            held = Constraint(ConstraintKind.EBNF, source or "")
+        assert held is not None
+        held = after_thinking(held, marks, opened=opened, special_ids=special_ids)
+        return dataclasses.replace(plan, marks=marks, opened=opened, constraint=held)
 
     def _call_or_json(self, specs: tuple[dict[str, Any], ...], parallel: bool, schema: dict[str, Any]) -> Constraint:
         """Tools and a response format: either calls, or an answer in that format."""
@@ -224,12 +248,12 @@ class ChatWork:
         return cached
 
     async def _choose(
-        self, plan: ChatPlan, work: Work, index: int, handle: Handle, readers: dict[int, AnswerReader], prompt_end: str
+        self, plan: ChatPlan, work: Work, index: int, handle: Handle, readers: dict[int, AnswerReader]
     ) -> AsyncGenerator[Delta | Ended | int, None]:
         """One choice."""
         names = [str(tool["name"]) for tool in plan.tools.tools] if plan.tools else []
         parser = ToolCallParser(self._service.tool_format, names) if plan.tools else None
-        splitter = self._splitter(plan, prompt_end)
+        splitter = None if plan.marks is None else ThinkSplitter(plan.marks, inside=plan.opened)
         reader = AnswerReader(index, self._service.tokenizer, parser, splitter, plan.body.stream_reasoning is not False)
         readers[index] = reader
         async with contextlib.aclosing(self._generate(plan, work, index, handle)) as chunks:
@@ -245,13 +269,6 @@ class ChatWork:
                         if reader.kept is not None:
                             await self._state.kept.drop(reader.kept)
                         raise
-
-    def _splitter(self, plan: ChatPlan, prompt_end: str) -> ThinkSplitter | None:
-        """What takes the thinking out of the answer, if the model thinks and its thinking is wanted apart."""
-        if plan.body.separate_reasoning is False or plan.is_held or plan.conversation.continue_final:
-            return None
-        marks = detect_marks(self._service.template.source)
-        return None if marks is None else ThinkSplitter(marks, inside=opens_thinking(prompt_end, marks))
 
     async def _generate(
         self, plan: ChatPlan, work: Work, index: int, handle: Handle

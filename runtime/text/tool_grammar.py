@@ -67,17 +67,17 @@ def tool_grammar(
 def _hermes(
     specs: Sequence[tuple[str, dict[str, Any]]], auto: bool, parallel: bool, special_ids: Mapping[str, int]
 ) -> list[str]:
-    close = _mark(_CLOSE, special_ids)
+    close = mark_of(_CLOSE, special_ids)
     lines = ["body: " + " | ".join(f"call_{i}" for i in range(len(specs)))]
     for i, (name, schema) in enumerate(specs):
         opening = _text('\n{"name": ' + json.dumps(name) + ', "arguments": ')
         lines.append(f"call_{i}: {opening} a{i} {_text('}' + chr(10))} {close}")
         lines.append(f"a{i}: %json {_json(schema)}")
-    more = f' ("\\n" {_mark(_OPEN, special_ids)} body)*' if parallel else ""
+    more = f' ("\\n" {mark_of(_OPEN, special_ids)} body)*' if parallel else ""
     if not auto:
-        return [f"start: {_mark(_OPEN, special_ids)} body{more}", *lines]
+        return [f"start: {mark_of(_OPEN, special_ids)} body{more}", *lines]
     if _OPEN in special_ids:
-        head = f"head: TEXT {_mark(_OPEN, special_ids)}"
+        head = f"head: TEXT {mark_of(_OPEN, special_ids)}"
     else:
         head = "head[lazy]: /(?s:.*)<tool_call>/"
     # the mark spelled out in free text would be read as the beginning of a call, so it cannot be part of it
@@ -95,10 +95,10 @@ def _llama3(
         lines.append(f"a{i}: %json {_json(schema)}")
     key = _text('{"name"')
     more = f' ("; " {key} body)*' if parallel else ""
-    tag = f"({_mark(_PYTHON_TAG, special_ids)})? " if _PYTHON_TAG in special_ids else ""
+    tag = f"({mark_of(_PYTHON_TAG, special_ids)})? " if _PYTHON_TAG in special_ids else ""
     if not auto:
         return [f"start: {tag}{key} body{more}", *lines]
-    tagged = f" | {_mark(_PYTHON_TAG, special_ids)} {key} body{more}" if tag else ""
+    tagged = f" | {mark_of(_PYTHON_TAG, special_ids)} {key} body{more}" if tag else ""
     # keys by which the parser may know a call, with any blanks a model may put: none of them in free text
     early = '\\{[ \\t\\r\\n]*"(name|function|type|id|arguments|parameters)"'
     head = ["head[lazy]: HEAD", f'HEAD: /(?s:.*)\\{{"name"/ & ~/(?s:.*){early}(?s:.+)/']
@@ -238,8 +238,8 @@ def _json(schema: Any) -> str:
         raise InvalidRequest(f"a tool's schema is not plain JSON: {error}") from error
 
 
-def _mark(text: str, special_ids: Mapping[str, int]) -> str:
-    """A format's mark: one control token, or text."""
+def mark_of(text: str, special_ids: Mapping[str, int]) -> str:
+    """A mark of a format as Lark: one control token if it is one, else text."""
     return f"<[{special_ids[text]}]>" if text in special_ids else _text(text)
 
 

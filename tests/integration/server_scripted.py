@@ -59,6 +59,7 @@ class ScriptedHandle:
 
     async def generate(self, params: SamplingParams, tools: ToolCalling | None = None) -> AsyncIterator[TokenChunk]:
         text = self._service.script.pop(0)
+        self._service.asked.append(params)
         prompt = len(self.tokens)
         ids = self._service.tokenizer.encode(text)
         size = self._service.chunk_chars
@@ -95,6 +96,7 @@ class ScriptedService:
         self.script = list(script)
         self.chunk_chars = chunk_chars
         self.handles: list[ScriptedHandle] = []
+        self.asked: list[SamplingParams] = []
         self.tokenizer = embedded_service().tokenizer
         source = THINKING_TEMPLATE.replace("elif opened", f"elif {str(opened).lower()}")
         self.template = ChatTemplate(source, eos_token="<|im_end|>")

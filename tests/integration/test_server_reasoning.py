@@ -124,3 +124,25 @@ def test_a_response_has_an_item_of_reasoning() -> None:
 
     service = ScriptedService(text, text, "<think>hm</think>42", "43")
     serving(service, test)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_grammar_begins_where_the_thinking_ends(opened: bool) -> None:
+    opening = "" if opened else "<think>"
+    text = f'{opening}say it\n</think>\n\n{{"a": 1}}'
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    service = ScriptedService(text, f"{opening}hm</think>{CALL}", "42", "42", opened=opened)
+
+    async def test(client: httpx.AsyncClient) -> None:
+        message = (await post(client, CHAT, {"messages": MESSAGES, "response_format": form}))["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == ("say it", '{"a": 1}')
+        body = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "required"}
+        called = (await post(client, CHAT, body))["choices"][0]
+        assert called["finish_reason"] == "tool_calls" and called["message"]["reasoning_content"] == "hm"
+        for more in ({"separate_reasoning": False}, {"chat_template_kwargs": {"enable_thinking": False}}):
+            await post(client, CHAT, {"messages": MESSAGES, "regex": "42", **more})
+        held = [params.constraint.source if params.constraint else "" for params in service.asked]
+        assert all("thinking" in source and ("held |" in source) != opened for source in held[:2])
+        assert "calculator" in held[1] and held[2:] == ["42", "42"], "from the first token on"
+
+    serving(service, test)
