@@ -84,6 +84,12 @@ async def life(service: Service) -> list[Any]:
     seen += [handle.num_tokens, await handle.token_ids(), await handle.score(3), await handle.score_top(3, 2)]
     chunks = await generated(handle, SamplingParams(max_new_tokens=0))
     seen += [ids(chunks), finish(chunks).reason]
+    await service.hold(retract=True)
+    waiting = asyncio.ensure_future(generated(handle, GREEDY))
+    await asyncio.sleep(0.05)
+    seen.append(waiting.done())
+    await service.go_on()
+    seen += [ids(await waiting), handle.num_tokens]
     assert await handle.read_decisions() == await asyncio.to_thread(handle.decisions)
     await handle.close()
     await handle.close()
