@@ -12,6 +12,7 @@ reward starving it.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -118,6 +119,9 @@ class _Watch:
         self.at_warm: dict[str, float] = {}
         self.used_tokens: list[int] = []  # KV in use on the device, sampled
         self.generated_at_warm = 0
+        moments = find_workload(spec.workload).moments(spec.rate_rps, spec.seed)
+        first, last = WARM_SHARE * self.length_s, MEASURED_SHARE * self.length_s
+        self.expected = sum(at_s >= first for at_s in itertools.takewhile(lambda at_s: at_s < last, moments))
         self.decided_early = False
         self._progress = progress
 
@@ -139,14 +143,19 @@ class _Watch:
         if self.at_warm:
             used = ledger.num_device_pages - ledger.free_pages - ledger.evictable_pages
             self.used_tokens.append(used * ledger.page_size)
-        if self.spec.limit_s is not None and now - self.begun > MEASURED_SHARE * self.length_s:
-            measured = self.measured(self.load.records)
-            least = sum(record.served_s(now) / record.program.output_tokens for record in measured)
-            if measured and least > self.spec.limit_s * len(measured):
-                self.decided_early = True
-                self.load.simulation.stop()
-                return
+        if self.spec.limit_s is not None and self._exceeds(self.spec.limit_s, now):
+            self.decided_early = True
+            self.load.simulation.stop()
+            return
         self.load.simulation.at(now + CHECK_EVERY_S, self.check)
+
+    def _exceeds(self, limit_s: float, now: float) -> bool:
+        """The mean over all requests of the window is certain to exceed the limit, whatever happens from now on.
+
+        A request's share can only grow: its seconds do, and the tokens it has begun are never more than all of its own.
+        """
+        least = sum(record.served_s(now) / record.program.output_tokens for record in self.measured(self.load.records))
+        return least > limit_s * self.expected
 
 
 def measure(spec: RunSpec, machine: Machine, load: Load, watch: _Watch, engine: Engine) -> dict[str, Any]:

@@ -7,7 +7,6 @@ and 1 at its end, for workloads that change on the way.
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -106,12 +105,17 @@ class Workload:
 
         The same seed at another rate gives the same programs with the gaps stretched: comparisons share their luck.
         """
+        expected = rate_rps * minutes * 60
+        for number, at_s in enumerate(self.moments(rate_rps, seed)):
+            source = random.Random(f"{self.name}/{seed}/{number}")
+            yield Arrival(number, at_s, self.draw(source, min(1.0, number / expected)))
+
+    def moments(self, rate_rps: float, seed: int) -> Iterator[float]:
+        """The seconds at which programs arrive, without end."""
         if not (rate_rps > 0 and math.isfinite(rate_rps)):
             raise ValueError(f"the rate is {rate_rps}; it must be a positive number of requests per second")
         gaps = random.Random(f"{self.name}/{seed}/gaps")
-        expected = rate_rps * minutes * 60
         at_s = 0.0
-        for number in itertools.count():
+        while True:
             at_s += gaps.expovariate(1.0) / rate_rps
-            source = random.Random(f"{self.name}/{seed}/{number}")
-            yield Arrival(number, at_s, self.draw(source, min(1.0, number / expected)))
+            yield at_s
