@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from caesura.runtime.api import Handle, PendingCall
+from caesura.runtime.errors import ContextClosed, DeadlineExceeded
 from caesura.runtime.generation import Finish, TokenChunk
 from caesura.runtime.scoring import TextScore, TokenScore, score_own, score_texts, token_text
 from caesura.runtime.server.contexts_protocol import (
@@ -60,6 +61,10 @@ class Contexts:
         try:
             if ids:
                 await handle.append(ids)
+        except (ContextClosed, DeadlineExceeded):
+            await handle.close()
+            message = f"deadline_s is {body.deadline_s}: it passed before the context had its first pieces"
+            raise ApiError(408, message, param="deadline_s", code="deadline_exceeded") from None
         except BaseException:
             await handle.close()
             raise

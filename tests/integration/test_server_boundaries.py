@@ -124,3 +124,15 @@ def test_sec_08_hostile_ids_and_queries() -> None:
                         raise AssertionError((method, url[:80], "is nobody's"))
 
     with_remote(test)
+
+
+def test_a_deadline_too_short_to_be_met_is_the_callers() -> None:
+    async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
+        for deadline_s in (1e-9, 1e-6, 1e-4):
+            body = {"pieces": [{"text": "word " * 500}], "deadline_s": deadline_s}
+            answer = await client.post("/v1/contexts", json=body)
+            check_answer(answer, deadline_s)
+            assert answer.status_code in (201, 408)
+            assert answer.status_code == 201 or answer.json()["error"]["param"] == "deadline_s"
+
+    with_remote(test)
