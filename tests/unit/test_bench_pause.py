@@ -17,6 +17,7 @@ from benchmarks.calibrate import COLUMNS, StepSample, fit
 from benchmarks.fidelity import compare
 from benchmarks.pause.capacity import capacity, unloaded
 from benchmarks.pause.cli import main
+from benchmarks.pause.page import PAGE, fill, machine_table, policy_table, workload_table
 from benchmarks.pause.pool import Chain, run_all
 from benchmarks.pause.profiles import GPTJ, PUBLISHED, find_machine, write_machine
 from benchmarks.pause.report import capacity_rows, markdown
@@ -187,6 +188,19 @@ def test_a_study_writes_its_json_and_resumes(
     rows = capacity_rows(document, "virtual_env")
     assert [row["policy"] for row in rows] == ["min_waste", "discard"]
     assert "| min_waste |" in markdown(document)
+
+
+def test_the_page_is_filled_between_its_marks() -> None:
+    page = "a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n"
+    filled = fill(page, {"two": "new \\1\n\n", "one": "newer"})
+    assert filled == "a\n<!-- one -->\nnewer\n<!-- end -->\nb\n<!-- two -->\nnew \\1\n<!-- end -->\n"
+    with pytest.raises(ValueError, match="three"):
+        fill(page, {"three": "x"})
+
+
+def test_the_page_in_the_repository_lists_what_there_is() -> None:
+    page = PAGE.read_text()
+    assert fill(page, {"policies": policy_table(), "workloads": workload_table(), "machines": machine_table()}) == page
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,113 @@
+"""Fills the tables of docs/policies.md from what was measured, between ``<!-- NAME -->`` and ``<!-- end -->``.
+
+``python -m benchmarks.pause.page STUDY.json ...`` takes any number of documents written by ``--json``, of studies and
+of ``benchmarks fidelity``; parts for which none was given stay as they are. No figure of the page is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from caesura.scheduler.policies import POLICIES
+
+from benchmarks.pause.profiles import PUBLISHED
+from benchmarks.pause.report import markdown
+from benchmarks.workloads import WORKLOADS
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "policies.md"
+
+
+def fill(page: str, parts: dict[str, str]) -> str:
+    """Replace the named parts. ValueError when the page has no place for one."""
+    for name, text in parts.items():
+        place = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        page, found = place.subn(lambda match, text=text: f"{match[1]}{text.rstrip()}\n{match[2]}", page)
+        if found != 1:
+            raise ValueError(
+                f"the page has {found} places named {name}; it must have one: <!-- {name} -->, <!-- end -->"
+            )
+    return page
+
+
+def policy_table() -> str:
+    """Name and what it does, from the docstrings."""
+    lines = ["| policy | what it does |", "|---|---|"]
+    lines += [f"| `{name}` | {_first_sentence(policy.__doc__ or '')} |" for name, policy in POLICIES.items()]
+    return "\n".join(lines)
+
+
+def workload_table() -> str:
+    """Name and description."""
+    return "\n".join(
+        ["| workload | programs |", "|---|---|", *(f"| `{name}` | {it.describe} |" for name, it in WORKLOADS.items())]
+    )
+
+
+def machine_table() -> str:
+    """Figures of the published machines, and where they are from."""
+    lines = ["| profile | iteration | S | copy | KV pool / host | given | assumed |", "|---|---|---:|---|---|---|---|"]
+    for name, machine in PUBLISHED.items():
+        costs = machine.costs
+        step = f"{costs.step_s * 1e3:.3g} ms + {costs.row_s * 1e3:.3g} ms a token"
+        if costs.pair_s:
+            step += f" + {costs.pair_s * 1e9:.2g} ns a pair + {costs.read_s * 1e9:.3g} ns a KV token read"
+        copy = f"{machine.token_bytes / costs.copy_token_s / 1e9:.3g} GB/s"
+        pools = f"{machine.kv_tokens:,} / {machine.host_tokens:,} tokens"
+        cells = (f"`{name}`", step, str(machine.saturation_tokens), copy, pools, machine.given, machine.assumed)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def fidelity_table(document: dict[str, Any]) -> str:
+    """Errors of the simulator."""
+    lines = ["| policy | metric | real | simulated | error | promised |", "|---|---|---:|---:|---:|---:|"]
+    for row in document["rows"]:
+        error = "-" if row["error"] is None else f"{row['error']:+.1%}"
+        limit = "" if row["limit"] is None else f"{row['limit']:.0%}"
+        lines.append(
+            f"| {row['policy']} | {row['metric']} | {row['real']:,.4g} | {row['simulated']:,.4g} | {error} | {limit} |"
+        )
+    return "\n".join(lines)
+
+
+def parts_of(document: dict[str, Any]) -> dict[str, str]:
+    """Which parts of the page a document fills."""
+    if "rows" in document:
+        return {"fidelity": fidelity_table(document)}
+    study = document["config"]["study"]
+    about = (
+        f"{len(document['runs'])} runs of {study['minutes']:g} minutes, seeds {', '.join(map(str, study['seeds']))}; "
+        f"code {document['config']['code']}."
+    )
+    name = "simulated" if study["engine"] == "simulated" else f"real {study['engine']}"
+    if any("@" in label for label in document["capacity_rps"]):
+        name = "memory"
+    return {name: f"{about}\n\n{markdown(document)}"}
+
+
+def _first_sentence(text: str) -> str:
+    words = " ".join(text.split())
+    return words.split(". ")[0].rstrip(".") + "."
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Read the documents, fill the page, write it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pause.page", description=__doc__)
+    parser.add_argument("documents", nargs="*", type=Path, metavar="STUDY.json")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    options = parser.parse_args(arguments)
+    parts = {"policies": policy_table(), "workloads": workload_table(), "machines": machine_table()}
+    for path in options.documents:
+        parts |= parts_of(json.loads(path.read_text()))
+    options.page.write_text(fill(options.page.read_text(), parts))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
