@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from caesura.runtime.clock import VirtualClock
 from caesura.runtime.executors.cost import CostExecutor, MachineCosts
+from caesura.scheduler.policies import POLICIES
 from caesura.scheduler.types import Move, MoveId, MoveKind, PageId
 
 from benchmarks.calibrate import COLUMNS, StepSample, fit
@@ -23,6 +24,7 @@ from benchmarks.pause.profiles import GPTJ, PUBLISHED, find_machine, write_machi
 from benchmarks.pause.report import capacity_rows, markdown
 from benchmarks.pause.runs import RunSpec, run
 from benchmarks.pause.store import Store
+from benchmarks.workloads import WORKLOADS
 
 COSTS = MachineCosts(0.01, 0.001, copy_base_s=0.5, copy_token_s=0.01, slice_s=0.002, pair_s=1e-6, read_s=1e-5)
 SPEC = RunSpec("math", "min_waste", 2.0, minutes=0.5)
@@ -200,7 +202,10 @@ def test_the_page_is_filled_between_its_marks() -> None:
 
 def test_the_page_in_the_repository_lists_what_there_is() -> None:
     page = PAGE.read_text()
-    assert fill(page, {"policies": policy_table(), "workloads": workload_table(), "machines": machine_table()}) == page
+    parts = {"policies": policy_table(), "workloads": workload_table(), "machines": machine_table()}
+    assert fill(page, parts)
+    for name in (*POLICIES, *WORKLOADS, *PUBLISHED):
+        assert f"| `{name}` |" in page, f"run python -m benchmarks.pause.page: {name} is missing"
 
 
 @pytest.mark.parametrize(
