@@ -283,12 +283,14 @@ def test_sec_22_hostile_grammars_fail_alone() -> None:
                 num_neighbours += 1
 
         beside = asyncio.ensure_future(neighbour())
-        for grammar in GRAMMARS:
-            params = {**grammar, "max_new_tokens": 4}
-            answer = await client.post("/generate", json={"text": "a", "sampling_params": params})
-            check_answer(answer, str(grammar)[:80])
-        stop.set()
-        await beside
+        try:
+            for grammar in GRAMMARS:
+                params = {**grammar, "max_new_tokens": 4}
+                answer = await client.post("/generate", json={"text": "a", "sampling_params": params})
+                check_answer(answer, str(grammar)[:80])
+        finally:
+            stop.set()
+            await beside
         assert num_neighbours > 0
 
     with_remote(test)
