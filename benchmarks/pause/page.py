@@ -26,12 +26,11 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "policies.md"
 def fill(page: str, parts: dict[str, str]) -> str:
     """Replace the named parts. ValueError when the page has no place for one."""
     for name, text in parts.items():
-        place = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        page, found = place.subn(lambda match, text=text: f"{match[1]}{text.rstrip()}\n{match[2]}", page)
-        if found != 1:
-            raise ValueError(
-                f"the page has {found} places named {name}; it must have one: <!-- {name} -->, <!-- end -->"
-            )
+        place = re.compile(rf"(?<=<!-- {re.escape(name)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+        found = list(place.finditer(page))
+        if len(found) != 1:
+            raise ValueError(f"the page has {len(found)} places <!-- {name} --> ... <!-- end -->; it must have one")
+        page = f"{page[: found[0].start()]}{text.rstrip()}\n{page[found[0].end() :]}"
     return page
 
 
