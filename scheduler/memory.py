@@ -112,12 +112,15 @@ class MemoryDesk:
         self.contended = self.contended or not secured
         return secured
 
+    def is_coming(self, context: ContextId, num_tokens: int) -> bool:
+        """For a running context: enough is on its way out, so that waiting for the copies is all there is to do."""
+        coming = not self._ledger.shortfall(context, num_tokens)
+        self.contended = self.contended or coming
+        return coming
+
     def make_room(self, context: ContextId, num_tokens: int, *, before_preempting: bool) -> bool:
         """For a running context: did anything become free (or begin to leave)?"""
         lacking = self._ledger.shortfall(context, num_tokens)
-        if not lacking:
-            self.contended = True
-            return False  # enough is on its way out; wait for the copies
         if self._policy.on_demand or not before_preempting:
             taken = self._reclaim(lacking, context, must=not before_preempting)
             if taken:

@@ -296,6 +296,8 @@ class Scheduler:
         start = self.ledger.computed(state.id)
         rows = min(budget, state.num_tokens - start)
         while not self.ledger.extend(state.id, start + rows):
+            if self._memory.is_coming(state.id, start + rows):
+                return -taken_back
             victims = [other for other in running if other.phase is Phase.RUNNING and other is not state]
             later = [other for other in victims if self.policy.order_key(other) > self.policy.order_key(state)]
             if self._memory.make_room(state.id, start + rows, before_preempting=bool(later)):
