@@ -75,7 +75,7 @@ def unsupported(model: Model, page_size: int) -> str | None:
 
 
 class NativeDecoder:
-    """Runs one model. Holds no KV: the cache is passed in, the same one at every call."""
+    """Runs one model. Holds no KV: the cache is passed in."""
 
     def __init__(self, model: Model, *, num_threads: int | None = None) -> None:
         """Pack the weights; the model's own may be let go of. Raises NoNativeLibrary; ask ``unsupported`` first."""
@@ -92,6 +92,7 @@ class NativeDecoder:
         self._head = self._linear(model.head, None)
         self._layers = (_Layer * model.config.num_layers)(*(self._layer(layer) for layer in model.layers))
         self._decoder: Any = None
+        self._cache: Sequence[Tensor] | None = None  # what _decoder points to
         self._buffers: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch, cache: Sequence[Tensor]) -> Tensor:
@@ -100,8 +101,8 @@ class NativeDecoder:
         ``cache`` holds one tensor per layer, [2, num_pages, page_size, kv_heads, head_dim]; within a page it is laid
         out as attention.h says, which is nobody else's business: pages are copied whole.
         """
-        if self._decoder is None:
-            self._decoder = self._bind(cache)
+        if self._cache is not cache:
+            self._decoder, self._cache = self._bind(cache), cache
         config, rows = self.config, batch.num_rows
         plan = plan_attention(batch, config.num_heads // config.num_kv_heads)
         cos, sin = self._rotary.tables(batch.max_position)

@@ -17,7 +17,7 @@ from caesura.scheduler.types import ContextId, PageId
 VOCAB = 97
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
-    "hidden_size": 48,
+    "hidden_size": 64,
     "intermediate_size": 72,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -57,11 +57,13 @@ CHECKPOINTS: dict[str, Callable[[], Any]] = {
     "llama2": lambda: _llama(num_key_value_heads=4),
     "llama3": lambda: _llama(rope_parameters=_LLAMA3),
     "llama-linear": lambda: _llama(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
-    "llama-biases": lambda: _llama(attention_bias=True, mlp_bias=True, head_dim=20),
+    "llama-biases": lambda: _llama(attention_bias=True, mlp_bias=True, head_dim=32),
+    "llama-odd": lambda: _llama(attention_bias=True, mlp_bias=True, hidden_size=48, head_dim=20),
     "smollm2": lambda: _llama(
         tie_word_embeddings=True,
         num_attention_heads=3,
         num_key_value_heads=1,
+        hidden_size=48,
         rope_parameters={"rope_type": "default", "rope_theta": 1e5},
     ),
     "mistral": lambda: _mistral(sliding_window=None),

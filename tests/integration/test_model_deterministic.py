@@ -1,8 +1,9 @@
-"""Deterministic mode: a row's bits do not depend on the batch, the chunking or the page size."""
+"""A row's bits do not depend on the batch, the chunking or the page size: in C always, in torch when asked for."""
 
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from caesura.runtime.model import exact, load_model
 
 from tests.integration.model_checkpoints import VOCAB, drive, make_executor, make_reference, make_runs, save
 
+NATIVE_OR_NOT = pytest.mark.parametrize(
+    "native",
+    [False, pytest.param(True, marks=pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler"))],
+    ids=["torch", "native"],
+)
 LENGTHS = (3, 70, 33, 129, 1, 64, 20, 9)
 NEW_TOKENS = 20
 
@@ -28,9 +34,12 @@ def prompts() -> list[list[int]]:
     return [[draw.randrange(3, VOCAB) for _ in range(length)] for length in LENGTHS]
 
 
-def outputs(model: Any, chunk: int, page_size: int, only: int | None = None) -> list[list[SampledToken]]:
+def outputs(
+    model: Any, chunk: int, page_size: int, only: int | None = None, *, native: bool = False
+) -> list[list[SampledToken]]:
     """Sampled tokens with their logprobs: of all prompts in one batch, or of one prompt alone."""
-    executor = make_executor(model, page_size, deterministic=True)
+    executor = make_executor(model, page_size, deterministic=True, native=native)
+    assert native == (executor.native_refused is None), executor.native_refused
     chosen = prompts() if only is None else [prompts()[only]]
     runs = make_runs(chosen, NEW_TOKENS, chunk, page_size, logprobs=3)
     try:
@@ -39,19 +48,22 @@ def outputs(model: Any, chunk: int, page_size: int, only: int | None = None) -> 
         executor.close()
 
 
-def test_bits_are_the_same_in_any_batch_chunk_and_page_size(model: Any) -> None:
-    reference = outputs(model, chunk=64, page_size=16)
+@NATIVE_OR_NOT
+def test_bits_are_the_same_in_any_batch_chunk_and_page_size(model: Any, native: bool) -> None:
+    reference = outputs(model, chunk=64, page_size=16, native=native)
     assert len({token.token_id for tokens in reference for token in tokens}) > 5
-    for chunk, page_size in ((1, 16), (7, 1), (64, 1), (200, 7)):
-        assert outputs(model, chunk, page_size) == reference, (chunk, page_size)
+    sizes = (16, 32, 64, 48) if native else (16, 1, 1, 7)
+    for chunk, page_size in zip((1, 7, 64, 200), sizes, strict=True):
+        assert outputs(model, chunk, page_size, native=native) == reference, (chunk, page_size)
     for only in range(len(LENGTHS)):
-        assert outputs(model, 33, 16, only) == [reference[only]], f"prompt {only} alone"
+        assert outputs(model, 33, 16, only, native=native) == [reference[only]], f"prompt {only} alone"
 
 
+@NATIVE_OR_NOT
 @pytest.mark.parametrize("threads", [1, 2])
-def test_hidden_states_are_the_same_bits_whatever_the_neighbours(model: Any, threads: int) -> None:
+def test_hidden_states_are_the_same_bits_whatever_the_neighbours(model: Any, threads: int, native: bool) -> None:
     before = torch.get_num_threads()
-    executor = make_executor(model, 16, deterministic=True, num_threads=threads)
+    executor = make_executor(model, 16, deterministic=True, num_threads=threads, native=native)
     seen: list[torch.Tensor] = []
     original = executor._decoder.forward
     executor._decoder.forward = lambda batch, cache: _keep(original(batch, cache), seen)  # type: ignore[method-assign]
@@ -94,6 +106,6 @@ def test_exp_is_exact_in_every_position() -> None:
 
 def test_odd_sizes(tmp_path: Path) -> None:
     """Widths that are no multiple of a vector."""
-    reference = make_reference("llama-biases")
+    reference = make_reference("llama-odd")
     model = load_model(save(reference, tmp_path))
     assert outputs(model, 7, 1) == outputs(model, 200, 16)

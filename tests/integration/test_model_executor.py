@@ -73,7 +73,7 @@ def piece(tokens: list[int], start: int, pages: list[int], **fields: Any) -> Sli
 
 def test_the_executor_fulfils_the_protocol(executor: TorchExecutor) -> None:
     checked: Executor = executor
-    assert checked.page_bytes == 2 * 3 * 4 * 2 * 12 * 4  # K and V, layers, page, kv heads, head dim, float32
+    assert checked.page_bytes == 2 * 3 * 4 * 2 * 16 * 4  # K and V, layers, page, kv heads, head dim, float32
     assert checked.max_context_tokens == 512
 
 
