@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +10,13 @@ from caesura.runtime.calibrate import measured
 from caesura.runtime.clock import MonotonicClock
 from caesura.runtime.config import EMBEDDED, EngineConfig
 from caesura.runtime.engine import Engine
+from caesura.runtime.logs import note
 from caesura.runtime.text.template import ChatTemplate, load_template
 from caesura.runtime.text.tokenizer import Tokenizer, load_tokenizer
 from caesura.scheduler.policies import make_policy
 from caesura.scheduler.scheduler import SchedulerConfig
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_KV_BYTES = 1 << 30
 MIN_KV_TOKENS = 256
@@ -49,8 +53,12 @@ def build(config: EngineConfig) -> Runtime:
         deterministic=config.deterministic,
         num_threads=config.num_threads,
         vocab_limit=tokenizer.vocab_size,
+        native=config.native,
     )
+    if config.native and executor.native_refused is not None:
+        note(_log, logging.WARNING, "native_decoder_off", reason=executor.native_refused)
     key = f"{model.config}|{config.dtype}|{config.page_size}|{config.deterministic}|{config.num_threads}"
+    key += f"|{executor.native_refused is None}"
     profile = config.profile or measured(executor, f"{key}|{bool(host_pages)}")
     engine = Engine(
         executor,

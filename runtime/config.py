@@ -17,8 +17,9 @@ class EngineConfig:
 
     ``model`` is ``"embedded"``, a Hugging Face folder, or a hub id. ``kv_tokens`` and ``host_kv_tokens`` size the two
     pools; None picks what fits the machine (host: none unless the policy swaps, then twice the device pool).
-    ``deterministic`` makes results independent of batch shape and chunking, at a price. ``profile`` None measures the
-    machine at start (under 3 s, cached).
+    ``native`` runs the decoder in C where it can (float32, page sizes that are a multiple of 16, a C compiler); there
+    results never depend on batch shape and chunking. ``deterministic`` makes sure of that in torch as well, at a price.
+    ``profile`` None measures the machine at start (under 3 s, cached).
     """
 
     model: str = EMBEDDED
@@ -31,6 +32,7 @@ class EngineConfig:
     host_kv_tokens: int | None = None
     max_step_tokens: int = 512
     max_running: int = 64
+    native: bool = True
     deterministic: bool = False
     share_prefixes: bool = True
     seed: int = 0

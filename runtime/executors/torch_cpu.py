@@ -36,11 +36,11 @@ class TorchExecutor:
         deterministic: bool = False,
         num_threads: int | None = None,
         vocab_limit: int | None = None,
-        native: bool | None = None,
+        native: bool = True,
     ) -> None:
         """Allocate the arenas.
 
-        ``native`` False does without the C decoder, which is used where it can be (``native_refused`` says why not).
+        ``native`` uses the C decoder where it can be had (``native_refused`` says why not).
 
         ``eos_ids`` are banned until a generation's ``min_new_tokens``. ``deterministic`` makes every row's bits
         independent of batch, chunking and page size (slower in torch, always so in C). ``vocab_limit``: ids from here
@@ -64,7 +64,7 @@ class TorchExecutor:
         self.num_device_pages = num_device_pages
         self.num_host_pages = num_host_pages
         self.max_context_tokens = config.max_context_tokens
-        self.native_refused = "not wanted" if native is False else unsupported(model, page_size)
+        self.native_refused = unsupported(model, page_size) if native else "the option `native` is off"
         self._decoder: Decoder | NativeDecoder
         if self.native_refused is None:
             self._decoder = NativeDecoder(model, num_threads=num_threads)

@@ -1,7 +1,7 @@
 """Compile the C source once per machine and load it.
 
 The result lies in the user's cache folder under a name made from the source, the flags, the compiler and the processor,
-so another machine with the same home builds its own. Set CAESURA_NATIVE=0 to do without.
+so another machine with the same home builds its own.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ class NoNativeLibrary(ModelError):
 @functools.cache
 def native_library() -> ctypes.CDLL:
     """The compiled library. Raises NoNativeLibrary."""
-    if os.environ.get("CAESURA_NATIVE", "1") == "0":
-        raise NoNativeLibrary("CAESURA_NATIVE=0 asks to do without it")
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise NoNativeLibrary("no C compiler was found (CC, or cc on the PATH)")

@@ -261,7 +261,3 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     native_library.cache_clear()
     monkeypatch.setattr(library, "_compile", lambda *_: pytest.fail("compiled again"))
     native_library()
-    monkeypatch.setenv("CAESURA_NATIVE", "0")
-    native_library.cache_clear()
-    with pytest.raises(NoNativeLibrary, match="CAESURA_NATIVE"):
-        native_library()
