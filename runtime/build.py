@@ -54,11 +54,12 @@ def build(config: EngineConfig) -> Runtime:
         num_threads=config.num_threads,
         vocab_limit=tokenizer.vocab_size,
         native=config.native,
+        quantization=config.quantization,
     )
     if config.native and executor.native_refused is not None:
         note(_log, logging.WARNING, "native_decoder_off", reason=executor.native_refused)
     key = f"{model.config}|{config.dtype}|{config.page_size}|{config.deterministic}|{config.num_threads}"
-    key += f"|{executor.native_refused is None}"
+    key += f"|{executor.native_refused is None}|{config.quantization}"
     profile = config.profile or measured(executor, f"{key}|{bool(host_pages)}")
     engine = Engine(
         executor,

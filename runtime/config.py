@@ -19,13 +19,15 @@ class EngineConfig:
     pools; None picks what fits the machine (host: none unless the policy swaps, then twice the device pool).
     ``native`` runs the decoder in C where it can (float32, page sizes that are a multiple of 16, a C compiler); there
     results never depend on batch shape and chunking. ``deterministic`` makes sure of that in torch as well, at a price.
-    ``profile`` None measures the machine at start (under 3 s, cached).
+    ``quantization`` "int8" makes 8-bit weights at load, for the C decoder alone: where that cannot be had, the engine
+    does not start. ``profile`` None measures the machine at start (under 3 s, cached).
     """
 
     model: str = EMBEDDED
     revision: str | None = None
     load_format: str = "auto"
     dtype: str = "float32"
+    quantization: str | None = None
     policy: str = DEFAULT_POLICY
     page_size: int = 16
     kv_tokens: int | None = None
@@ -46,6 +48,8 @@ class EngineConfig:
             raise InvalidRequest(str(error)) from None
         if self.dtype not in ("float32", "bfloat16"):
             raise InvalidRequest(f"dtype is {self.dtype!r}; it must be float32 or bfloat16")
+        if self.quantization not in (None, "int8"):
+            raise InvalidRequest(f"quantization is {self.quantization!r}; it must be int8, or left out")
         if self.load_format not in ("auto", "dummy"):
             raise InvalidRequest(f"load_format is {self.load_format!r}; it must be auto or dummy")
         _bounded("page_size", self.page_size, 1, 64)

@@ -58,6 +58,7 @@ def serve(
     revision: Annotated[str | None, _option("Revision of a hub id.")] = None,
     load_format: Annotated[str | None, _option("auto, or dummy for weights of chance.")] = None,
     dtype: Annotated[str | None, _option("float32 or bfloat16.")] = None,
+    quantization: Annotated[str | None, _option("int8: 8-bit weights, made at load.")] = None,
     policy: Annotated[str | None, _option("Pause policy.")] = None,
     page_size: Annotated[int | None, _option("Tokens of a KV page.")] = None,
     kv_tokens: Annotated[int | None, _option("Tokens the device pool holds; else what fits.")] = None,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 import torch
-from caesura.runtime.errors import BrokenInvariant
+from caesura.runtime.errors import BrokenInvariant, UnsupportedModel
 from caesura.runtime.executors.base import ExecOutput, SampledToken, SliceInput, SliceOutput
 from caesura.runtime.kv.arena import KvArena
 from caesura.runtime.model.batch import Batch, build_batch
@@ -37,16 +37,21 @@ class TorchExecutor:
         num_threads: int | None = None,
         vocab_limit: int | None = None,
         native: bool = True,
+        quantization: str | None = None,
     ) -> None:
         """Allocate the arenas.
 
-        ``native`` uses the C decoder where it can be had (``native_refused`` says why not).
+        ``native`` uses the C decoder where it can be had (``native_refused`` says why not). ``quantization`` "int8"
+        gives it 8-bit weights; without it that is refused, never ignored.
 
         ``eos_ids`` are banned until a generation's ``min_new_tokens``. ``deterministic`` makes every row's bits
         independent of batch, chunking and page size (slower in torch, always so in C). ``vocab_limit``: ids from here
         on are never sampled; give the tokenizer's size when the model's vocabulary is padded beyond it.
-        Raises NotEnoughMemory when the pools do not fit.
+        Raises NotEnoughMemory when the pools do not fit, UnsupportedModel for a quantization that cannot be had.
         """
+        self.native_refused = unsupported(model, page_size) if native else "the option `native` is off"
+        if quantization and self.native_refused is not None:
+            raise UnsupportedModel(f"quantization {quantization} needs the C decoder: {self.native_refused}")
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         config = model.config
@@ -64,10 +69,9 @@ class TorchExecutor:
         self.num_device_pages = num_device_pages
         self.num_host_pages = num_host_pages
         self.max_context_tokens = config.max_context_tokens
-        self.native_refused = unsupported(model, page_size) if native else "the option `native` is off"
         self._decoder: Decoder | NativeDecoder
         if self.native_refused is None:
-            self._decoder = NativeDecoder(model, num_threads=num_threads)
+            self._decoder = NativeDecoder(model, num_threads=num_threads, quantization=quantization)
         else:
             self._decoder = Decoder(model, deterministic=deterministic)
         self._eos_ids = frozenset(eos_ids)

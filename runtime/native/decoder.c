@@ -1,11 +1,11 @@
-/* One step of a dense decoder on the CPU in float32: rows in, hidden states out, keys and values written in place.
+/* One step of a dense decoder on the CPU, in float32 or with weights of 8 bits: rows in, hidden states out, keys and values written in place.
 
    All threads walk through the same phases with a barrier between them, so a step costs one call. No result depends on
    the number of threads, on the batch around a row or on how a prompt was cut into chunks. */
 #include "attention.h"
-#include "linear.h"
+#include "linear_int8.h"
 
-#define ABI 1 /* of the structures below; checked when the library is loaded */
+#define ABI 2 /* of the structures below; checked when the library is loaded */
 
 typedef struct {
     const float *input_norm, *qk_norm, *mlp_norm; /* qk_norm [heads + kv_heads, head_dim] or NULL */
@@ -33,6 +33,7 @@ typedef struct {
     const long *offsets;    /* per piece: its first segment's place in `partials` */
     float *hidden, *normed, *qkv, *mixed, *inner, *partials;
     Scratch *scratch; /* one per thread */
+    CodedRows coded;  /* the rows that the next product takes, where weights are coded */
 } Step;
 
 typedef struct {
@@ -116,6 +117,19 @@ static void attend_rows(Pool *pool, int thread, const Decoder *decoder, const La
         merge_decode(&cache, step->pieces, step->decodes[i], step->partials, step->offsets, step->mixed);
 }
 
+/* Code the rows that `linear` takes, each by the thread that has it in `share`. */
+static void code_input(const Pool *pool, int thread, const Linear *linear, const float *x, const Step *step) {
+    if (linear->codes) code_rows(pool, thread, x, step->rows, linear->inner, &step->coded);
+}
+
+static void product(const Pool *pool, int thread, const Linear *linear, Epilogue epilogue, const float *x,
+                    const Step *step, float *y, long y_stride) {
+    if (linear->codes)
+        coded_share(pool, thread, linear, epilogue, &step->coded, step->rows, y, y_stride);
+    else
+        linear_share(pool, thread, linear, epilogue, x, linear->inner, step->rows, y, y_stride);
+}
+
 static void forward(Pool *pool, void *argument, int thread) {
     const Decoder *decoder = ((Run *)argument)->decoder;
     const Step *step = ((Run *)argument)->step;
@@ -126,21 +140,31 @@ static void forward(Pool *pool, void *argument, int thread) {
         memcpy(step->hidden + row * hidden, decoder->embeddings + step->tokens[row] * hidden, hidden * sizeof(float));
     for (const Layer *layer = decoder->layer; layer < decoder->layer + decoder->layers; layer++) {
         norm_rows(pool, thread, step->hidden, layer->input_norm, step->rows, hidden, decoder->epsilon, step->normed);
+        code_input(pool, thread, &layer->qkv, step->normed, step);
         barrier(pool);
-        linear_share(pool, thread, &layer->qkv, STORE, step->normed, hidden, step->rows, step->qkv, qkv_floats);
+        product(pool, thread, &layer->qkv, STORE, step->normed, step, step->qkv, qkv_floats);
         barrier(pool);
         if (thread == 0) atomic_store(&pool->next, 0);
         place_rows(pool, thread, decoder, layer, step);
         barrier(pool);
         attend_rows(pool, thread, decoder, layer, step);
         barrier(pool);
-        linear_share(pool, thread, &layer->out, ADD, step->mixed, q_floats, step->rows, step->hidden, hidden);
+        if (layer->out.codes) {
+            code_input(pool, thread, &layer->out, step->mixed, step);
+            barrier(pool);
+        }
+        product(pool, thread, &layer->out, ADD, step->mixed, step, step->hidden, hidden);
         barrier(pool);
         norm_rows(pool, thread, step->hidden, layer->mlp_norm, step->rows, hidden, decoder->epsilon, step->normed);
+        code_input(pool, thread, &layer->gate_up, step->normed, step);
         barrier(pool);
-        linear_share(pool, thread, &layer->gate_up, SWIGLU, step->normed, hidden, step->rows, step->inner, decoder->inner);
+        product(pool, thread, &layer->gate_up, SWIGLU, step->normed, step, step->inner, decoder->inner);
         barrier(pool);
-        linear_share(pool, thread, &layer->down, ADD, step->inner, decoder->inner, step->rows, step->hidden, hidden);
+        if (layer->down.codes) {
+            code_input(pool, thread, &layer->down, step->inner, step);
+            barrier(pool);
+        }
+        product(pool, thread, &layer->down, ADD, step->inner, step, step->hidden, hidden);
         barrier(pool);
     }
     norm_rows(pool, thread, step->hidden, decoder->norm, step->rows, hidden, decoder->epsilon, step->normed);
@@ -151,12 +175,18 @@ typedef struct {
     const float *x;
     float *y;
     long rows;
+    CodedRows coded;
 } Product;
 
 static void multiply_rows(Pool *pool, void *argument, int thread) {
-    const Product *product = argument;
-    linear_share(pool, thread, product->linear, STORE, product->x, product->linear->inner, product->rows, product->y,
-                 product->linear->outer);
+    const Product *one = argument;
+    if (one->linear->codes) {
+        code_rows(pool, thread, one->x, one->rows, one->linear->inner, &one->coded);
+        barrier(pool);
+        coded_share(pool, thread, one->linear, STORE, &one->coded, one->rows, one->y, one->linear->outer);
+        return;
+    }
+    linear_share(pool, thread, one->linear, STORE, one->x, one->linear->inner, one->rows, one->y, one->linear->outer);
 }
 
 long caesura_abi(void) { return ABI; }
@@ -169,8 +199,8 @@ void caesura_forward(Pool *pool, const Decoder *decoder, const Step *step) {
     run_task(pool, forward, &run);
 }
 
-/* y [rows, outer] = x [rows, inner] W^T. */
-void caesura_linear(Pool *pool, const Linear *linear, const float *x, float *y, long rows) {
-    Product product = {linear, x, y, rows};
-    run_task(pool, multiply_rows, &product);
+/* y [rows, outer] = x [rows, inner] W^T; `coded` is where the rows' codes go, if the weights are coded. */
+void caesura_linear(Pool *pool, const Linear *linear, const float *x, float *y, long rows, const CodedRows *coded) {
+    Product one = {linear, x, y, rows, *coded};
+    run_task(pool, multiply_rows, &one);
 }

@@ -1,7 +1,7 @@
 """A drop-in for ``model.transformer.Decoder`` whose forward pass is one call into C.
 
-Float32 on the CPU. A row's bits do not depend on the batch around it, on chunking, on page size or on the number of
-threads, so this is the deterministic mode too.
+Float32 on the CPU, or 8-bit weights with rows coded as they come. A row's bits do not depend on the batch around it, on
+chunking, on page size or on the number of threads, so this is the deterministic mode too.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from caesura.runtime.model.batch import Batch
 from caesura.runtime.model.rotary import RotaryTable
 from caesura.runtime.model.weights import LayerWeights, Model
 from caesura.runtime.native.library import NoNativeLibrary, native_library
+from caesura.runtime.native.packing import CodedRows, Linear, RowCodes, Weights
 from caesura.runtime.native.plan import MAX_QUERIES, plan_attention
 from torch import Tensor
 
 LANES = 16
 MAX_HEAD_DIM = 256
-_COLUMNS = 32  # output columns of a packed block
 
 _Long, _Pointer = ctypes.c_long, ctypes.c_void_p
 
@@ -31,11 +31,10 @@ def _structure(name: str, **fields: Any) -> Any:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-_Linear = _structure("Linear", packed=_Pointer, bias=_Pointer, inner=_Long, outer=_Long)
 _Layer = _structure(
     "Layer",
     **dict.fromkeys(("input_norm", "qk_norm", "mlp_norm"), _Pointer),
-    **dict.fromkeys(("qkv", "out", "gate_up", "down"), _Linear),
+    **dict.fromkeys(("qkv", "out", "gate_up", "down"), Linear),
     **dict.fromkeys(("keys", "values"), _Pointer),
     window=_Long,
 )
@@ -51,6 +50,7 @@ _Step = _structure(
     **dict.fromkeys(("tokens", "positions", "slots", "cos", "sin"), _Pointer),
     **dict.fromkeys(("pieces", "items", "members", "decodes", "offsets"), _Pointer),
     **dict.fromkeys(("hidden_rows", "normed", "qkv", "mixed", "inner", "partials", "scratch"), _Pointer),
+    coded=CodedRows,
 )
 
 
@@ -77,8 +77,11 @@ def unsupported(model: Model, page_size: int) -> str | None:
 class NativeDecoder:
     """Runs one model. Holds no KV: the cache is passed in."""
 
-    def __init__(self, model: Model, *, num_threads: int | None = None) -> None:
-        """Pack the weights; the model's own may be let go of. Raises NoNativeLibrary; ask ``unsupported`` first."""
+    def __init__(self, model: Model, *, num_threads: int | None = None, quantization: str | None = None) -> None:
+        """Pack the weights, as 8-bit codes with ``quantization`` "int8"; the model's own may be let go of.
+
+        Raises NoNativeLibrary (ask ``unsupported`` first), UnsupportedModel for rows too wide to be coded.
+        """
         self.config = model.config
         self._library = _declared(native_library())
         self._num_threads = num_threads or torch.get_num_threads()
@@ -87,13 +90,15 @@ class NativeDecoder:
             raise NoNativeLibrary("the threads of the C decoder could not be started")
         weakref.finalize(self, self._library.caesura_pool_close, self._pool)
         self._rotary = RotaryTable(model.config, torch.float32)
-        self._kept: list[Tensor] = []  # what C holds addresses of
-        self._embeddings, self._norm = self._keep(model.embeddings), self._keep(model.norm)
-        self._head = self._linear(model.head, None)
+        self._weights = Weights(self._library, quantization)
+        self._embeddings, self._norm = self._weights.keep(model.embeddings), self._weights.keep(model.norm)
+        self._head = self._weights.linear(model.head, None)
         self._layers = (_Layer * model.config.num_layers)(*(self._layer(layer) for layer in model.layers))
         self._decoder: Any = None
         self._cache: Sequence[Tensor] | None = None  # what _decoder points to
         self._buffers: dict[str, Tensor] = {}
+        config = model.config
+        self._codes = RowCodes(max(config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size))
 
     def forward(self, batch: Batch, cache: Sequence[Tensor]) -> Tensor:
         """Hidden states after the last norm: [rows, hidden], good until the next call.
@@ -132,6 +137,7 @@ class NativeDecoder:
                 "partials", plan.num_partials * config.num_heads * (config.head_dim + LANES)
             ).data_ptr(),
             scratch=self._scratch().data_ptr(),
+            coded=self._codes.for_rows(rows),
         )
         self._library.caesura_forward(self._pool, ctypes.byref(self._decoder), ctypes.byref(step))
         return normed[: rows * config.hidden_size].view(rows, config.hidden_size)
@@ -140,8 +146,9 @@ class NativeDecoder:
         """Float32 logits of ``hidden`` [n, hidden]: [n, vocab]."""
         rows = hidden.contiguous()
         out = torch.empty(rows.shape[0], self.config.vocab_size)
+        count, coded = rows.shape[0], self._codes.for_rows(rows.shape[0])
         self._library.caesura_linear(
-            self._pool, ctypes.byref(self._head), rows.data_ptr(), out.data_ptr(), rows.shape[0]
+            self._pool, ctypes.byref(self._head), rows.data_ptr(), out.data_ptr(), count, ctypes.byref(coded)
         )
         return out
 
@@ -175,37 +182,16 @@ class NativeDecoder:
         )
 
     def _layer(self, weights: LayerWeights) -> Any:
+        keep, linear = self._weights.keep, self._weights.linear
         return _Layer(
-            input_norm=self._keep(weights.input_norm),
-            qk_norm=self._keep(weights.qk_norm),
-            mlp_norm=self._keep(weights.mlp_norm),
-            qkv=self._linear(weights.qkv, weights.qkv_bias),
-            out=self._linear(weights.out, weights.out_bias),
-            gate_up=self._linear(weights.gate_up, weights.gate_up_bias, gated=True),
-            down=self._linear(weights.down, weights.down_bias),
+            input_norm=keep(weights.input_norm),
+            qk_norm=keep(weights.qk_norm),
+            mlp_norm=keep(weights.mlp_norm),
+            qkv=linear(weights.qkv, weights.qkv_bias),
+            out=linear(weights.out, weights.out_bias),
+            gate_up=linear(weights.gate_up, weights.gate_up_bias, gated=True),
+            down=linear(weights.down, weights.down_bias),
         )
-
-    def _linear(self, weights: Tensor, bias: Tensor | None, *, gated: bool = False) -> Any:
-        """Packed weights [outer, inner]; ``gated`` ones are gate and up, interleaved."""
-        outer = weights.shape[0] // 2 if gated else weights.shape[0]
-        inner = weights.shape[1]
-        packed = self._pack(weights, outer, inner, gated)
-        packed_bias = None if bias is None else self._pack(bias[:, None], outer, 1, gated)
-        return _Linear(packed=packed, bias=packed_bias, inner=inner, outer=outer)
-
-    def _pack(self, weights: Tensor, outer: int, inner: int, gated: bool) -> int:
-        blocks = -(-outer // (_COLUMNS // 2 if gated else _COLUMNS))
-        packed = torch.empty(blocks * inner * _COLUMNS)
-        pack = self._library.caesura_pack_gate_up if gated else self._library.caesura_pack
-        pack(weights.contiguous().data_ptr(), outer, inner, packed.data_ptr())
-        return self._keep(packed)
-
-    def _keep(self, tensor: Tensor | None) -> Any:
-        """The address of a tensor that must live as long as this decoder."""
-        if tensor is None:
-            return None
-        self._kept.append(tensor.contiguous())
-        return self._kept[-1].data_ptr()
 
     def _buffer(self, name: str, size: int) -> Tensor:
         """Kept between calls: fresh memory costs more than what is written into it."""
@@ -229,11 +215,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.caesura_pool_close.argtypes = [_Pointer]
     library.caesura_pool_close.restype = None
     library.caesura_scratch_bytes.restype = _Long
-    for pack in (library.caesura_pack, library.caesura_pack_gate_up):
-        pack.argtypes = [_Pointer, _Long, _Long, _Pointer]
-        pack.restype = None
     library.caesura_forward.argtypes = [_Pointer, _Pointer, _Pointer]
     library.caesura_forward.restype = None
-    library.caesura_linear.argtypes = [_Pointer, _Pointer, _Pointer, _Pointer, _Long]
+    library.caesura_linear.argtypes = [_Pointer, _Pointer, _Pointer, _Pointer, _Long, _Pointer]
     library.caesura_linear.restype = None
     return library

@@ -18,6 +18,9 @@ typedef enum { STORE, ADD, SWIGLU } Epilogue;
 typedef struct {
     const float *packed, *bias; /* bias may be NULL */
     long inner, outer;          /* outer: columns of the result (of one half, for SWIGLU) */
+    const int8_t *codes;        /* instead of `packed`, see linear_int8.h; else NULL */
+    const float *scales;        /* of the coded columns */
+    const int32_t *totals;      /* of the codes of each column */
 } Linear;
 
 static long num_blocks(long columns) { return (columns + COLUMNS - 1) / COLUMNS; }

@@ -65,7 +65,7 @@ OTHER_VALUES: dict[type, Any] = {
 SPECIAL = {
     "host": "::1", "api_keys": (KEY,), "admin_keys": (KEY + "1",), "cors_origins": ("https://a.b", "http://c:1"),
     "metrics_compat": "vllm", "log_format": "json", "log_level": "debug", "load_format": "dummy", "dtype": "bfloat16",
-    "policy": "lru", "kv_tokens": 999, "share_prefixes": False, "native": False,
+    "policy": "lru", "kv_tokens": 999, "share_prefixes": False, "native": False, "quantization": "int8",
 }  # fmt: skip
 
 
@@ -102,6 +102,7 @@ WRONG = [
     ({}, {"CAESURA_PROT": "1"}, "CAESURA_PROT", "did you mean 'CAESURA_PORT'"),
     ({}, {"CAESURA_API_KEY": KEY}, "CAESURA_API_KEY", "did you mean 'CAESURA_API_KEYS'"),
     ({"page_size": 65}, {}, "page_size is 65; it must lie between 1 and 64", "flag --page-size"),
+    ({"quantization": "int4"}, {}, "quantization is 'int4'; it must be int8, or left out", "flag --quantization"),
     ({"policy": "none"}, {}, "policy is 'none'; it must be one of", "flag --policy"),
     ({"kv_tokens": 20}, {}, "kv_tokens is 20", "flag --kv-tokens"),
     ({"log_format": "xml"}, {}, "log_format is 'xml'; it must be one of text, json", "flag --log-format"),

@@ -1,0 +1,291 @@
+/* Products of 8-bit codes: x W^T with weights coded once per output column, rows coded as they come.
+
+   weight = column scale * code, codes -127..127;  x = row scale * (code - zero), codes 0..255. So
+
+       sum x w = row scale * column scale * (sum of code products - zero * sum of the column's codes).
+
+   The sums are of integers and exact, in whatever order and with whatever instructions they are made, so a row's bits
+   depend on neither its neighbours nor the machine. Up to MAX_CODED_INNER terms they fit in 32 bits.
+
+   Packed codes are [blocks][groups][32][4]: of 32 columns, 4 inner positions side by side, read as one stream. */
+#pragma once
+#include "linear.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define GROUP 4 /* inner positions whose products one instruction adds up */
+#define PAIRED 8 /* inner positions are padded to a multiple, with codes that count for nothing */
+#define MAX_CODED_INNER 65536 /* 65536 * 255 * 127 < 2^31 */
+
+typedef struct {
+    uint8_t *codes; /* [rows][stride] */
+    float *scale;   /* [rows] */
+    int32_t *zero;  /* [rows] */
+    long stride;    /* bytes */
+} CodedRows;
+
+typedef uint8_t bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
+
+static long num_groups(long inner) { return (inner + PAIRED - 1) / PAIRED * (PAIRED / GROUP); }
+
+INLINE ivec load_ints(const int32_t *from) { return *(const ivec *)from; }
+INLINE int32_t four_codes(const uint8_t *from) {
+    int32_t four;
+    memcpy(&four, from, sizeof four);
+    return four;
+}
+
+/* The next sixteen of a row; past its end, zeros. */
+INLINE vec load_some(const float *x, long left) {
+    if (left >= LANES) return load(x);
+    float some[LANES] = {0};
+    memcpy(some, x, left * sizeof *x);
+    return load(some);
+}
+
+/* Code one row. Zero is always a code of its own. A row with infinities or NaN gets NaN as its scale, so that they
+   are seen in the result as they would be without codes. Not inlined: one chain of operations for every row. */
+static __attribute__((noinline)) void code_row(const float *x, long size, long stride, uint8_t *codes, float *scale,
+                                               int32_t *zero) {
+    vec low = splat(0.0f), high = splat(0.0f), broken = splat(0.0f);
+    for (long i = 0; i < size; i += LANES) {
+        vec part = load_some(x + i, size - i);
+        low = choose(part < low, part, low);
+        high = larger(part, high);
+        broken += part * 0.0f;
+    }
+    float least = -vec_max(-low), most = vec_max(high), step = (most - least) / 255.0f;
+    if (vec_sum(broken) != 0.0f || !(step < INFINITY)) {
+        *scale = NAN;
+        *zero = 0;
+        memset(codes, 0, stride);
+        return;
+    }
+    float inverse = step > 1e-30f ? 1.0f / step : 0.0f;
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to the nearest integer */
+    float from_zero = (-least * inverse + magic) - magic;
+    *scale = inverse > 0.0f ? step : 0.0f;
+    *zero = (int32_t)from_zero;
+    for (long i = 0; i < stride; i += LANES) {
+        vec part = i < size ? load_some(x + i, size - i) : splat(0.0f);
+        vec code = ((part * inverse + magic) - magic) + from_zero;
+        code = choose(code > splat(255.0f), splat(255.0f), larger(code, splat(0.0f)));
+        *(bytes16 *)(codes + i) = __builtin_convertvector(__builtin_convertvector(code, ivec), bytes16);
+    }
+}
+
+/* This thread's share of the rows [rows, size]. */
+static void code_rows(const Pool *pool, int thread, const float *x, long rows, long size, const CodedRows *to) {
+    long first, last, stride = (size + LANES - 1) / LANES * LANES;
+    share(pool, thread, rows, &first, &last);
+    for (long row = first; row < last; row++)
+        code_row(x + row * size, size, stride, to->codes + row * to->stride, to->scale + row, to->zero + row);
+}
+
+/* sums[row][column] of a block's 32 columns. */
+#if defined(__AVX512VNNI__)
+
+INLINE void multiply_codes(int rows, const uint8_t *x, long stride, const int8_t *w, long groups,
+                           int32_t sums[][COLUMNS]) {
+    const int chains = rows <= 2 ? 2 : 1; /* one or two rows alone would wait for their own sums */
+    __m512i acc[rows][chains][2];
+#pragma GCC unroll 16
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 2
+        for (int chain = 0; chain < chains; chain++) acc[row][chain][0] = acc[row][chain][1] = _mm512_setzero_si512();
+    for (long group = 0; group < groups; group += chains) {
+#pragma GCC unroll 2
+        for (int chain = 0; chain < chains; chain++, w += COLUMNS * GROUP, x += GROUP) {
+            __m512i left = _mm512_loadu_si512(w), right = _mm512_loadu_si512(w + 64);
+            __builtin_prefetch(w + 32 * COLUMNS * GROUP);
+            __builtin_prefetch(w + 32 * COLUMNS * GROUP + 64);
+#pragma GCC unroll 16
+            for (int row = 0; row < rows; row++) {
+                __m512i value = _mm512_set1_epi32(four_codes(x + row * stride));
+                acc[row][chain][0] = _mm512_dpbusd_epi32(acc[row][chain][0], value, left);
+                acc[row][chain][1] = _mm512_dpbusd_epi32(acc[row][chain][1], value, right);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            __m512i sum = acc[row][0][half];
+            if (chains == 2) sum = _mm512_add_epi32(sum, acc[row][chains - 1][half]);
+            _mm512_storeu_si512(sums[row] + half * LANES, sum);
+        }
+}
+
+#elif defined(__AVXVNNI__)
+
+INLINE void multiply_codes(int rows, const uint8_t *x, long stride, const int8_t *w, long groups,
+                           int32_t sums[][COLUMNS]) {
+    __m256i acc[rows][4];
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++) acc[row][part] = _mm256_setzero_si256();
+    for (long group = 0; group < groups; group++, w += COLUMNS * GROUP, x += GROUP) {
+        __m256i value[rows];
+        __builtin_prefetch(w + 16 * COLUMNS * GROUP);
+        __builtin_prefetch(w + 16 * COLUMNS * GROUP + 64);
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; row++) value[row] = _mm256_set1_epi32(four_codes(x + row * stride));
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++) {
+            __m256i weights = _mm256_loadu_si256((const __m256i *)(w + part * 32));
+#pragma GCC unroll 4
+            for (int row = 0; row < rows; row++)
+                acc[row][part] = _mm256_dpbusd_avx_epi32(acc[row][part], value[row], weights);
+        }
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++)
+            _mm256_storeu_si256((__m256i *)(sums[row] + part * 8), acc[row][part]);
+}
+
+#elif defined(__AVX2__)
+
+/* The 8-bit multiply-add of AVX2 saturates, so codes are widened to 16 bits: sums of pairs, half a block at a time. */
+INLINE void multiply_codes(int rows, const uint8_t *x, long stride, const int8_t *w, long groups,
+                           int32_t sums[][COLUMNS]) {
+    for (int half = 0; half < 2; half++) {
+        __m256i acc[rows][4];
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+            for (int part = 0; part < 4; part++) acc[row][part] = _mm256_setzero_si256();
+        const int8_t *at = w + half * 64;
+        for (long group = 0; group < groups; group++, at += COLUMNS * GROUP) {
+            __m256i value[rows];
+            __builtin_prefetch(at + 16 * COLUMNS * GROUP);
+#pragma GCC unroll 4
+            for (int row = 0; row < rows; row++)
+                value[row] = _mm256_cvtepu8_epi16(_mm_set1_epi32(four_codes(x + row * stride + group * GROUP)));
+#pragma GCC unroll 4
+            for (int part = 0; part < 4; part++) {
+                __m256i weights = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(at + part * 16)));
+#pragma GCC unroll 4
+                for (int row = 0; row < rows; row++)
+                    acc[row][part] = _mm256_add_epi32(acc[row][part], _mm256_madd_epi16(value[row], weights));
+            }
+        }
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; row++)
+            for (int part = 0; part < 4; part++) {
+                int32_t pairs[8];
+                _mm256_storeu_si256((__m256i *)pairs, acc[row][part]);
+                for (int i = 0; i < 4; i++) sums[row][half * LANES + part * 4 + i] = pairs[2 * i] + pairs[2 * i + 1];
+            }
+    }
+}
+
+#else
+
+INLINE void multiply_codes(int rows, const uint8_t *x, long stride, const int8_t *w, long groups,
+                           int32_t sums[][COLUMNS]) {
+    for (int row = 0; row < rows; row++) {
+        memset(sums[row], 0, sizeof sums[row]);
+        for (long group = 0; group < groups; group++)
+            for (int column = 0; column < COLUMNS; column++)
+                for (int i = 0; i < GROUP; i++)
+                    sums[row][column] +=
+                        (int32_t)x[row * stride + group * GROUP + i] * w[(group * COLUMNS + column) * GROUP + i];
+    }
+}
+
+#endif
+
+/* From sums to results. Not inlined: the same chain of operations for a row whatever tile it was in. */
+static __attribute__((noinline)) void finish_codes(long rows, const int32_t sums[][COLUMNS], const Linear *linear,
+                                                   long block, Epilogue epilogue, const CodedRows *x, long first,
+                                                   float *y, long stride) {
+    const float *scales = linear->scales + block * COLUMNS;
+    const int32_t *totals = linear->totals + block * COLUMNS;
+    for (long row = 0; row < rows; row++) {
+        vec acc[1][2];
+        for (int half = 0; half < 2; half++) {
+            ivec sum = load_ints(sums[row] + half * LANES) - load_ints(totals + half * LANES) * x->zero[first + row];
+            acc[0][half] = __builtin_convertvector(sum, vec) * (load(scales + half * LANES) * x->scale[first + row]);
+        }
+        finish_block(1, acc, linear, block, epilogue, y + (first + row) * stride, stride);
+    }
+}
+
+#define CODED_TILE(rows) \
+    case rows: multiply_codes(rows, x, stride, w, groups, sums); break;
+
+INLINE void coded_tile(long rows, const uint8_t *x, long stride, const int8_t *w, long groups, int32_t sums[][COLUMNS]) {
+    switch (rows) {
+        CODED_TILE(1)
+        CODED_TILE(2)
+        CODED_TILE(3)
+#if MAX_ROWS > 3
+        CODED_TILE(4)
+        CODED_TILE(5)
+        CODED_TILE(6)
+        CODED_TILE(7)
+        CODED_TILE(8)
+        CODED_TILE(9)
+        CODED_TILE(10)
+        CODED_TILE(11)
+        CODED_TILE(12)
+#endif
+    }
+}
+
+/* As linear_share, of rows that have been coded. */
+static void coded_share(const Pool *pool, int thread, const Linear *linear, Epilogue epilogue, const CodedRows *x,
+                        long rows, float *y, long y_stride) {
+    long first, last, turns = (rows + MAX_ROWS - 1) / MAX_ROWS, groups = num_groups(linear->inner);
+    int32_t sums[MAX_ROWS][COLUMNS];
+    share(pool, thread, linear_blocks(linear, epilogue), &first, &last);
+    for (long block = first; block < last; block++) {
+        const int8_t *w = linear->codes + block * groups * COLUMNS * GROUP;
+        for (long row = 0, turn = 0; row < rows; turn++) {
+            long count = (rows * (turn + 1)) / turns - row;
+            coded_tile(count, x->codes + row * x->stride, x->stride, w, groups, sums);
+            finish_codes(count, sums, linear, block, epilogue, x, row, y, y_stride);
+            row += count;
+        }
+    }
+}
+
+/* Code one column. The scale is NaN when a weight is. */
+static float code_column(const float *weights, long inner, int8_t *codes, long step, int32_t *total) {
+    float most = 0.0f, broken = 0.0f;
+    for (long k = 0; k < inner; k++) {
+        most = fabsf(weights[k]) > most ? fabsf(weights[k]) : most;
+        broken += weights[k] * 0.0f;
+    }
+    float scale = most / 127.0f;
+    *total = 0;
+    if (broken != 0.0f || !(scale > 1e-30f)) return broken != 0.0f ? NAN : 0.0f; /* codes stay zero */
+    for (long k = 0; k < inner; k++) {
+        long code = lrintf(weights[k] / scale);
+        codes[k / GROUP * step + k % GROUP] = (int8_t)(code > 127 ? 127 : code < -127 ? -127 : code);
+        *total += codes[k / GROUP * step + k % GROUP];
+    }
+    return scale;
+}
+
+/* weights [outer, inner] (gated: gate and up, [outer, inner] each, one after the other) -> packed codes, which must be
+   zeros before; scales and totals [blocks * 32]. */
+void caesura_pack_int8(const float *weights, long outer, long inner, int gated, int8_t *codes, float *scales,
+                       int32_t *totals) {
+    long width = gated ? LANES : COLUMNS, groups = num_groups(inner);
+    for (long block = 0; block < (outer + width - 1) / width; block++)
+        for (long lane = 0; lane < COLUMNS; lane++) {
+            long column = block * width + lane % width, at = block * COLUMNS + lane;
+            scales[at] = 0.0f;
+            totals[at] = 0;
+            if (column >= outer) continue;
+            const float *from = weights + (column + (lane >= width ? outer : 0)) * inner;
+            scales[at] = code_column(from, inner, codes + (block * groups * COLUMNS + lane) * GROUP, COLUMNS * GROUP,
+                                     totals + at);
+        }
+}
