@@ -89,7 +89,7 @@ static void code_rows(const Pool *pool, int thread, const float *x, long rows, l
 INLINE void multiply_codes(int rows, const uint8_t *x, long stride, const int8_t *w, long groups,
                            int32_t sums[][COLUMNS]) {
     const int chains = rows <= 2 ? 2 : 1; /* one or two rows alone would wait for their own sums */
-    __m512i acc[rows][chains][2];
+    __m512i acc[MAX_ROWS][2][2]; /* of fixed size: an array of variable length does not stay in registers */
 #pragma GCC unroll 16
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 2
@@ -122,13 +122,13 @@ INLINE void multiply_codes(int rows, const uint8_t *x, long stride, const int8_t
 
 INLINE void multiply_codes(int rows, const uint8_t *x, long stride, const int8_t *w, long groups,
                            int32_t sums[][COLUMNS]) {
-    __m256i acc[rows][4];
+    __m256i acc[MAX_ROWS][4];
 #pragma GCC unroll 4
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
         for (int part = 0; part < 4; part++) acc[row][part] = _mm256_setzero_si256();
     for (long group = 0; group < groups; group++, w += COLUMNS * GROUP, x += GROUP) {
-        __m256i value[rows];
+        __m256i value[MAX_ROWS];
         __builtin_prefetch(w + 16 * COLUMNS * GROUP);
         __builtin_prefetch(w + 16 * COLUMNS * GROUP + 64);
 #pragma GCC unroll 4
@@ -154,14 +154,14 @@ INLINE void multiply_codes(int rows, const uint8_t *x, long stride, const int8_t
 INLINE void multiply_codes(int rows, const uint8_t *x, long stride, const int8_t *w, long groups,
                            int32_t sums[][COLUMNS]) {
     for (int half = 0; half < 2; half++) {
-        __m256i acc[rows][4];
+        __m256i acc[MAX_ROWS][4];
 #pragma GCC unroll 4
         for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
             for (int part = 0; part < 4; part++) acc[row][part] = _mm256_setzero_si256();
         const int8_t *at = w + half * 64;
         for (long group = 0; group < groups; group++, at += COLUMNS * GROUP) {
-            __m256i value[rows];
+            __m256i value[MAX_ROWS];
             __builtin_prefetch(at + 16 * COLUMNS * GROUP);
 #pragma GCC unroll 4
             for (int row = 0; row < rows; row++)
