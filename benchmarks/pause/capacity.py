@@ -30,12 +30,15 @@ class Capacity:
 
 
 def unloaded(spec: RunSpec, run: Runner) -> float:
-    """Normalized latency of programs that have the machine to themselves and keep their KV (mean)."""
+    """Normalized latency of programs that have the machine to themselves (mean).
+
+    ``spec.policy`` decides what happens to their KV all the same; "preserve" keeps it.
+    """
     if spec.engine == "simulated":
         gap_s, requests, tool_scale = UNLOADED_GAP_S, UNLOADED_REQUESTS, spec.tool_scale
     else:  # how long the tools take does not count anyway
         gap_s, requests, tool_scale = REAL_GAP_S, REAL_REQUESTS, 0.0
-    alone = replace(spec, policy="preserve", rate_rps=1 / gap_s, minutes=requests * gap_s / 60, limit_s=None)
+    alone = replace(spec, rate_rps=1 / gap_s, minutes=requests * gap_s / 60, limit_s=None)
     alone = replace(alone, tool_scale=tool_scale)
     return float(run(alone)["normalized_latency_s"])
 

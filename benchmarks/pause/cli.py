@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host-tokens", type=int, help="size of the host pool")
     parser.add_argument("--tolerance", type=float, help="how close capacity is bracketed; 1.03 is 3 %%")
     parser.add_argument("--no-curves", action="store_true", help="capacities alone")
+    parser.add_argument("--no-own-limits", action="store_true", help="the common limit alone")
     parser.add_argument("--jobs", type=int, help="processes; 2 with --quick, else 1")
     parser.add_argument("--json", help="write all results here ('-': standard output)")
     parser.add_argument("--plots", type=Path, help="draw the figures into this folder")
@@ -112,10 +113,11 @@ def _study(options: argparse.Namespace) -> Study:
         study,
         seeds=study.seeds if options.seeds is None else tuple(range(options.seeds)),
         minutes=options.minutes or study.minutes,
-        host_tokens=options.host_tokens,
+        host_tokens=study.host_tokens if options.host_tokens is None else options.host_tokens,
         rates=tuple(options.rates or ()),
         guess_rps=options.guess or study.guess_rps,
         curves=(study.curves or bool(options.plots)) and not options.no_curves,
+        own_limits=study.own_limits and not options.no_own_limits,
         tolerance=options.tolerance or study.tolerance,
     )
 

@@ -39,6 +39,7 @@ class Record:
     away_s: float = 0.0  # spent away until now, the present absence not counted
     away_since: float | None = None
     started_tokens: int = 0  # of all segments begun until now
+    returned_tokens: int = 0  # what tools and branches have answered
     resumed_s: list[float] = field(default_factory=list)  # seconds from a tool's answer to the next token
     waiting: dict[ContextId, float] = field(default_factory=dict)  # branches before their next token, and since when
     longest_wait_s: float = 0.0
@@ -249,6 +250,7 @@ class _Strand:
             return
         self._away = False
         self._play.enter()
+        self._play.record.returned_tokens += segment.tool_tokens
         self._answered_s = self._clock.now()
         self._advance(segment.tool_tokens)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.pause.capacity import LATENCY_FACTOR
-from benchmarks.pause.report import curve, label_of
+from benchmarks.pause.report import curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,8 +34,9 @@ def draw_all(document: dict[str, Any], folder: Path) -> list[Path]:
         if any(len(curve(document, label, policy)) > 2 for policy in document["capacity_rps"][label]):
             paths.append(_save(_latency(document, label), folder / f"latency-{_file(label)}.png"))
             paths.append(_save(_waste(document, label), folder / f"waste-{_file(label)}.png"))
+            paths.append(_save(_pareto(document, label), folder / f"pareto-{_file(label)}.png"))
     sized = {label.split("@")[0] for label in document["capacity_rps"] if "@" in label}
-    return paths + [_save(_pareto(document, name), folder / f"memory-{_file(name)}.png") for name in sorted(sized)]
+    return paths + [_save(_memory(document, name), folder / f"memory-{_file(name)}.png") for name in sorted(sized)]
 
 
 def _file(label: str) -> str:
@@ -105,24 +106,26 @@ def _curve_points(document: dict[str, Any], label: str, policy: str) -> list[tup
     return [(rate, run) for rate, run in sorted(points.items()) if run["seed"] == least]
 
 
+def _at_common_rate(document: dict[str, Any], label: str) -> tuple[dict[str, dict[str, Any]], float]:
+    """A run of every policy at one rate: the highest at which most have a complete run. Those without are left out."""
+    curves = {policy: dict(_curve_points(document, label, policy)) for policy in document["capacity_rps"][label]}
+    rates = sorted({rate for points in curves.values() for rate in points})
+    rate = max(rates, key=lambda rate: (sum(rate in points for points in curves.values()), rate))
+    return {policy: points[rate] for policy, points in curves.items() if rate in points}, rate
+
+
 def _waste(document: dict[str, Any], label: str) -> Figure:
-    """At the highest rate at which every policy has a complete run."""
-    policies = list(document["capacity_rps"][label])
-    by_policy = {policy: dict(_curve_points(document, label, policy)) for policy in policies}
-    common = set.intersection(*(set(points) for points in by_policy.values()))
-    figure, axes = _figure(height=0.32 * len(policies) + 1.6)
+    """Where the memory goes that does no work."""
+    by_policy, rate = _at_common_rate(document, label)
+    figure, axes = _figure(height=0.32 * len(by_policy) + 1.6)
     axes.grid(axis="x", color="#e6e6e6")
     axes.grid(axis="y", visible=False)
-    if not common:
-        axes.set_title(f"{label}: no rate at which all policies ran to the end", loc="left")
-        return figure
-    rate = max(common)
-    order = sorted(policies, key=lambda name: float(by_policy[name][rate]["waste"]["waste"]["share"]), reverse=True)
+    order = sorted(by_policy, key=lambda name: float(by_policy[name]["waste"]["waste"]["share"]), reverse=True)
     left = dict.fromkeys(order, 0.0)
     for cause, words, color in CAUSES:
         shares = []
         for policy in order:
-            waste = by_policy[policy][rate]["waste"]
+            waste = by_policy[policy]["waste"]
             share = waste[cause]["share"] - (waste["preserve"]["share"] if cause == "idle" else 0.0)
             shares.append(100 * max(0.0, share))
         axes.barh(order, shares, left=list(left.values()), color=color, label=words, height=0.7)
@@ -130,12 +133,29 @@ def _waste(document: dict[str, Any], label: str) -> Figure:
     axes.set_xlabel("share of the KV pool over the run (%)")
     axes.set_title(f"{label}: memory that does no work, at {rate:.3g} requests/s", loc="left")
     axes.legend(
-        frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.55 / (0.1 * len(policies) + 1)), ncols=2
+        frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.55 / (0.1 * len(by_policy) + 1)), ncols=2
     )
     return figure
 
 
-def _pareto(document: dict[str, Any], workload: str) -> Figure:
+def _pareto(document: dict[str, Any], label: str) -> Figure:
+    """Latency and memory in use at one load: left and low is good."""
+    by_policy, rate = _at_common_rate(document, label)
+    figure, axes = _figure(7.0, 4.6)
+    look = styles(list(by_policy))
+    for policy, run in by_policy.items():
+        at = run["used_tokens_mean"] / 1000, run["normalized_latency_s"] * 1e3
+        axes.plot(*at, "o", color=look[policy][0], markersize=8 if policy in STRONG else 6)
+        axes.annotate(policy, at, xytext=(6, 3), textcoords="offset points", fontsize=8, color=look[policy][0])
+    axes.set_xlabel("KV held on the device, mean (thousand tokens)")
+    axes.set_ylabel("normalized latency (ms a token)")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"{label}: latency and memory at {rate:.3g} requests/s", loc="left")
+    return figure
+
+
+def _memory(document: dict[str, Any], workload: str) -> Figure:
     """The load each policy carries on pools of several sizes."""
     figure, axes = _figure()
     labels = sorted(
@@ -159,6 +179,3 @@ def _pareto(document: dict[str, Any], workload: str) -> Figure:
     axes.set_title(f"{workload}: load carried against memory", loc="left")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
-
-
-__all__ = ["draw_all", "label_of"]

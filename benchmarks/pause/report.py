@@ -25,60 +25,50 @@ def capacity_rows(document: dict[str, Any], label: str) -> list[dict[str, Any]]:
 
 def _below(document: dict[str, Any], label: str, policy: str, rps: float) -> dict[str, Any] | None:
     """The complete run at the highest rate that is still carried."""
-    runs = [run for run in document["runs"] if run["policy"] == policy and label_of(run) == label]
+    runs = [run for run in document["runs"] if run["policy"] == policy and run["label"] == label]
     runs = [run for run in runs if not run["decided_early"] and run["rate_rps"] <= rps * 1.001]
     return max(runs, key=lambda run: float(run["rate_rps"]), default=None)
 
 
-def label_of(run: dict[str, Any]) -> str:
-    """The workload of a run, with its pool size where that was chosen."""
-    return run["workload"] if run["kv_tokens"] is None else f"{run['workload']}@{run['kv_tokens']}"
+def headings(document: dict[str, Any], label: str) -> list[str]:
+    """What the columns are, units included; rivals that were not run have none."""
+    own = ["own limit"] if label in document.get("own_capacity_rps", {}) else []
+    rivals = [f"to {rival}" for rival in RIVALS if rival in document["capacity_rps"][label]]
+    return ["policy", "requests/s", "spread", *own, *rivals, "p50 ms", "p99 ms", "waste %", "wait s"]
 
 
-HEADINGS = (
-    "policy",
-    "requests/s",
-    "spread",
-    *(f"to {rival}" for rival in RIVALS),
-    "resume p50",
-    "p99",
-    "waste",
-    "wait",
-)
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row as text, in the order of HEADINGS."""
-    run = row["run"]
-    ratios = [f"{row[f'to_{rival}']:.2f}" if row[f"to_{rival}"] else "-" for rival in RIVALS]
+def cells(document: dict[str, Any], label: str, row: dict[str, Any]) -> list[str]:
+    """A row as text, in the order of ``headings``."""
+    medians, own = document["capacity_rps"][label], document.get("own_capacity_rps", {})
     spread = f"{row['low']:.3g}-{row['high']:.3g}" if row["low"] != row["high"] else "-"
+    parts = [row["policy"], f"{row['rps']:.3g}", spread]
+    if label in own:
+        parts.append(f"{own[label][row['policy']]:.3g}" if row["policy"] in own[label] else "-")
+    parts += [f"{row[f'to_{rival}']:.2f}" for rival in RIVALS if rival in medians]
+    run = row["run"]
     if run is None:
-        return [row["policy"], f"{row['rps']:.3g}", spread, *ratios, "-", "-", "-", "-"]
+        return [*parts, "-", "-", "-", "-"]
     resumed = run["post_tool_ttft_s"]
-    return [
-        row["policy"],
-        f"{row['rps']:.3g}",
-        spread,
-        *ratios,
-        f"{resumed['p50'] * 1e3:.0f} ms" if resumed else "-",
-        f"{resumed['p99'] * 1e3:.0f} ms" if resumed else "-",
-        f"{run['waste']['waste']['share']:.1%}",
-        f"{run['max_wait_s']:.1f} s",
-    ]
+    parts += [f"{resumed[rank] * 1e3:.0f}" if resumed else "-" for rank in ("p50", "p99")]
+    return [*parts, f"{run['waste']['waste']['share'] * 100:.1f}", f"{run['max_wait_s']:.1f}"]
+
+
+def _title(document: dict[str, Any], label: str) -> str:
+    unloaded_ms = document["unloaded_s"][label.split("@")[0]] * 1e3
+    return f"{label} (unloaded: {unloaded_ms:.1f} ms a token)"
 
 
 def screen(document: dict[str, Any]) -> list[Table]:
     """One table a workload."""
     tables = []
     for label in document["capacity_rps"]:
-        unloaded_ms = document["unloaded_s"][label.split("@")[0]] * 1e3
-        title = f"{label}: requests/s carried at twice the unloaded {unloaded_ms:.1f} ms a token"
+        title = f"{_title(document, label)}, load carried at twice that"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for heading in HEADINGS:
+        for heading in headings(document, label):
             first = heading == "policy"
             table.add_column(heading, justify="left" if first else "right", no_wrap=first, overflow="fold")
         for row in capacity_rows(document, label):
-            table.add_row(*cells(row))
+            table.add_row(*cells(document, label, row))
         tables.append(table)
     return tables
 
@@ -87,11 +77,10 @@ def markdown(document: dict[str, Any]) -> str:
     """The same tables for a page."""
     parts = []
     for label in document["capacity_rps"]:
-        unloaded_ms = document["unloaded_s"][label.split("@")[0]] * 1e3
-        lines = [f"**{label}** (unloaded: {unloaded_ms:.1f} ms a token)", ""]
-        lines.append("| " + " | ".join(HEADINGS) + " |")
-        lines.append("|---" + "|---:" * (len(HEADINGS) - 1) + "|")
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in capacity_rows(document, label)]
+        columns = headings(document, label)
+        lines = [f"**{_title(document, label)}**", "", "| " + " | ".join(columns) + " |"]
+        lines.append("|---" + "|---:" * (len(columns) - 1) + "|")
+        lines += ["| " + " | ".join(cells(document, label, row)) + " |" for row in capacity_rows(document, label)]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
@@ -101,7 +90,7 @@ def curve(document: dict[str, Any], label: str, policy: str) -> list[tuple[float
     found = [
         (run["rate_rps"], run)
         for run in document["runs"]
-        if run["policy"] == policy and label_of(run) == label and not run["decided_early"]
+        if run["policy"] == policy and run["label"] == label and not run["decided_early"]
     ]
     return sorted(found, key=lambda pair: float(pair[0]))
 

@@ -7,7 +7,7 @@ the first tenth to the end.
 *Normalized latency* (InferCept, section 5): seconds from arrival to end without the time in which the program merely
 waited for tools, over the tokens it generated; the mean over the measured requests. One that is unfinished at the end
 is counted with its seconds until then over the tokens of the segments it has begun - not left out, which would
-reward starving it.
+reward starving it. (InferCept's own script also counts the tokens that tools return; ``with_returned`` does.)
 """
 
 from __future__ import annotations
@@ -175,6 +175,11 @@ def measure(spec: RunSpec, machine: Machine, load: Load, watch: _Watch, engine: 
     return {
         "normalized_latency_s": statistics.fmean(latencies) if latencies else 0.0,
         "normalized_latency_quantiles_s": _quantiles(latencies),
+        "normalized_latency_with_returned_s": statistics.fmean(
+            record.served_s(now) / max(1, record.started_tokens + record.returned_tokens) for record in measured
+        )
+        if measured
+        else 0.0,
         "throughput_rps": len(in_window) / window_s,
         "throughput_output_tok_s": sum(record.program.output_tokens for record in in_window) / window_s,
         "ttft_s": _quantiles(first),

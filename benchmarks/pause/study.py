@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ REAL_POLICIES = ("discard", "lru_host", "infercept", "min_waste")
 QUICK_WORKLOADS = ("mix", "mix-4096", "coding")
 FULL_WORKLOADS = ("mix", "mix-512", "mix-4096", "forks", "coding", "shift", "hang", "qa", "chat", "virtual_env")
 UNSURE_STRETCH, SURE_STRETCH = 1.5, 1.06  # steps of a search that begins with a rival's capacity, with its own
+SAME_LIMIT = 0.02  # an unloaded latency this near the common one needs no search of its own
 GRID = (0.25, 0.5, 0.7, 0.85, 1.0, 1.15, 1.35)  # of the median capacity over policies
 GRID_LIMIT = 8.0  # times the unloaded latency: beyond it a curve is over
 
@@ -39,6 +41,7 @@ class Study:
     host_tokens: int | None = None
     rates: tuple[float, ...] = ()
     curves: bool = True
+    own_limits: bool = True  # also search where each policy reaches twice its *own* unloaded latency
     tolerance: float = 1.03
     engine: str = "simulated"
     tool_scale: float = 1.0
@@ -54,9 +57,21 @@ class Study:
 
 
 def quick_study(**changes: Any) -> Study:
-    """A few minutes on two cores."""
-    settings = {"policies": QUICK_POLICIES, "workloads": QUICK_WORKLOADS, "seeds": (0,), "minutes": 3.0}
-    return Study(**{**settings, "tolerance": 1.08, "curves": False, **changes})
+    """A few minutes on two cores: tools take a quarter of their time and the pool is a quarter, so that a short run
+    comes to the same balance of load and memory."""
+    settings = {
+        "policies": QUICK_POLICIES,
+        "workloads": QUICK_WORKLOADS,
+        "seeds": (0,),
+        "minutes": 1.5,
+        "kv_tokens": (32_000,),
+        "host_tokens": 75_000,
+        "tool_scale": 0.25,
+        "tolerance": 1.08,
+        "curves": False,
+        "own_limits": False,
+    }
+    return Study(**{**settings, **changes})
 
 
 def real_study(model: str, tool_scale: float, **changes: Any) -> Study:
@@ -71,6 +86,7 @@ def real_study(model: str, tool_scale: float, **changes: Any) -> Study:
         "tool_scale": tool_scale,
         "tolerance": 1.08,
         "curves": False,
+        "own_limits": False,
     }
     return Study(**{**settings, **changes})
 
@@ -81,6 +97,9 @@ def full_study(**changes: Any) -> Study:
     return Study(**{**settings, **changes})
 
 
+Capacities = dict[str, dict[str, list[dict[str, float]]]]  # by label and policy, one entry a seed
+
+
 @dataclass(slots=True)
 class Findings:
     """What a study has found so far. ``label`` is the workload, with the pool size if several are compared."""
@@ -88,10 +107,13 @@ class Findings:
     study: Study
     runs: list[dict[str, Any]] = field(default_factory=list)
     unloaded_s: dict[str, float] = field(default_factory=dict)
-    capacities: dict[str, dict[str, list[dict[str, float]]]] = field(default_factory=dict)
+    capacities: Capacities = field(default_factory=dict)
+    own_unloaded_s: dict[str, dict[str, float]] = field(default_factory=dict)
+    own_capacities: Capacities = field(default_factory=dict)
 
     def label(self, workload: str, kv_tokens: int | None) -> str:
-        return workload if kv_tokens is None else f"{workload}@{kv_tokens}"
+        """What a case is called: the workload, and the pool where several are compared."""
+        return workload if len(self.study.kv_tokens) == 1 else f"{workload}@{kv_tokens}"
 
     def median_rps(self, label: str, policy: str) -> float | None:
         """Median capacity over the seeds that are done."""
@@ -101,20 +123,19 @@ class Findings:
     def add_runs(self, runs: Iterable[dict[str, Any]]) -> None:
         """Keep runs, each once."""
         for run in runs:
-            if run not in self.runs:
-                self.runs.append(run)
+            named = {"label": self.label(run["workload"], run["kv_tokens"])} | run
+            if named not in self.runs:
+                self.runs.append(named)
 
     def document(self) -> dict[str, Any]:
         """The JSON of ``--json``."""
-        medians = {
-            label: {policy: statistics.median(entry["rps"] for entry in found) for policy, found in policies.items()}
-            for label, policies in self.capacities.items()
-        }
         return {
             "runs": self.runs,
-            "capacity_rps": medians,
+            "capacity_rps": _medians(self.capacities),
             "capacity_seeds_rps": self.capacities,
             "unloaded_s": self.unloaded_s,
+            "own_capacity_rps": _medians(self.own_capacities),
+            "own_unloaded_s": self.own_unloaded_s,
             "config": {
                 "study": asdict(self.study),
                 "latency_factor": LATENCY_FACTOR,
@@ -124,6 +145,13 @@ class Findings:
                 "software": software(),
             },
         }
+
+
+def _medians(capacities: Capacities) -> dict[str, dict[str, float]]:
+    return {
+        label: {policy: statistics.median(entry["rps"] for entry in found) for policy, found in policies.items()}
+        for label, policies in capacities.items()
+    }
 
 
 def conduct(study: Study, store: Store, jobs: int, say: Callable[[str], None]) -> Findings:
@@ -139,7 +167,8 @@ def conduct(study: Study, store: Store, jobs: int, say: Callable[[str], None]) -
             f"{run['rate_rps']:.3g}/s {latency} ({run['wall_s']:.0f} s)"
         )
 
-    empty = [Chain("unloaded", study.spec(workload, None, "preserve", 0)) for workload in study.workloads]
+    largest = max(study.kv_tokens, key=lambda size: size or math.inf)
+    empty = [Chain("unloaded", study.spec(workload, largest, "preserve", 0)) for workload in study.workloads]
     limits = {}
     for chain, outcome in run_all(empty, store, jobs, noted):
         findings.unloaded_s[chain.spec.workload] = outcome["unloaded_s"]
@@ -151,15 +180,48 @@ def conduct(study: Study, store: Store, jobs: int, say: Callable[[str], None]) -
         for policy in study.policies
     )
     for chain, outcome in run_all(searches, store, jobs, noted):
-        label = findings.label(chain.spec.workload, chain.spec.kv_tokens)
-        found = findings.capacities.setdefault(label, {}).setdefault(chain.spec.policy, [])
-        found.append({"seed": chain.spec.seed} | {key: outcome[key] for key in ("rps", "low_rps", "high_rps")})
-        findings.add_runs(outcome["runs"])
+        label = _note_capacity(findings, findings.capacities, chain, outcome)
         say(f"{label} {chain.spec.policy} seed {chain.spec.seed}: carries {outcome['rps']:.3g} requests/s")
+    if study.own_limits:
+        _own_limits(findings, cases, limits, lambda chains: run_all(chains, store, jobs, noted))
     if study.curves or study.rates:
         for _, outcome in run_all(_curves(study, findings, cases), store, jobs, noted):
             findings.add_runs(outcome["runs"])
     return findings
+
+
+def _note_capacity(findings: Findings, where: Capacities, chain: Chain, outcome: dict[str, Any]) -> str:
+    label = findings.label(chain.spec.workload, chain.spec.kv_tokens)
+    entry = {"seed": chain.spec.seed} | {key: outcome[key] for key in ("rps", "low_rps", "high_rps")}
+    where.setdefault(label, {}).setdefault(chain.spec.policy, []).append(entry)
+    findings.add_runs(outcome["runs"])
+    return label
+
+
+def _own_limits(
+    findings: Findings,
+    cases: list[tuple[str, int | None]],
+    limits: dict[str, float],
+    carry_out: Callable[[Iterable[Chain]], Iterator[tuple[Chain, dict[str, Any]]]],
+) -> None:
+    """Where each policy reaches twice its own unloaded latency: one that is slow without load has a higher limit."""
+    study = findings.study
+    alone = [
+        Chain("unloaded", study.spec(*case, policy, study.seeds[0])) for case in cases for policy in study.policies
+    ]
+    searches = []
+    for chain, outcome in carry_out(alone):
+        spec = chain.spec
+        label = findings.label(spec.workload, spec.kv_tokens)
+        findings.own_unloaded_s.setdefault(label, {})[spec.policy] = outcome["unloaded_s"]
+        limit_s = LATENCY_FACTOR * outcome["unloaded_s"]
+        if abs(limit_s / limits[spec.workload] - 1) <= SAME_LIMIT:
+            findings.own_capacities.setdefault(label, {})[spec.policy] = findings.capacities[label][spec.policy]
+        else:
+            case = (spec.workload, spec.kv_tokens)
+            searches += [_search(findings, case, spec.policy, seed, limit_s) for seed in study.seeds]
+    for chain, outcome in carry_out(searches):
+        _note_capacity(findings, findings.own_capacities, chain, outcome)
 
 
 def _search(findings: Findings, case: tuple[str, int | None], policy: str, seed: int, limit_s: float) -> Chain:
