@@ -38,12 +38,16 @@ class MoveKind(StrEnum):
 
     OUT = "out"  # device -> host
     IN = "in"  # host -> device
+    DOWN = "down"  # host memory -> disk, both of them below the device
     COPY = "copy"  # device -> device, copy-on-write; runs at the start of the step that needs it
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Copy ``source[i]`` to ``target[i]`` for every i; ids are rows of the two arenas."""
+    """Copy ``source[i]`` to ``target[i]`` for every i; ids are rows of the two arenas.
+
+    The rows below the device are one range: host memory first, then the disk.
+    """
 
     id: MoveId
     kind: MoveKind
@@ -123,3 +127,4 @@ class StepResult:
     tokens: dict[ContextId, int] = field(default_factory=dict)
     finished: frozenset[ContextId] = frozenset()  # contexts whose generation ended with this token
     moves_done: tuple[MoveId, ...] = ()
+    moves_failed: frozenset[MoveId] = frozenset()  # those of them that brought nothing

@@ -7,7 +7,7 @@ from collections import Counter
 from caesura.runtime.errors import BrokenInvariant
 from caesura.runtime.kv.ledger import KVLedger
 from caesura.runtime.kv.node import Hold, Node, PrefixLease
-from caesura.runtime.kv.order import device_evictable, host_evictable
+from caesura.runtime.kv.order import device_evictable, disk_evictable, host_evictable
 from caesura.runtime.kv.pages import Handle, PagePool, PageState, row
 from caesura.scheduler.types import MoveKind
 
@@ -28,7 +28,9 @@ def check(ledger: KVLedger) -> None:
     copies = [source for _, source in tiers.copies.values()]
     tree_pages = [page for node in nodes for page in node.device]
     _check_pool(tiers.device, tree_pages + tails + copies + tiers.step_pages)
-    _check_pool(tiers.host, [page for node in nodes for page in node.host])
+    below = [page for node in nodes for page in node.host + node.sinking]
+    _check_pool(tiers.below.host, [page for page in below if row(page) < tiers.below.disk.first])
+    _check_pool(tiers.below.disk, [page for page in below if row(page) >= tiers.below.disk.first])
     references = tiers.device.references()
     for page in tree_pages:
         _require(references[row(page)] == 1, f"page {row(page)} is in the tree and has {references[row(page)]} owners")
@@ -37,6 +39,7 @@ def check(ledger: KVLedger) -> None:
         ("paused", tree.paused_pages, [node.shares().paused for node in nodes]),
         ("blocked", tree.blocked_pages, [node.shares().blocked for node in nodes]),
         ("spare host", tree.spare_host_pages, [node.shares().spare_host for node in nodes]),
+        ("spare disk", tree.spare_disk_pages, [node.shares().spare_disk for node in nodes]),
     ):
         _require(total == sum(part), f"{name} pages {total}, the tree says {sum(part)}")
     _check_order(ledger, nodes)
@@ -49,7 +52,7 @@ def _check_pool(pool: PagePool, owners: list[Handle]) -> None:
     """Conservation: every page is free or has exactly the owners that can be found."""
     pool.check()
     found = Counter(row(handle) for handle in owners)
-    expected = {page: count for page, count in enumerate(pool.references()) if count}
+    expected = {page: count for page, count in pool.references().items() if count}
     _require(dict(found) == expected, f"{pool.name} references {expected}, found {dict(found)}")
     for handle in owners:
         pool.state(handle)  # raises for a stale handle
@@ -75,26 +78,45 @@ def _check_node(ledger: KVLedger, node: Node) -> None:
         _require(bool(child.device or child.host), f"node {child.id} lies nowhere")
         _require(not child.device or bool(node.device) or node.parent is None, f"hole above node {child.id}")
         _require(child.tick <= node.tick, f"node {child.id} is newer than its parent")
-    for tier in (node.device, node.host):
+    for tier in (node.device, node.host, node.sinking):
         _require(not tier or len(tier) * ledger.page_size == len(node.tokens), f"node {node.id}: {len(tier)} pages")
+    _check_below(ledger, node)
     _check_transfer(ledger, node)
+
+
+def _check_below(ledger: KVLedger, node: Node) -> None:
+    first = ledger.below.disk.first
+    _require(all((row(page) >= first) == node.on_disk for page in node.host), f"node {node.id}: on the wrong medium")
+    _require(all(row(page) >= first for page in node.sinking), f"node {node.id}: sinks into memory")
+    sinks = node.transfer is not None and node.transfer.kind is MoveKind.DOWN
+    _require(bool(node.sinking) == sinks, f"node {node.id}: {len(node.sinking)} pages to sink to, moving: {sinks}")
+    _require(not sinks or bool(node.host and not node.on_disk), f"node {node.id}: sinks from nowhere")
 
 
 def _check_transfer(ledger: KVLedger, node: Node) -> None:
     transfer = node.transfer
-    device = host = PageState.USED
+    device = host = sinking = PageState.USED
     if transfer is None:
         follows = any(child.leaving for child in node.children.values())
         _require(not node.leaving or follows, f"node {node.id} is leaving, but nothing moves it")
     else:
-        out = transfer.kind is MoveKind.OUT
-        device, host = (PageState.COPYING_OUT, PageState.COPYING_IN)[:: 1 if out else -1]
+        source, target = PageState.COPYING_OUT, PageState.COPYING_IN
+        device, host, sinking = {
+            MoveKind.OUT: (source, target, PageState.USED),
+            MoveKind.IN: (target, source, PageState.USED),
+            MoveKind.DOWN: (PageState.USED, source, target),
+        }[transfer.kind]
+        ends = node.sinking if transfer.kind is MoveKind.DOWN else node.device
         known = ledger.tiers.transfers.get(transfer.id) is transfer and node in transfer.nodes
-        _require(known and bool(node.device and node.host), f"node {node.id}: stray transfer {transfer.id}")
-    pools = ledger.tiers.device, ledger.tiers.host
-    for pool, pages, state in zip(pools, (node.device, node.host), (device, host), strict=True):
-        states = {pool.state(page) for page in pages}
-        _require(states <= {state}, f"node {node.id}: {pool.name} pages are {states}, should be {state.name}")
+        _require(known and bool(ends and node.host), f"node {node.id}: stray transfer {transfer.id}")
+    below = ledger.below.state
+    for name, look, pages, state in (
+        ("device", ledger.device.state, node.device, device),
+        ("host", below, node.host, host),
+        ("sinking", below, node.sinking, sinking),
+    ):
+        states = {look(page) for page in pages}
+        _require(states <= {state}, f"node {node.id}: {name} pages are {states}, should be {state.name}")
 
 
 def _check_lease(ledger: KVLedger, lease: PrefixLease) -> None:
@@ -121,6 +143,7 @@ def _check_order(ledger: KVLedger, nodes: list[Node]) -> None:
     for name, evictable, victim in (
         ("device", device_evictable, tree.next_device_victim()),
         ("host", host_evictable, tree.next_host_victim()),
+        ("disk", disk_evictable, tree.next_host_victim(on_disk=True)),
     ):
         oldest = min((node.tick for node in nodes if evictable(node)), default=None)
         _require((victim.tick if victim is not None else None) == oldest, f"{name} victim is not the oldest: {oldest}")
@@ -134,7 +157,8 @@ def dump(ledger: KVLedger) -> str:
         stack = [(root, 1)]
         while stack:
             node, depth = stack.pop()
-            tiers = f"[{node.start}, {node.end}) device {len(node.device)} host {len(node.host)}"
+            below = "disk" if node.on_disk else "host"
+            tiers = f"[{node.start}, {node.end}) device {len(node.device)} {below} {len(node.host)}"
             moving = f" {node.transfer.kind.value}" if node.transfer is not None else ""
             leaving = " leaving" if node.leaving else ""
             holders = " ".join(f"{lease.holder}:{lease.hold.value}" for lease in node.leases.values())

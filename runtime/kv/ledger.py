@@ -9,23 +9,36 @@ Where pages come from and which copies are in flight is ``tiers``' business.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 
 from caesura.runtime.errors import BrokenInvariant
 from caesura.runtime.kv.node import Hold, PrefixLease, Transfer
 from caesura.runtime.kv.pages import row, rows
+from caesura.runtime.kv.segments import segments
 from caesura.runtime.kv.tiers import Tiers
 from caesura.scheduler.ledger import Reclaimed, Segment
 from caesura.scheduler.types import Action, ContextId, Move, MoveId, PageId
 
 
 class KVLedger:
-    """Implements ``caesura.scheduler.ledger.Ledger`` over two page pools and a radix tree."""
+    """Implements ``caesura.scheduler.ledger.Ledger`` over page pools and a radix tree.
 
-    def __init__(self, page_size: int, num_device_pages: int, num_host_pages: int = 0) -> None:
+    ``disk_pays(start, num_tokens)`` says whether reading a run from the disk beats computing it again; the disk is
+    used for no other.
+    """
+
+    def __init__(
+        self,
+        page_size: int,
+        num_device_pages: int,
+        num_host_pages: int = 0,
+        num_disk_pages: int = 0,
+        disk_pays: Callable[[int, int], bool] = lambda *_: True,
+    ) -> None:
         self.page_size = page_size
-        self.tiers = Tiers(page_size, num_device_pages, num_host_pages)
-        self.tree, self.device, self.host = self.tiers.tree, self.tiers.device, self.tiers.host
+        self.tiers = Tiers(page_size, num_device_pages, num_host_pages, num_disk_pages, disk_pays)
+        self.tree, self.device, self.below = self.tiers.tree, self.tiers.device, self.tiers.below
+        self.host = self.below.host
         self.namespaces: dict[ContextId, str] = {}  # every open context
         self.leases: dict[ContextId, PrefixLease] = {}  # those that hold something
 
@@ -46,6 +59,23 @@ class KVLedger:
     @property
     def spare_host_pages(self) -> int:
         return self.tree.spare_host_pages
+
+    @property
+    def num_disk_pages(self) -> int:
+        return self.below.disk.num_pages
+
+    @property
+    def free_disk_pages(self) -> int:
+        return self.below.disk.num_free
+
+    @property
+    def spare_disk_pages(self) -> int:
+        return self.tree.spare_disk_pages
+
+    @property
+    def disk_writable(self) -> bool:
+        """There is a disk tier, and no write to it has failed yet."""
+        return self.below.disk_writable
 
     @property
     def free_pages(self) -> int:
@@ -160,6 +190,10 @@ class KVLedger:
             match = self.tree.probe(self.namespaces[context], tokens, limit)
             return match.host_tokens
         return self.tiers.host_tokens(lease, tokens, limit)
+
+    def disk_tokens(self, context: ContextId, tokens: Sequence[int], limit: int) -> int:
+        lease = self._lease(context)
+        return self.tiers.disk_tokens(lease, tokens, limit) if lease is not None else 0
 
     def load(self, context: ContextId, tokens: Sequence[int], limit: int) -> int:
         lease = self._running(context)
@@ -294,7 +328,7 @@ class KVLedger:
     # -- paused contexts and the host tier --------------------------------------------------------------------
 
     def segments(self) -> list[Segment]:
-        return self.tiers.segments(self.leases.values())
+        return segments(self.device, self.leases.values())
 
     def reclaim(self, segment: int, num_pages: int, action: Action) -> Reclaimed:
         if segment < 0:
@@ -303,21 +337,27 @@ class KVLedger:
         node = self.tree.nodes.get(segment)
         return self.tiers.reclaim(node, num_pages, action) if node is not None else Reclaimed(0, 0, action)
 
-    def copy_out(self, segment: int) -> int:
+    def copy_out(self, segment: int, num_pages: int | None = None) -> int:
         node = self.tree.nodes.get(segment)
-        return self.tiers.copy_out(node) if node is not None else 0
+        if node is None or node.host or node.transfer is not None:
+            return 0
+        if num_pages is not None and 0 < num_pages < len(node.device):
+            self.tree.split(node, (len(node.device) - num_pages) * self.page_size)
+        return self.tiers.copy_out(node)
 
     def write_back(self, context: ContextId) -> int:
         lease = self._lease(context)
         path = lease.node.path() if lease is not None else []
         return sum(self.tiers.copy_out(node) for node in path)
 
+    def sink(self) -> int:
+        return self.tiers.sink()
+
     def flush(self) -> int:
-        """Drop everything cached that nobody needs, on both tiers; returns the device pages freed."""
+        """Drop everything cached that nobody needs, on all tiers; returns the device pages freed."""
         before = self.free_pages
         self.device.free(self.tiers.allocate(self.tiers.takeable_pages) or [])
-        while (victim := self.tree.next_host_victim()) is not None:
-            self.tiers.drop_host_copy(victim)
+        self.below.flush()
         return self.free_pages - before
 
     # -- what the step carries out ----------------------------------------------------------------------------
@@ -333,5 +373,5 @@ class KVLedger:
         evicted, self.tiers.evicted = self.tiers.evicted, 0
         return evicted
 
-    def acknowledge(self, move: MoveId) -> None:
-        self.tiers.acknowledge(move)
+    def acknowledge(self, move: MoveId, *, failed: bool = False) -> None:
+        self.tiers.acknowledge(move, failed=failed)

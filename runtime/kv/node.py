@@ -1,4 +1,4 @@
-"""The parts of the radix tree: nodes, leases on paths, transfers in flight."""
+"""The parts of the radix tree: nodes, leases on paths, transfers in flight; and what it answers."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ class Share(NamedTuple):
     paused: int  # on the device, and held by paused leases alone
     blocked: int  # the same, but a copy at or below the node must end first
     spare_host: int  # host pages that may go: second copies, and runs that nobody holds
+    spare_disk: int  # the same of the disk
 
 
-NO_SHARE = Share(0, 0, 0, 0)
+NO_SHARE = Share(0, 0, 0, 0, 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -36,11 +37,15 @@ class Transfer:
     id: MoveId
     kind: MoveKind
     nodes: list[Node]
+    failed: bool = False  # a copy in that brought nothing: given up as soon as nothing else moves below
 
 
 @dataclass(slots=True, eq=False)
 class Node:
     """A run of whole pages. ``device`` and ``host`` are empty when the run is not on that tier.
+
+    ``host`` is the copy below the device. It lies in memory or, ``on_disk``, in the file, never in both; while it is
+    on its way down, ``sinking`` are the pages it will have there.
 
     ``running``, ``paused`` and ``moving`` count the leases and transfers here *or below*, so a node that nobody
     needs has all three at 0, and with it everything under it. Children are keyed by their first page's tokens.
@@ -52,6 +57,8 @@ class Node:
     tokens: list[int]
     device: list[Handle] = field(default_factory=list)
     host: list[Handle] = field(default_factory=list)
+    on_disk: bool = False
+    sinking: list[Handle] = field(default_factory=list)
     children: dict[tuple[int, ...], Node] = field(default_factory=dict)
     leases: dict[ContextId, PrefixLease] = field(default_factory=dict)
     transfer: Transfer | None = None
@@ -114,11 +121,13 @@ class Node:
         """What this node adds to the tree's totals as it is now."""
         pages = len(self.device)
         spare = self.transfer is None and not self.leaving and (pages or not self.pinned)
+        below = len(self.host) if spare else 0
         return Share(
             0 if self.pinned else pages,
             pages if self.paused and not self.running else 0,
             pages if self.moving and not self.held else 0,
-            len(self.host) if spare else 0,
+            0 if self.on_disk else below,
+            below if self.on_disk else 0,
         )
 
 
@@ -163,3 +172,20 @@ class PrefixLease:
         frontier = self.frontier
         found = [row(handle) for node in frontier.path() for handle in node.device]
         return found + [row(handle) for handle in self.tail]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How much of a prompt lies where: ready on the device, then continuing on the host."""
+
+    device_tokens: int
+    host_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """``kept`` are the pages now standing for the published tokens; ``surplus`` are duplicates to free."""
+
+    num_tokens: int
+    kept: list[Handle]
+    surplus: list[Handle]

@@ -52,7 +52,24 @@ def device_evictable(node: Node) -> bool:
 
 
 def host_evictable(node: Node) -> bool:
-    """A second copy, or a leaf that nobody holds."""
+    """In memory below the device: a second copy, or a run that nobody holds with nothing below it in memory."""
+    return not node.on_disk and _spare(node)
+
+
+def disk_evictable(node: Node) -> bool:
+    """The same in the file."""
+    return node.on_disk and _spare(node)
+
+
+def sinkable(node: Node) -> bool:
+    """In memory below the device and nowhere else, and nobody is about to run on it."""
+    in_memory = bool(node.host) and not node.on_disk and not node.device
+    return in_memory and node.transfer is None and not node.running
+
+
+def _spare(node: Node) -> bool:
     if not node.host or node.transfer is not None or node.leaving:
         return False
-    return bool(node.device) or (not node.pinned and not node.children)
+    if node.device:
+        return True
+    return not node.pinned and all(child.on_disk is not node.on_disk for child in node.children.values())

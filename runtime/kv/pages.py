@@ -37,10 +37,11 @@ def rows(handles: list[Handle]) -> tuple[PageId, ...]:
 
 
 class PagePool:
-    """A fixed set of equal pages on one tier."""
+    """A fixed set of equal pages on one tier; their rows are ``first`` to ``first + num_pages - 1``."""
 
-    def __init__(self, num_pages: int, name: str) -> None:
+    def __init__(self, num_pages: int, name: str, first: int = 0) -> None:
         self.name = name
+        self.first = first
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._state = [PageState.FREE] * num_pages
@@ -61,7 +62,7 @@ class PagePool:
             self._generation[page] += 1
             self._state[page] = PageState.USED
             self._references[page] = 1
-            handles.append(self._generation[page] << _ROW_BITS | page)
+            handles.append(self._generation[page] << _ROW_BITS | (self.first + page))
         return handles
 
     def share(self, handle: Handle) -> None:
@@ -102,9 +103,13 @@ class PagePool:
     def state(self, handle: Handle) -> PageState:
         return self._state[self._live(handle)]
 
-    def references(self) -> list[int]:
-        """Reference count of every page (for checks)."""
-        return list(self._references)
+    def references(self) -> dict[PageId, int]:
+        """Reference count of every row (for checks)."""
+        return {PageId(row): count for row, count in enumerate(self._references, self.first)}
+
+    def free_rows(self) -> list[PageId]:
+        """The rows that are free now (for checks)."""
+        return [PageId(self.first + page) for page in self._free]
 
     def check(self) -> None:
         """Free list, states and references agree."""
@@ -120,7 +125,9 @@ class PagePool:
                 )
 
     def _live(self, handle: Handle) -> int:
-        page = handle & _ROW_MASK
+        page = (handle & _ROW_MASK) - self.first
+        if not 0 <= page < self.num_pages:
+            raise BrokenInvariant(f"{self.name} has no page of row {handle & _ROW_MASK}")
         if self._generation[page] != handle >> _ROW_BITS or self._state[page] is PageState.FREE:
             raise BrokenInvariant(
                 f"{self.name} page {page}: handle of generation {handle >> _ROW_BITS}, "

@@ -6,48 +6,37 @@ union of both tiers. On a split the old node stays the deeper half, so leases an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 from caesura.runtime.errors import BrokenInvariant
-from caesura.runtime.kv.node import Hold, Node, PrefixLease, Transfer
-from caesura.runtime.kv.order import EvictionOrder, device_evictable, host_evictable
+from caesura.runtime.kv.node import Hold, Match, Node, PrefixLease, Published, Transfer
+from caesura.runtime.kv.order import EvictionOrder, device_evictable, disk_evictable, host_evictable, sinkable
 from caesura.runtime.kv.pages import Handle
 from caesura.scheduler.types import ContextId
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
-    """How much of a prompt lies where: ready on the device, then continuing on the host."""
-
-    device_tokens: int
-    host_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """``kept`` are the pages now standing for the published tokens; ``surplus`` are duplicates to free."""
-
-    num_tokens: int
-    kept: list[Handle]
-    surplus: list[Handle]
-
-
 class RadixTree:
-    """Prefix tree with leases and LRU order. Callers own the pages; the tree only says which may go."""
+    """Prefix tree with leases and LRU order. Callers own the pages; the tree only says which may go.
 
-    def __init__(self, page_size: int) -> None:
+    ``disk_pays(start, num_tokens)`` says whether a run is better read from the disk than computed again.
+    """
+
+    def __init__(self, page_size: int, disk_pays: Callable[[int, int], bool] = lambda *_: True) -> None:
         self.page_size = page_size
         self.nodes: dict[int, Node] = {}
-        self.evictable_pages = 0  # these four are the sums of all nodes' shares
+        self.evictable_pages = 0  # these five are the sums of all nodes' shares
         self.paused_pages = 0
         self.blocked_pages = 0
         self.spare_host_pages = 0
+        self.spare_disk_pages = 0
         self._roots: dict[str, Node] = {}
         self._names: dict[int, str] = {}  # root id to namespace
         self._next_id = 0
         self._device_order = EvictionOrder(device_evictable)
         self._host_order = EvictionOrder(host_evictable)
+        self._disk_order = EvictionOrder(disk_evictable)
+        self._sink_order = EvictionOrder(lambda node: sinkable(node) and disk_pays(node.start, len(node.tokens)))
+        self._orders = (self._device_order, self._host_order, self._disk_order, self._sink_order)
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -184,9 +173,9 @@ class RadixTree:
             self._refresh(above)
             above = above.parent
 
-    def mark_leaving(self, node: Node) -> None:
+    def mark_leaving(self, node: Node, leaving: bool = True) -> None:
         """The node is to leave the device as soon as it can; until then its host copy stays."""
-        node.leaving = True
+        node.leaving = leaving
         self._refresh(node)
 
     # -- growing ----------------------------------------------------------------------------------------------
@@ -262,6 +251,8 @@ class RadixTree:
         upper = self._new_node(node.parent, node.start, node.tokens[:length])
         upper.device, node.device = node.device[:cut], node.device[cut:]
         upper.host, node.host = node.host[:cut], node.host[cut:]
+        upper.sinking, node.sinking = node.sinking[:cut], node.sinking[cut:]
+        upper.on_disk = node.on_disk
         upper.running, upper.paused, upper.moving = node.running, node.paused, node.moving
         upper.tick, upper.leaving = node.tick, node.leaving
         upper.device_children = 1 if node.device else 0
@@ -304,6 +295,7 @@ class RadixTree:
             and not node.leaving
             and bool(parent.device) == bool(node.device)
             and bool(parent.host) == bool(node.host)
+            and parent.on_disk == node.on_disk
         )
 
     def remove(self, node: Node) -> list[Handle]:
@@ -338,8 +330,8 @@ class RadixTree:
     def _drop(self, node: Node) -> None:
         node.device, node.host = [], []
         self._refresh(node)
-        self._device_order.forget(node)
-        self._host_order.forget(node)
+        for order in self._orders:
+            order.forget(node)
         del self.nodes[node.id]
 
     def _prune_root(self, node: Node) -> None:
@@ -360,10 +352,12 @@ class RadixTree:
             self._refresh(node.parent)
         return old
 
-    def set_host(self, node: Node, pages: list[Handle]) -> list[Handle]:
-        """The same for the host tier."""
-        old, node.host = node.host, list(pages)
+    def set_host(self, node: Node, pages: list[Handle], *, on_disk: bool = False) -> list[Handle]:
+        """The same for the copy below the device."""
+        old, node.host, node.on_disk = node.host, list(pages), on_disk
         self._refresh(node)
+        if node.parent is not None:
+            self._refresh(node.parent)
         return old
 
     def touch(self, node: Node | None, tick: int) -> None:
@@ -381,14 +375,19 @@ class RadixTree:
             self.paused_pages += new.paused - old.paused
             self.blocked_pages += new.blocked - old.blocked
             self.spare_host_pages += new.spare_host - old.spare_host
+            self.spare_disk_pages += new.spare_disk - old.spare_disk
             node.share = new
-        self._device_order.offer(node)
-        self._host_order.offer(node)
+        for order in self._orders:
+            order.offer(node)
 
     def next_device_victim(self) -> Node | None:
         """The least recently used node that may leave the device, or None."""
         return self._device_order.first(self.nodes)
 
-    def next_host_victim(self) -> Node | None:
-        """The least recently used node whose host copy may go, or None."""
-        return self._host_order.first(self.nodes)
+    def next_host_victim(self, *, on_disk: bool = False) -> Node | None:
+        """The least recently used node whose copy in memory (or in the file) may go, or None."""
+        return (self._disk_order if on_disk else self._host_order).first(self.nodes)
+
+    def next_to_sink(self) -> Node | None:
+        """The least recently used run in memory that is worth moving down to the disk, or None."""
+        return self._sink_order.first(self.nodes)

@@ -1,4 +1,4 @@
-"""The two tiers: who gets a page, what is evicted for it, and every copy that is in flight.
+"""The tiers: who gets a page, what is evicted for it, and every copy that is in flight.
 
 Works on nodes and leases; which context has which lease is the ledger's business. All pages are given away and taken
 back here, and every copy begins and ends here, so "a page is never reused while a copy still uses it" has one owner.
@@ -6,24 +6,33 @@ back here, and every copy begins and ends here, so "a page is never reused while
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from caesura.runtime.errors import BrokenInvariant
+from caesura.runtime.kv.below import Below
 from caesura.runtime.kv.node import Hold, Node, PrefixLease, Transfer
 from caesura.runtime.kv.pages import Handle, PagePool, PageState, row, rows
 from caesura.runtime.kv.radix import RadixTree
-from caesura.scheduler.ledger import Reclaimed, Segment
-from caesura.scheduler.types import Action, ContextId, Move, MoveId, MoveKind
+from caesura.runtime.kv.segments import sharers
+from caesura.scheduler.ledger import Reclaimed
+from caesura.scheduler.types import Action, Move, MoveId, MoveKind
 
 
 class Tiers:
-    """Device and host pool, the tree that says what lies in them, and the copies between them."""
+    """The device pool and what is below it, the tree that says what lies where, and the copies between them."""
 
-    def __init__(self, page_size: int, num_device_pages: int, num_host_pages: int) -> None:
+    def __init__(
+        self,
+        page_size: int,
+        num_device_pages: int,
+        num_host_pages: int,
+        num_disk_pages: int,
+        disk_pays: Callable[[int, int], bool],
+    ) -> None:
         self.page_size = page_size
         self.device = PagePool(num_device_pages, "device")
-        self.host = PagePool(num_host_pages, "host")
-        self.tree = RadixTree(page_size)
+        self.tree = RadixTree(page_size, disk_pays)
+        self.below = Below(self.tree, num_host_pages, num_disk_pages, disk_pays)
         self.tick = 0
         self.evicted = 0
         self.transfers: dict[MoveId, Transfer] = {}
@@ -71,7 +80,7 @@ class Tiers:
             self.forget(node)
         else:
             for child in list(node.children.values()):  # what follows the cut is out of reach
-                self.host.free(self.tree.remove(child))
+                self.below.free(self.tree.remove(child))
             self.device.free(self.tree.trim(node, taken))
 
     def off_device(self, node: Node) -> None:
@@ -84,7 +93,7 @@ class Tiers:
     def forget(self, node: Node) -> None:
         """Free an unpinned node everywhere, with the host-only runs below it."""
         self.device.free(self.tree.set_device(node, []))
-        self.host.free(self.tree.remove(node))
+        self.below.free(self.tree.remove(node))
 
     def cut_tail(self, lease: PrefixLease, num_tokens: int) -> int:
         """Keep the first ``num_tokens`` computed in the tail and free the pages behind; returns how many."""
@@ -146,85 +155,146 @@ class Tiers:
 
     def _begin(self, kind: MoveKind, nodes: list[Node]) -> None:
         transfer = Transfer(self._move_id(), kind, nodes)
-        device = [handle for node in nodes for handle in node.device]
-        host = [handle for node in nodes for handle in node.host]
-        out = kind is MoveKind.OUT
-        self.device.mark(device, PageState.COPYING_OUT if out else PageState.COPYING_IN)
-        self.host.mark(host, PageState.COPYING_IN if out else PageState.COPYING_OUT)
+        source = [handle for node in nodes for handle in (node.device if kind is MoveKind.OUT else node.host)]
+        target = [handle for node in nodes for handle in _target(kind, node)]
+        self._pool(kind is MoveKind.OUT).mark(source, PageState.COPYING_OUT)
+        self._pool(kind is MoveKind.IN).mark(target, PageState.COPYING_IN)
         for node in nodes:
             self.tree.set_transfer(node, transfer)
-        source, target = (device, host) if out else (host, device)
         self.begun.append(Move(transfer.id, kind, rows(source), rows(target)))
         self.transfers[transfer.id] = transfer
 
-    def acknowledge(self, move: MoveId) -> None:
-        """The copy has been made: both ends are ordinary pages again, and a run marked as leaving goes."""
-        transfer = self.transfers.pop(move, None)
-        if transfer is None:
+    def _pool(self, on_device: bool) -> PagePool | Below:
+        return self.device if on_device else self.below
+
+    def acknowledge(self, move: MoveId, *, failed: bool = False) -> None:
+        """The copy has ended: both ends are ordinary pages again, and a run marked as leaving goes.
+
+        ``failed``: it brought nothing. A copy out or down leaves the run where it was, and the file is not written
+        any more. What a copy in should have brought is forgotten with all below it, so that it is computed again.
+        """
+        transfer = self.transfers.get(move)
+        if transfer is None or transfer.failed:
             raise BrokenInvariant(f"move {move} acknowledged, but it is not in flight")
+        if failed and transfer.kind is MoveKind.IN:
+            transfer.failed = True
+        else:
+            self._end(transfer, failed)
+        for lost in [transfer for transfer in self.transfers.values() if transfer.failed]:
+            self._give_up(lost)
+
+    def _end(self, transfer: Transfer, failed: bool) -> None:
+        del self.transfers[transfer.id]
         for node in transfer.nodes:
-            self.device.mark(node.device, PageState.USED)
-            self.host.mark(node.host, PageState.USED)
+            self._unmark(node)
+            if transfer.kind is MoveKind.DOWN:
+                self.below.arrived(node, failed=failed)
             self.tree.set_transfer(node, None)
+        self.below.disk_writable = self.below.disk_writable and not failed
         deepest_first = sorted(transfer.nodes, key=lambda node: -node.start)
         for node in deepest_first:
+            if failed and transfer.kind is MoveKind.OUT:
+                self.tree.mark_leaving(node, False)
+                self.below.free(self.tree.set_host(node, []))
+                self._depart(node.parent)
             self._depart(node)
         for node in deepest_first:
             for end in [*node.children.values()][:1] + [node]:
                 if end.id in self.tree.nodes:
                     self.tree.merge(end)
 
+    def _unmark(self, node: Node) -> None:
+        """The ends of a node's copy are ordinary pages again."""
+        kind = node.transfer.kind if node.transfer is not None else None
+        if kind is MoveKind.DOWN:
+            self.below.mark(node.sinking, PageState.USED)
+        else:
+            self.device.mark(node.device, PageState.USED)
+        self.below.mark(node.host, PageState.USED)
+
+    def _give_up(self, failed: Transfer) -> None:
+        """Forget what a failed copy in should have brought, unless something else still moves below it."""
+        while failed.nodes:
+            top = min(failed.nodes, key=lambda node: node.start)
+            gone = top.subtree()
+            if any(node.transfer is not None and not node.transfer.failed for node in gone):
+                return
+            for node in gone:
+                transfer = node.transfer
+                if transfer is not None:
+                    self._unmark(node)
+                    self.tree.set_transfer(node, None)
+                    transfer.nodes.remove(node)
+                    if not transfer.nodes:
+                        del self.transfers[transfer.id]
+            self._let_go(top)
+            for node in reversed(gone):
+                if node.device:
+                    self.device.free(self.tree.set_device(node, []))
+            self.below.free(self.tree.remove(top))
+
     def _depart(self, node: Node | None) -> None:
-        """A run marked as leaving goes once it is copied and the device holds nothing below; then those above it."""
-        while node is not None and node.leaving and node.transfer is None and self._clear_below(node):
-            self.off_device(node)
+        """A run marked as leaving goes once it is copied and the device holds nothing below; then those above it.
+
+        One whose followers have stayed, since their copies failed, stays as well.
+        """
+        while node is not None and node.leaving and node.transfer is None:
+            if self._clear_below(node):
+                self.off_device(node)
+            elif any(child.leaving for child in node.children.values()):
+                return
+            else:
+                self.tree.mark_leaving(node, False)
             node = node.parent
+
+    def sink(self) -> int:
+        """When host memory is short, begin to move a run to the disk; returns its tokens. One at a time."""
+        if any(transfer.kind is MoveKind.DOWN for transfer in self.transfers.values()):
+            return 0
+        node = self.below.next_to_sink()
+        if node is None:
+            return 0
+        self._begin(MoveKind.DOWN, [node])
+        return len(node.tokens)
 
     def copy_out(self, node: Node) -> int:
         """Begin a host copy of a run that has none; returns its tokens, 0 when there is no room or no need."""
         if node.host or node.transfer is not None or not node.device:
             return 0
-        pages = self._host_pages(len(node.device))
-        if pages is None:
+        if not self.below.give(node):
             return 0
-        self.tree.set_host(node, pages)
         self._begin(MoveKind.OUT, [node])
         return len(node.tokens)
 
-    def _host_pages(self, count: int) -> list[Handle] | None:
-        if count > self.host.num_free + self.tree.spare_host_pages:
-            return None
-        while self.host.num_free < count:
-            self.drop_host_copy(self.tree.next_host_victim())
-        return self.host.allocate(count)
-
-    def drop_host_copy(self, node: Node | None) -> None:
-        """Free a host run that may go; it leaves the tree when it was nowhere else."""
-        if node is None:
-            raise BrokenInvariant(f"{self.tree.spare_host_pages} host pages said to be spare, none found")
-        if node.device:
-            self.host.free(self.tree.set_host(node, []))
-        else:
-            self.host.free(self.tree.remove(node))
-
     def host_tokens(self, lease: PrefixLease, tokens: Sequence[int], limit: int) -> int:
-        """Tokens after the computed ones that are on the host, or on their way to the device already."""
+        """Tokens after the computed ones that lie below the device, or are on their way to it already."""
         found = list(self.tree.walk(lease.node.frontier(), tokens, limit))
         if all(node.device_ready for node, _ in found):
             return 0
         return max(0, sum(length for _, length in found) - lease.ahead)
 
+    def disk_tokens(self, lease: PrefixLease, tokens: Sequence[int], limit: int) -> int:
+        """Those of ``host_tokens`` that would have to be read from the disk."""
+        found = self.tree.walk(lease.node.frontier(), tokens, limit)
+        return sum(length for node, length in found if not node.device and node.on_disk)
+
     def load(self, lease: PrefixLease, tokens: Sequence[int], limit: int) -> int:
         """Begin copying in what follows the lease's usable part, as far as pages reach; returns its tokens.
 
         The lease is anchored behind what is coming before a page is asked for, so nothing of it can be evicted.
+        What is on its way down to the disk has to get there first: then there is nothing to do but wait for it.
         """
         if not self.host_tokens(lease, tokens, limit):
             return 0
         origin = lease.node
         chain = list(self.tree.walk(origin.frontier(), tokens, limit))
-        last, length = chain[-1]
-        nodes = [node for node, _ in chain]
+        ready = next((at for at, (node, _) in enumerate(chain) if node.sinking and not node.device), len(chain))
+        if all(node.device_ready for node, _ in chain[:ready]):
+            sinking, length = chain[ready]
+            lease.awaits = {sinking.transfer.id} if sinking.transfer is not None else set()
+            return length - lease.ahead
+        last, length = chain[ready - 1]
+        nodes = [node for node, _ in chain[:ready]]
         if length < len(last.tokens):
             nodes[-1] = self.tree.split(last, length)
         if nodes[-1].end > origin.end:
@@ -241,8 +311,9 @@ class Tiers:
             if pages is None:
                 raise BrokenInvariant(f"no pages for node {node.id} after counting {self.takeable_pages}")
             self.tree.set_device(node, pages)
-        if fresh:
-            self._begin(MoveKind.IN, fresh)
+        for on_disk in (False, True):  # one move each, so that a fault of the disk takes nothing else along
+            if part := [node for node in fresh if node.on_disk is on_disk]:
+                self._begin(MoveKind.IN, part)
         lease.awaits = {node.transfer.id for node in coming if node.transfer is not None and not node.device_ready}
         return num_tokens
 
@@ -262,63 +333,12 @@ class Tiers:
 
     # -- taking memory from paused contexts -------------------------------------------------------------------
 
-    def segments(self, leases: Iterable[PrefixLease]) -> list[Segment]:
-        """What paused leases alone hold on the device: runs of the tree, and unfinished last pages."""
-        found: dict[int, tuple[Node, list[ContextId]]] = {}
-        tails: list[Segment] = []
-        for lease in leases:
-            if lease.hold is not Hold.PAUSED:
-                continue
-            node = lease.node
-            while not node.running and node.parent is not None:
-                if node.device:
-                    found.setdefault(node.id, (node, []))[1].append(lease.holder)
-                node = node.parent
-            sharers = self._sharers(lease)
-            if sharers and sharers[0] is lease:
-                tails.append(
-                    Segment(
-                        id=-lease.holder - 1,
-                        parent=lease.node.id if lease.node.id in found else None,
-                        start=lease.node.end,
-                        num_tokens=lease.ahead,
-                        num_pages=len(lease.tail),
-                        on_host=False,
-                        leaving=False,
-                        holders=tuple(sharer.holder for sharer in sharers),
-                    )
-                )
-        runs = [
-            Segment(
-                id=node.id,
-                parent=node.parent.id if node.parent is not None and node.parent.id in found else None,
-                start=node.start,
-                num_tokens=len(node.tokens),
-                num_pages=len(node.device),
-                on_host=node.host_ready,
-                leaving=node.leaving,
-                holders=tuple(holders),
-            )
-            for node, holders in found.values()
-        ]
-        return runs + tails
-
-    def _sharers(self, lease: PrefixLease) -> list[PrefixLease]:
-        """The paused leases whose tail is this one's; none when somebody running or a copy uses it besides."""
-        if not lease.tail:
-            return []
-        owners = self.device.owners(lease.tail[0])
-        same = [lease]
-        if owners > 1:
-            same = [other for other in lease.node.leases.values() if other.tail[:1] == lease.tail[:1]]
-        return same if len(same) == owners and all(other.hold is Hold.PAUSED for other in same) else []
-
     def reclaim_tail(self, lease: PrefixLease, action: Action) -> Reclaimed:
         """Give up an unfinished last page: neither the host nor the cache takes it, so it will be recomputed."""
         if action is Action.PRESERVE or lease.hold is not Hold.PAUSED:
             return Reclaimed(0, 0, action)
         before = self.takeable_pages
-        for sharer in self._sharers(lease):
+        for sharer in sharers(self.device, lease):
             self.cut_tail(sharer, 0)
         return Reclaimed(self.takeable_pages - before, 0, Action.DISCARD)
 
@@ -335,9 +355,7 @@ class Tiers:
         if num_pages < len(node.device):
             self.tree.split(node, (len(node.device) - num_pages) * self.page_size)
         if action is Action.RELEASE:
-            self._let_go(node)
-            pending = len(node.device) if node.moving else 0
-            return Reclaimed(self.takeable_pages - before, pending, action)
+            return self._release(node, before)
         if node.transfer is None and action is Action.SWAP and node.host and clear:
             self.off_device(node)
             return Reclaimed(self.takeable_pages - before, 0, action)
@@ -348,9 +366,15 @@ class Tiers:
             return Reclaimed(self.takeable_pages - before, len(node.device), Action.SWAP)
         if not clear:
             return nothing
+        if node.moving:  # what follows it is on its way down to the disk, and can only go when it is there
+            return self._release(node, before)
         self._let_go(node)
         self.forget(node)
         return Reclaimed(self.takeable_pages - before, 0, Action.DISCARD)
+
+    def _release(self, node: Node, before: int) -> Reclaimed:
+        self._let_go(node)
+        return Reclaimed(self.takeable_pages - before, len(node.device) if node.moving else 0, Action.RELEASE)
 
     def _clear_below(self, node: Node) -> bool:
         """Evict what nobody needs below ``node``; says whether the device holds nothing there any more."""
@@ -368,3 +392,10 @@ class Tiers:
         for below in node.subtree():
             for lease in list(below.leases.values()):
                 self.anchor(lease, above)
+
+
+def _target(kind: MoveKind, node: Node) -> list[Handle]:
+    """The pages that a copy of ``node``'s run fills."""
+    if kind is MoveKind.IN:
+        return node.device
+    return node.host if kind is MoveKind.OUT else node.sinking

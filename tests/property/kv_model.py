@@ -21,6 +21,11 @@ GARBAGE = -1
 Arena = list[list[int]]
 
 
+def disk_pays(start: int, num_tokens: int) -> bool:
+    """All runs but those that are short and shallow."""
+    return start + num_tokens > 2
+
+
 def digests(namespace: int, tokens: Sequence[int]) -> list[int]:
     """What position p of a context must hold, for every p."""
     found, last = [], hash((namespace,))
@@ -52,11 +57,11 @@ class Subject:
 class KVModel:
     """The ledger, two arenas of digests, and everything a scheduler and an executor would do with them."""
 
-    def __init__(self, page_size: int, device_pages: int, host_pages: int) -> None:
+    def __init__(self, page_size: int, device_pages: int, host_pages: int, disk_pages: int = 0) -> None:
         self.size = page_size
-        self.ledger = KVLedger(page_size, device_pages, host_pages)
+        self.ledger = KVLedger(page_size, device_pages, host_pages, disk_pages, disk_pays)
         self.device: Arena = [[GARBAGE] * page_size for _ in range(device_pages)]
-        self.host: Arena = [[GARBAGE] * page_size for _ in range(host_pages)]
+        self.host: Arena = [[GARBAGE] * page_size for _ in range(host_pages + disk_pages)]  # memory, then the disk
         self.subjects: dict[ContextId, Subject] = {}
         self.planned: dict[ContextId, tuple[int, int, tuple[PageId, ...]]] = {}  # start, end, page table
         self.flights: dict[MoveId, Flight] = {}
@@ -144,7 +149,8 @@ class KVModel:
             coming = ledger.load(context, tokens, limit)
             assert coming <= promised, f"{coming} tokens coming, {promised} promised"
             if coming:
-                self._note("load")
+                moving = {node.transfer.kind for node in self._coming(context) if node.transfer is not None}
+                self._note("wait for a sinking run" if MoveKind.DOWN in moving else "load")
                 assert ledger.is_loading(context)
                 return
         computed = ledger.computed(context)
@@ -160,6 +166,10 @@ class KVModel:
         else:
             self._note("extend refused")
             assert before == (dump(ledger), ledger.free_pages, ledger.evictable_pages, ledger.table(context))
+
+    def _coming(self, context: ContextId) -> list[Node]:
+        awaits = self.ledger.leases[context].awaits
+        return [node for move in awaits for node in self.ledger.transfers[move].nodes]
 
     def execute(self, failing: frozenset[int] = frozenset()) -> None:
         """Carry the step out; slices whose number is in ``failing`` are lost between execution and commit."""
@@ -198,7 +208,8 @@ class KVModel:
     # -- copies between the tiers -----------------------------------------------------------------------------
 
     def _ends(self, move: Move) -> tuple[Arena, Arena]:
-        return (self.device, self.host) if move.kind is MoveKind.OUT else (self.host, self.device)
+        source = self.device if move.kind is MoveKind.OUT else self.host
+        return source, self.device if move.kind is MoveKind.IN else self.host
 
     def _note_flights(self) -> None:
         for move in self.ledger.tiers.begun:
@@ -235,6 +246,39 @@ class KVModel:
         assert [target[page] for page in flight.move.target] == flight.contents, "the target changed under a copy"
         del self.flights[flight.move.id]
         self.ledger.acknowledge(flight.move.id)
+
+    def fail(self, index: int) -> None:
+        """One copy from or to the disk ends without having brought anything."""
+        flying = [flight.move for flight in self.flights.values() if flight.begun and not flight.arrived]
+        moves = [move for move in flying if self._uses_disk(move)]
+        if index % 2:  # mostly of those that come back: after one of the others the disk is not written
+            moves = [move for move in moves if move.kind is MoveKind.IN]
+        if not moves:
+            return
+        move = moves[index % len(moves)]
+        source, _ = self._ends(move)
+        assert [source[page] for page in move.source] == self.flights[move.id].contents, (
+            "the source changed under a copy"
+        )
+        del self.flights[move.id]
+        self.ledger.acknowledge(move.id, failed=True)
+        self._note(f"failed {move.kind.value}")
+        if move.kind is MoveKind.IN:
+            if move.id in self.ledger.transfers:
+                self._note("failed while something moves below")
+        else:
+            assert not self.ledger.disk_writable
+
+    def _uses_disk(self, move: Move) -> bool:
+        below = move.source if move.kind is MoveKind.IN else move.target
+        return any(page >= self.ledger.num_host_pages for page in below)
+
+    def sink(self) -> None:
+        """What a scheduler does every step, whether memory is short or not."""
+        free = self.ledger.free_host_pages
+        if self.ledger.sink():
+            assert self.ledger.disk_writable and free < self.ledger.num_host_pages
+            self._note("sink")
 
     def _flight(self, index: int) -> Flight | None:
         begun = [flight for flight in self.flights.values() if flight.begun]
@@ -283,8 +327,9 @@ class KVModel:
         self.tick += 1
         self.ledger.advance(self.tick)
         self._note_flights()
-        for pool, arena in ((self.ledger.device, self.device), (self.ledger.host, self.host)):
-            for page in pool._free:
+        below = self.ledger.below
+        for pool, arena in ((self.ledger.device, self.device), (below.host, self.host), (below.disk, self.host)):
+            for page in pool.free_rows():
                 arena[page] = [GARBAGE] * self.size
         for planned, (_, _, table) in self.planned.items():
             assert self.ledger.table(planned) == table, f"pages of running context {planned} were taken"
@@ -332,7 +377,8 @@ class KVModel:
         ledger.flush()
         check(ledger)
         assert ledger.free_pages == ledger.num_device_pages
-        assert ledger.host.num_free == ledger.num_host_pages
+        assert ledger.free_host_pages == ledger.num_host_pages
+        assert ledger.free_disk_pages == ledger.num_disk_pages
         assert not ledger.tree.nodes
 
     def _note(self, event: str) -> None:

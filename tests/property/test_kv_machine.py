@@ -1,4 +1,4 @@
-"""Hypothesis looks for the shortest sequence of verbs that breaks the ledger."""
+"""Hypothesis looks for the shortest sequence of verbs that breaks the ledger with its three tiers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class LedgerMachine(RuleBasedStateMachine):
     @initialize(
         device_pages=st.integers(8, 40),
         host_pages=st.integers(0, 12),
+        disk_pages=st.sampled_from((0, 3, 12, 40)),
         crowd=st.lists(st.tuples(TOKENS, st.booleans()), max_size=4),
     )
-    def start(self, device_pages: int, host_pages: int, crowd: list[tuple[list[int], bool]]) -> None:
+    def start(self, device_pages: int, host_pages: int, disk_pages: int, crowd: list[tuple[list[int], bool]]) -> None:
         """Some contexts have run already, each on top of the one before, and some of them are paused."""
-        self.model = KVModel(self.page_size, device_pages, host_pages)
+        self.model = KVModel(self.page_size, device_pages, host_pages, disk_pages)
         self.touched: ContextId | None = None
         prefix: list[int] = []
         for tokens, paused in crowd:
@@ -149,6 +150,16 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(index=INDEX)
     def acknowledge(self, index: int) -> None:
         self.model.acknowledge(index)
+
+    @precondition(lambda self: self.model.flights and self.model.ledger.num_disk_pages)
+    @rule(index=INDEX)
+    def fail(self, index: int) -> None:
+        self.model.fail(index)
+
+    @precondition(lambda self: self.model.ledger.num_disk_pages)
+    @rule()
+    def sink(self) -> None:
+        self.model.sink()
 
     @rule(action=st.sampled_from((Action.SWAP, Action.DISCARD, Action.RELEASE)))
     def squeeze(self, action: Action) -> None:

@@ -14,9 +14,13 @@ OPERATIONS = 500
 SEEDS = 100
 INTERESTING = {
     "closed while loading",
+    "copy down",
     "copy in",
     "copy out",
     "extend refused",
+    "failed down",
+    "failed in",
+    "failed out",
     "load",
     "lost before commit",
     "reclaim discard as discard",
@@ -24,6 +28,8 @@ INTERESTING = {
     "reclaim release as release",
     "reclaim swap as discard",
     "reclaim swap as swap",
+    "sink",
+    "wait for a sinking run",
 }
 
 
@@ -53,6 +59,8 @@ class RandomDriver:
             (self._arrive, 4),
             (self._acknowledge, 10),
             (self._copy_out, 4),
+            (self._sink, 8),
+            (self._fail, 2),
             (lambda context: model.ledger.write_back(context), 4),
             (self._truncate, 4),
             (model.release, 2),
@@ -120,6 +128,12 @@ class RandomDriver:
     def _acknowledge(self, _: ContextId) -> None:
         self.model.acknowledge(self.rng.randrange(8))
 
+    def _sink(self, _: ContextId) -> None:
+        self.model.sink()
+
+    def _fail(self, _: ContextId) -> None:
+        self.model.fail(self.rng.randrange(64))
+
     def _copy_out(self, _: ContextId) -> None:
         self.model.copy_out(self.rng.randrange(64))
 
@@ -132,7 +146,7 @@ def test_nothing_is_lost_or_overwritten(page_size: int) -> None:
     seen: dict[str, int] = {}
     for seed in range(SEEDS):
         rng = random.Random(page_size * 1_000 + seed)
-        model = KVModel(page_size, rng.randint(8, 40), rng.randint(0, 12))
+        model = KVModel(page_size, rng.randint(8, 40), rng.randint(0, 12), rng.choice((0, 4, 16, 40)))
         try:
             RandomDriver(model, rng).run(OPERATIONS, full_every=8)
             model.finish()

@@ -92,7 +92,7 @@ class World:
         self.engine.flush_cache()
         self.engine.check()
         assert ledger.free_pages == ledger.num_device_pages, "device pages are leaked"
-        assert ledger.tiers.host.num_free == ledger.num_host_pages, "host pages are leaked"
+        assert ledger.tiers.below.host.num_free == ledger.num_host_pages, "host pages are leaked"
 
 
 class Agent:
