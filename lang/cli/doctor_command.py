@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -95,8 +94,14 @@ def _memory() -> Check:
 
 
 def _compiler() -> Check:
-    found = next((path for name in ("cc", "gcc", "clang", "cl") if (path := shutil.which(name))), None)
-    return Check("compiler", "ok", found or "none (not needed on CPU; GPU kernels may want one)")
+    """Tries what the engine tries: the decoder in C is compiled at first use."""
+    from caesura.runtime.native.library import NoNativeLibrary, native_library
+
+    try:
+        native_library()
+    except NoNativeLibrary as error:
+        return Check("compiler", "warn", str(error), "install a C compiler: torch does the work, several times slower")
+    return Check("compiler", "ok", "the decoder in C is ready")
 
 
 def package_checks() -> list[Check]:

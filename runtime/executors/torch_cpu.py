@@ -13,7 +13,7 @@ from caesura.runtime.model.batch import Batch, build_batch
 from caesura.runtime.model.sampler import SampleFailure, sample
 from caesura.runtime.model.transformer import Decoder
 from caesura.runtime.model.weights import Model
-from caesura.runtime.native import NativeDecoder, unsupported
+from caesura.runtime.native.decoder import NativeDecoder, unsupported
 from caesura.scheduler.types import Move, MoveId
 from torch import Tensor
 

@@ -16,7 +16,8 @@ from caesura.runtime.model.batch import Batch, Piece
 from caesura.runtime.model.config import ModelConfig, RopeConfig
 from caesura.runtime.model.transformer import Decoder
 from caesura.runtime.model.weights import Model, dummy_model
-from caesura.runtime.native import NativeDecoder, library, unsupported
+from caesura.runtime.native import library
+from caesura.runtime.native.decoder import NativeDecoder, unsupported
 from caesura.runtime.native.library import NoNativeLibrary, native_library
 
 from tests.integration.model_checkpoints import make_executor, make_runs
