@@ -127,7 +127,7 @@ def calibrate(model: str, seconds: float, machine: Machine) -> tuple[Machine, fl
     )
 
 
-def blank(name: str, kv_tokens: int, host_tokens: int) -> Machine:
+def blank(name: str, kv_tokens: int, host_tokens: int, threads: int | None) -> Machine:
     """A machine whose costs are still to be measured."""
     return Machine(
         name=name,
@@ -141,6 +141,7 @@ def blank(name: str, kv_tokens: int, host_tokens: int) -> Machine:
         page_size=16,
         given="",
         assumed="",
+        threads=threads,
     )
 
 
@@ -151,11 +152,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="how long the engine is watched")
     parser.add_argument("--kv-tokens", type=int, default=12_288)
     parser.add_argument("--host-tokens", type=int, default=49_152)
+    parser.add_argument("--threads", type=int, help="threads of the engine")
     parser.add_argument("--out", type=Path, help="file to write; cpu-MODEL.json among the machines by default")
     options = parser.parse_args(arguments)
     name = f"cpu-{options.model.lower()}"
     machine, error, steps = calibrate(
-        options.model, options.seconds, blank(name, options.kv_tokens, options.host_tokens)
+        options.model, options.seconds, blank(name, options.kv_tokens, options.host_tokens, options.threads)
     )
     path = options.out or FOLDER / f"{name}.json"
     write_machine(machine, path)

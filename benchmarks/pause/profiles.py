@@ -28,6 +28,7 @@ class Machine:
     page_size: int
     given: str
     assumed: str
+    threads: int | None = None  # of a measured machine: what the engine may use, None for its own choice
 
     @property
     def profile(self) -> CostProfile:

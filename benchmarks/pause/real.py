@@ -39,6 +39,7 @@ def real_engine(model: str, policy: str, machine: Machine) -> Iterator[Engine]:
             host_kv_tokens=machine.host_tokens,
             max_step_tokens=machine.max_step_tokens,
             max_running=machine.max_running,
+            num_threads=machine.threads,
             profile=machine.profile,
         )
         engine = build(config).engine
