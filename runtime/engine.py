@@ -70,9 +70,8 @@ class Engine:
     ) -> None:
         self.executor = executor
         self.clock = clock
-        self.ledger = KVLedger(
-            executor.page_size, executor.num_device_pages, executor.num_host_pages if policy.uses_host else 0
-        )
+        below = (executor.num_host_pages, executor.num_disk_pages) if policy.uses_host else (0, 0)
+        self.ledger = KVLedger(executor.page_size, executor.num_device_pages, *below, disk_pays=profile.disk_pays)
         self.scheduler = Scheduler(self.ledger, policy, profile, config or SchedulerConfig())
         self.observers: list[Observer] = []
         self._share_prefixes = share_prefixes
@@ -220,7 +219,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """A step would do something: contexts to run, copies to take in, a pause to decide about."""
-        wanted = self._has_new_pause or self.scheduler.has_work or self.ledger.copying_pages > 0
+        wanted = self._has_new_pause or self.scheduler.has_work or bool(self.ledger.transfers)
         return wanted and not self.held
 
     def step(self) -> StepPlan:
@@ -247,7 +246,8 @@ class Engine:
         endings: dict[ContextId, Ending] = {}
         tokens = self._read(output, endings)
         duration_s = self.clock.now() - plan.now
-        result = StepResult(plan.number, duration_s, tokens, frozenset(endings), tuple(moves_done))
+        failed = self.executor.take_failed()
+        result = StepResult(plan.number, duration_s, tokens, frozenset(endings), tuple(moves_done), failed)
         self.scheduler.commit(plan, result)
         self._emit(plan, output, endings)
         for observer in self.observers:

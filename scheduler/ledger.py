@@ -60,6 +60,21 @@ class Ledger(Protocol):
         """Host pages that may be taken: second copies of what is on the device, and what nobody holds."""
 
     @property
+    def num_disk_pages(self) -> int: ...
+
+    @property
+    def free_disk_pages(self) -> int:
+        """Pages of the disk tier that are free now."""
+
+    @property
+    def spare_disk_pages(self) -> int:
+        """Pages of the disk tier that may be taken, as ``spare_host_pages``."""
+
+    @property
+    def disk_writable(self) -> bool:
+        """There is a disk tier, and no write to it has failed."""
+
+    @property
     def free_pages(self) -> int:
         """Device pages that are free now."""
 
@@ -90,7 +105,10 @@ class Ledger(Protocol):
         """Pin the device-resident prefix for running; returns computed tokens."""
 
     def host_tokens(self, context: ContextId, tokens: Sequence[int], limit: int) -> int:
-        """Tokens after the computed ones that a copy-in could bring."""
+        """Tokens after the computed ones that a copy-in could bring, from host memory or from the disk."""
+
+    def disk_tokens(self, context: ContextId, tokens: Sequence[int], limit: int) -> int:
+        """Those of ``host_tokens`` that would have to be read from the disk."""
 
     def load(self, context: ContextId, tokens: Sequence[int], limit: int) -> int:
         """Begin copying them in (or join a copy in flight); returns how many tokens are on their way."""
@@ -135,6 +153,12 @@ class Ledger(Protocol):
     def write_back(self, context: ContextId) -> int:
         """Begin host copies of all the context's runs that have none; returns tokens on their way."""
 
+    def sink(self) -> int:
+        """Begin to move what was wanted longest ago from host memory, when that is short, to the disk.
+
+        Returns its tokens; 0 when there is no need, no room, or a move down in flight.
+        """
+
     def fork(self, parent: ContextId, child: ContextId) -> None: ...
 
     def truncate(self, context: ContextId, num_tokens: int) -> None: ...
@@ -147,7 +171,8 @@ class Ledger(Protocol):
 
     def take_evicted(self) -> int: ...
 
-    def acknowledge(self, move: MoveId) -> None: ...
+    def acknowledge(self, move: MoveId, *, failed: bool = False) -> None:
+        """A copy has ended. ``failed``: it brought nothing, so what it should have brought in is computed again."""
 
     def advance(self, tick: int) -> None:
         """Set the logical time of what follows."""

@@ -80,12 +80,13 @@ class MemoryDesk:
         return done
 
     def copy_ahead(self) -> None:
-        """Write likely victims to the host while the link is idle."""
+        """Write likely victims to the host while the link is idle, and what nobody wants there to the disk."""
         ledger = self._ledger
+        ledger.sink()
         free = ledger.free_pages + ledger.evictable_pages
         if free >= self._policy.copies_ahead_below * ledger.num_device_pages:
             return
-        if not ledger.free_host_pages + ledger.spare_host_pages or ledger.copying_pages:
+        if not self._room_below or ledger.copying_pages:
             return
         paused, steps = self._fruitless
         if paused == self.paused and steps < COPY_AHEAD_EVERY:  # the same contexts: look again later
@@ -137,7 +138,7 @@ class MemoryDesk:
     def _reclaim(self, wanted: int, asking: ContextId, *, must: bool) -> int:
         """Take pages from paused contexts as the policy orders; returns pages freed or on their way."""
         got = 0
-        for take in self._policy.reclaim(self._view(asking=asking, must=must), wanted):
+        for take in self._policy.reclaim(self._view(asking=asking, must=must, wanted=wanted), wanted):
             got += self._take(take, wanted - got)
             if got >= wanted:
                 break
@@ -168,7 +169,7 @@ class MemoryDesk:
             for state in self._contexts.in_phase(Phase.QUEUED)
             if state.id != context and (must or key(state) > mine)
         }
-        action = Action.SWAP if self._policy.uses_host and self._ledger.num_host_pages else Action.DISCARD
+        action = Action.SWAP if self._policy.uses_host and self._has_below else Action.DISCARD
         segments = [s for s in self._ledger.segments() if any(holder in behind for holder in s.holders)]
         segments = [s for s in segments if all(h in behind or self._is_paused(h) for h in s.holders)]
         got = 0
@@ -203,10 +204,31 @@ class MemoryDesk:
             profile=self._profile,
         )
 
-    def _view(
-        self, states: list[Context] | None = None, *, asking: ContextId | None = None, must: bool = False
-    ) -> View:
+    @property
+    def _has_below(self) -> bool:
+        return self._ledger.num_host_pages > 0 or self._ledger.disk_writable
+
+    @property
+    def _room_in_host(self) -> int:
+        return self._ledger.free_host_pages + self._ledger.spare_host_pages
+
+    @property
+    def _room_below(self) -> int:
+        """Pages below the device that are free or may be taken."""
         ledger = self._ledger
+        return self._room_in_host + (ledger.free_disk_pages + ledger.spare_disk_pages) * ledger.disk_writable
+
+    def _view(
+        self,
+        states: list[Context] | None = None,
+        *,
+        asking: ContextId | None = None,
+        must: bool = False,
+        wanted: int = 1,
+    ) -> View:
+        """``wanted`` pages that host memory has no room for would go to the disk, at its price."""
+        ledger = self._ledger
+        to_disk = ledger.disk_writable and self._room_in_host < wanted
         paused = self._contexts.in_phase(Phase.PAUSED)
         running = self._contexts.in_phase(Phase.RUNNING)
         ids = {state.id for state in paused}
@@ -215,15 +237,15 @@ class MemoryDesk:
             now=self.now,
             paused=tuple(self._show(state) for state in sorted(shown, key=lambda state: (state.arrival, state.id))),
             segments=lambda: _closed_downwards(ledger.segments(), ids),
-            profile=self._profile,
+            profile=self._profile.at_disk_rate() if to_disk else self._profile,
             batch_tokens=sum(ledger.computed(state.id) for state in running),
             query_tokens=sum(max(1, state.num_tokens - ledger.computed(state.id)) for state in running),
             free_pages=ledger.free_pages + ledger.evictable_pages,
             num_pages=ledger.num_device_pages,
             page_size=ledger.page_size,
             copying_pages=ledger.copying_pages,
-            free_host_pages=ledger.free_host_pages + ledger.spare_host_pages,
-            has_host=ledger.num_host_pages > 0,
+            free_host_pages=self._room_below,
+            has_host=self._has_below,
             asking=None if asking is None else self._contexts[asking],
             must=must,
         )

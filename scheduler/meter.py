@@ -26,6 +26,9 @@ class WasteMeter:
     tokens_recomputed: int = 0
     pages_out: int = 0
     pages_in: int = 0
+    pages_to_disk: int = 0  # of pages_out, and what moved down from host memory
+    pages_from_disk: int = 0  # of pages_in
+    copies_failed: int = 0  # the disk was full or broken, or a page did not match its checksum
     preemptions: int = 0
     evicted_pages: int = 0
     decisions_preserve: int = 0
@@ -60,10 +63,15 @@ class WasteMeter:
         self.preemptions += len(plan.preempted)
         self.evicted_pages += plan.evicted_pages
         for move in plan.moves:
-            if move.kind is MoveKind.OUT:
-                self.pages_out += len(move.source)
+            below = move.source if move.kind is MoveKind.IN else move.target
+            on_disk = sum(page >= ledger.num_host_pages for page in below)
+            if move.kind is MoveKind.IN:
+                self.pages_in += len(below)
+                self.pages_from_disk += on_disk
             else:
-                self.pages_in += len(move.source)
+                self.pages_out += len(below) if move.kind is MoveKind.OUT else 0
+                self.pages_to_disk += on_disk
+        self.copies_failed += len(result.moves_failed)
         for decision in plan.decisions:
             self._count(decision.action)
         held = ledger.paused_pages * self.page_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,7 +11,8 @@ class CostProfile:
 
     An iteration over ``q`` query tokens with ``k`` KV tokens behind each costs
     ``step_s + q * token_s + q * k * attention_s``; ``saturation_tokens`` is S, the query tokens after which adding
-    one costs the full ``token_s``. Copying ``x`` tokens one way costs ``swap_base_s + x * swap_token_s``.
+    one costs the full ``token_s``. Copying ``x`` tokens one way costs ``swap_base_s + x * swap_token_s``, to or from
+    the disk tier ``disk_base_s + x * disk_token_s`` (0 where there is none).
     """
 
     step_s: float
@@ -21,6 +22,8 @@ class CostProfile:
     swap_token_s: float
     saturation_tokens: int
     source: str = "given"
+    disk_base_s: float = 0.0
+    disk_token_s: float = 0.0
 
     def forward_s(self, query_tokens: int, context_tokens: float = 0.0) -> float:
         """Seconds of one iteration: ``query_tokens`` rows, each attending to ``context_tokens``."""
@@ -32,9 +35,22 @@ class CostProfile:
         own = num_tokens * (self.token_s + (start + num_tokens / 2) * self.attention_s)
         return chunks * self.step_s + own
 
-    def copy_s(self, num_tokens: int) -> float:
-        """Seconds to copy ``num_tokens`` one way between the tiers (T_swap)."""
-        return self.swap_base_s + num_tokens * self.swap_token_s if num_tokens else 0.0
+    def copy_s(self, num_tokens: int, *, on_disk: bool = False) -> float:
+        """Seconds to copy ``num_tokens`` one way between the device and what is below it (T_swap)."""
+        if not num_tokens:
+            return 0.0
+        if on_disk:
+            return self.disk_base_s + num_tokens * self.disk_token_s
+        return self.swap_base_s + num_tokens * self.swap_token_s
+
+    def disk_pays(self, start: int, num_tokens: int) -> bool:
+        """Reading ``[start, start + num_tokens)`` from the disk takes less time than computing it again."""
+        measured = self.disk_token_s > 0
+        return measured and self.copy_s(num_tokens, on_disk=True) < self.recompute_s(start, num_tokens)
+
+    def at_disk_rate(self) -> CostProfile:
+        """The same machine when all that is copied goes to the disk, because host memory is full or there is none."""
+        return replace(self, swap_base_s=self.disk_base_s, swap_token_s=self.disk_token_s)
 
     def hidden_tokens(self, query_tokens: int) -> int:
         """N with T_swap(N) = T_fwd(B): what can be copied behind one iteration (InferCept, section 4.2)."""

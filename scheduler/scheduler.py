@@ -169,7 +169,7 @@ class Scheduler:
         end = plan.now + result.duration_s
         self.meter.record(plan, result, self.ledger, self._memory.contended, self.contexts)
         for move in result.moves_done:
-            self.ledger.acknowledge(move)
+            self.ledger.acknowledge(move, failed=move in result.moves_failed)
         for piece in plan.slices:
             state = self.contexts.get(piece.context_id)
             if state is None:
@@ -266,7 +266,7 @@ class Scheduler:
             return False
         computed = ledger.acquire(state.id, tokens, state.reuse_limit)
         wanted = ledger.host_tokens(state.id, tokens, state.reuse_limit)
-        if wanted and self.profile.copy_s(wanted) < self.profile.recompute_s(computed, wanted):
+        if wanted and self._fetch_s(state, wanted) < self.profile.recompute_s(computed, wanted):
             if not self._memory.secure(state.id, state.num_tokens):
                 self.ledger.pause(state.id)  # what it holds stays revocable while it queues
                 return None
@@ -281,6 +281,12 @@ class Scheduler:
         self.contexts.become(state, Phase.RUNNING)
         self.policy.saw_running(state, self._memory.now)
         return True
+
+    def _fetch_s(self, state: Context, num_tokens: int) -> float:
+        """Seconds to copy in what follows a context's computed tokens."""
+        ledger = self.ledger
+        on_disk = ledger.disk_tokens(state.id, state.tokens, state.reuse_limit) if ledger.num_disk_pages else 0
+        return self.profile.copy_s(num_tokens - on_disk) + self.profile.copy_s(on_disk, on_disk=True)
 
     @staticmethod
     def _note_cached(state: Context, computed: int) -> None:

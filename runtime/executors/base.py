@@ -68,6 +68,7 @@ class Executor(Protocol):
     page_bytes: int
     num_device_pages: int
     num_host_pages: int
+    num_disk_pages: int  # rows below the device: host memory first, then these
     max_context_tokens: int
 
     def begin(self, moves: Sequence[Move]) -> None:
@@ -75,6 +76,9 @@ class Executor(Protocol):
 
     def acknowledged(self, *, wait_s: float = 0.0) -> list[MoveId]:
         """Moves completed since the last call; waits up to ``wait_s`` for the first one."""
+
+    def take_failed(self) -> frozenset[MoveId]:
+        """Those of the moves acknowledged since the last call that brought nothing (only the disk tier's can)."""
 
     def execute(self, slices: Sequence[SliceInput], copies: Sequence[Move]) -> ExecOutput:
         """Run ``copies`` (device to device), then every slice as one batch."""

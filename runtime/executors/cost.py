@@ -72,6 +72,7 @@ class CostExecutor:
         self.page_bytes = page_size * token_bytes
         self.num_device_pages = num_device_pages
         self.num_host_pages = num_host_pages
+        self.num_disk_pages = 0
         self.max_context_tokens = max_context_tokens
         self.link_busy_s = 0.0
         self._clock = clock
@@ -102,6 +103,9 @@ class CostExecutor:
                 self._settle(self._clock.now())
         done, self._done = self._done, []
         return done
+
+    def take_failed(self) -> frozenset[MoveId]:
+        return frozenset()
 
     @property
     def next_copy_at(self) -> float | None:

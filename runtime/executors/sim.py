@@ -30,7 +30,8 @@ def chain(prefix_hash: int, token: int) -> int:
 class SimExecutor:
     """Implements ``Executor`` on a virtual clock. ``seed`` draws copy delays (up to ``slow`` times the profile's).
 
-    ``check_kv=False`` skips reading the prefix, for large simulations.
+    ``check_kv=False`` skips reading the prefix, for large simulations. ``disk_faults`` is the share of the disk tier's
+    copies that fail.
     """
 
     def __init__(
@@ -47,12 +48,15 @@ class SimExecutor:
         seed: int = 0,
         slow: float = 1.0,
         check_kv: bool = True,
+        num_disk_pages: int = 0,
+        disk_faults: float = 0.0,
     ) -> None:
         self.profile = profile
         self.page_size = page_size
         self.page_bytes = page_size * token_bytes
         self.num_device_pages = num_device_pages
         self.num_host_pages = num_host_pages
+        self.num_disk_pages = num_disk_pages
         self.max_context_tokens = max_context_tokens
         self.vocab_size = vocab_size
         self._clock = clock
@@ -60,12 +64,14 @@ class SimExecutor:
         self._random = random.Random(seed)
         self._slow = slow
         self._device = np.full((num_device_pages, page_size), _POISON, dtype=np.uint64)
-        self._host = np.full((num_host_pages, page_size), _POISON, dtype=np.uint64)
+        self._host = np.full((num_host_pages + num_disk_pages, page_size), _POISON, dtype=np.uint64)
+        self._disk_faults = disk_faults
+        self._failed: set[MoveId] = set()
         self._flying: list[tuple[float, Move]] = []
 
     def begin(self, moves: Sequence[Move]) -> None:
         for move in moves:
-            copy_s = self.profile.copy_s(len(move.source) * self.page_size)
+            copy_s = self.profile.copy_s(len(move.source) * self.page_size, on_disk=self._uses_disk(move))
             delay_s = copy_s * self._random.uniform(1.0, max(1.0, self._slow))
             self._flying.append((self._clock.now() + delay_s, move))
             if move.kind is MoveKind.IN:
@@ -78,9 +84,22 @@ class SimExecutor:
         done = [move for due, move in self._flying if due <= now]
         self._flying = [(due, move) for due, move in self._flying if due > now]
         for move in done:  # the content arrives at the last moment: a source reused too early shows
-            source, target = (self._device, self._host) if move.kind is MoveKind.OUT else (self._host, self._device)
-            target[list(move.target)] = source[list(move.source)]
+            source = self._device if move.kind is MoveKind.OUT else self._host
+            target = self._device if move.kind is MoveKind.IN else self._host
+            if self._disk_faults and self._uses_disk(move) and self._random.random() < self._disk_faults:
+                self._failed.add(move.id)
+                target[list(move.target)] = _POISON
+            else:
+                target[list(move.target)] = source[list(move.source)]
         return [move.id for move in done]
+
+    def _uses_disk(self, move: Move) -> bool:
+        below = move.source if move.kind is MoveKind.IN else move.target
+        return bool(below) and max(below) >= self.num_host_pages
+
+    def take_failed(self) -> frozenset[MoveId]:
+        failed, self._failed = frozenset(self._failed), set()
+        return failed
 
     @property
     def next_copy_at(self) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from caesura.runtime.errors import BrokenInvariant, UnsupportedModel
@@ -38,6 +39,8 @@ class TorchExecutor:
         vocab_limit: int | None = None,
         native: bool = True,
         quantization: str | None = None,
+        kv_disk: Path | None = None,
+        num_disk_pages: int = 0,
     ) -> None:
         """Allocate the arenas.
 
@@ -47,6 +50,7 @@ class TorchExecutor:
         ``eos_ids`` are banned until a generation's ``min_new_tokens``. ``deterministic`` makes every row's bits
         independent of batch, chunking and page size (slower in torch, always so in C). ``vocab_limit``: ids from here
         on are never sampled; give the tokenizer's size when the model's vocabulary is padded beyond it.
+        ``kv_disk`` is the folder of the file that holds ``num_disk_pages`` below the host pages.
         Raises NotEnoughMemory when the pools do not fit, UnsupportedModel for a quantization that cannot be had.
         """
         self.native_refused = unsupported(model, page_size) if native else "the option `native` is off"
@@ -63,11 +67,14 @@ class TorchExecutor:
             num_device_pages=num_device_pages,
             num_host_pages=num_host_pages,
             dtype=model.dtype,
+            disk_folder=kv_disk,
+            num_disk_pages=num_disk_pages,
         )
         self.page_size = page_size
         self.page_bytes = self.arena.page_bytes
         self.num_device_pages = num_device_pages
         self.num_host_pages = num_host_pages
+        self.num_disk_pages = self.arena.num_disk_pages
         self.max_context_tokens = config.max_context_tokens
         self._decoder: Decoder | NativeDecoder
         if self.native_refused is None:
@@ -84,6 +91,10 @@ class TorchExecutor:
     def acknowledged(self, *, wait_s: float = 0.0) -> list[MoveId]:
         """See the protocol."""
         return self.arena.acknowledged(wait_s=wait_s)
+
+    def take_failed(self) -> frozenset[MoveId]:
+        """See the protocol."""
+        return self.arena.take_failed()
 
     def close(self) -> None:
         """See the protocol."""

@@ -1,27 +1,43 @@
-"""The two KV arenas and the thread that copies pages between them.
+"""The two KV arenas, the file below them, and the thread that copies pages between them.
 
-Both have one layout, [layers, 2, pages, page_size, kv_heads, head_dim], and are allocated once: a fresh allocation
-costs five times what copying into it costs. Copies between the tiers run on one background thread, beside compute
-(torch releases the interpreter lock), and are acknowledged by id; until then both ends belong to the copy, which
-the ledger enforces. Copies within the device tier are done at once, at the start of the step that needs them.
+Both arenas have one layout, [layers, 2, pages, page_size, kv_heads, head_dim], and are allocated once: a fresh
+allocation costs five times what copying into it costs. Copies between the tiers run on one background thread, beside
+compute (torch releases the interpreter lock), a chunk of each in turn, so that a long one does not hold up a short
+one. They are acknowledged by id; until then both ends belong to the copy, which the ledger enforces. Copies within the
+device tier are done at once, at the start of the step that needs them.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from caesura.runtime.errors import BrokenInvariant
+from caesura.runtime.kv.pagefile import BadPage, PageFile
+from caesura.runtime.logs import note
 from caesura.runtime.model.memory import require_memory
 from caesura.scheduler.types import Move, MoveId, MoveKind
 from torch import Tensor
 
+CHUNK_BYTES = 4 << 20  # of one copy, before the next one has its turn
+
+_log = logging.getLogger("caesura.kv")
+_Run = tuple[int, int, int]  # first source row, first target row, number of rows
+
 
 class KvArena:
-    """Device and host pages of one model. ``begin``, ``acknowledged`` and ``close`` belong to the engine thread."""
+    """Device and host pages of one model, and pages in a file in ``disk_folder``.
+
+    The rows below the device are host pages first, then the file's. ``begin``, ``acknowledged``, ``take_failed`` and
+    ``close`` belong to the engine thread.
+    """
 
     def __init__(
         self,
@@ -33,8 +49,11 @@ class KvArena:
         num_device_pages: int,
         num_host_pages: int,
         dtype: torch.dtype,
+        disk_folder: Path | None = None,
+        num_disk_pages: int = 0,
     ) -> None:
-        """Raises BrokenInvariant for sizes out of range, NotEnoughMemory when the pools do not fit."""
+        """Raises BrokenInvariant for sizes out of range, NotEnoughMemory when the pools do not fit, InvalidRequest
+        when the file does not."""
         if not 1 <= page_size <= 64 or num_device_pages < 1 or num_host_pages < 0:
             raise BrokenInvariant(
                 f"page_size {page_size} must lie in 1..64, num_device_pages {num_device_pages} be at least 1, "
@@ -42,17 +61,28 @@ class KvArena:
             )
         self.page_size = page_size
         self.page_bytes = 2 * num_layers * page_size * kv_heads * head_dim * dtype.itemsize
+        self._chunk_pages = max(1, CHUNK_BYTES // self.page_bytes)
+        self.num_disk_pages = num_disk_pages if disk_folder is not None else 0
+        staged_pages = min(self._chunk_pages, self.num_disk_pages)
         require_memory(
-            (num_device_pages + num_host_pages) * self.page_bytes,
+            (num_device_pages + num_host_pages + staged_pages) * self.page_bytes,
             f"a KV pool of {num_device_pages} device and {num_host_pages} host pages",
             "ask for fewer pages",
         )
         self.device = torch.zeros(num_layers, 2, num_device_pages, page_size, kv_heads, head_dim, dtype=dtype)
         self.host = torch.zeros(num_layers, 2, num_host_pages, page_size, kv_heads, head_dim, dtype=dtype)
         self.layers: tuple[Tensor, ...] = self.device.unbind(0)
+        self._file: PageFile | None = None
+        if disk_folder is not None and num_disk_pages:
+            self._file = PageFile(disk_folder, num_disk_pages, self.page_bytes)
+        # pages on their way from or to the file, each in one piece: [pages, layers, 2, page_size, kv_heads, head_dim]
+        bytes_ = torch.zeros(staged_pages * self.page_bytes, dtype=torch.uint8)
+        self._staged = bytes_.view(dtype).view(staged_pages, num_layers, 2, page_size, kv_heads, head_dim)
+        self._staged_bytes = bytes_.numpy().data
         self._jobs: queue.SimpleQueue[Move | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._done: list[MoveId] = []
+        self._failed: set[MoveId] = set()
         self._failure: BaseException | None = None
         self._pending = 0
         self._thread: threading.Thread | None = None
@@ -84,11 +114,19 @@ class KvArena:
         self._pending -= len(done)
         return done
 
+    def take_failed(self) -> frozenset[MoveId]:
+        """Those of the moves acknowledged since the last call that met a fault of the disk."""
+        with self._changed:
+            failed = frozenset(self._failed.difference(self._done))
+            self._failed -= failed
+        return failed
+
     def copy_within(self, copies: Sequence[Move]) -> None:
         """Copy device pages to device pages, now."""
         for move in copies:
             self._check(move)
-            _copy_pages(self.device, self.device, move)
+            for run in _runs(move, len(move.source), 0):
+                _copy_pages(self.device, self.device, run)
 
     def close(self) -> None:
         """Finish the copies in flight, stop the thread and free the arenas. May be called twice."""
@@ -96,13 +134,16 @@ class KvArena:
             self._jobs.put(None)
             self._thread.join()
             self._thread = None
-        self.device = self.host = self.device.new_empty(0)
+        if self._file is not None:
+            self._file.close()
+        self.device = self.host = self._staged = self.device.new_empty(0)
         self.layers = ()
 
     def _check(self, move: Move) -> None:
         device, host = self.device.shape[2], self.host.shape[2]
-        source_pages = host if move.kind is MoveKind.IN else device
-        target_pages = host if move.kind is MoveKind.OUT else device
+        source_pages = {MoveKind.IN: host + self.num_disk_pages, MoveKind.DOWN: host}.get(move.kind, device)
+        down = move.kind in (MoveKind.OUT, MoveKind.DOWN)
+        target_pages = host + self.num_disk_pages if down else device
         if len(move.source) != len(move.target):
             raise BrokenInvariant(f"move {move.id}: {len(move.source)} sources, {len(move.target)} targets")
         for ids, limit, end in ((move.source, source_pages, "source"), (move.target, target_pages, "target")):
@@ -110,31 +151,96 @@ class KvArena:
                 raise BrokenInvariant(f"move {move.id}: a {end} page lies outside [0, {limit}): {min(ids)}..{max(ids)}")
 
     def _work(self) -> None:
+        active: deque[tuple[Move, Iterator[None]]] = deque()
+        closing = False
         with torch.inference_mode():
-            while (move := self._jobs.get()) is not None:
-                try:
-                    if move.kind is MoveKind.OUT:
-                        _copy_pages(self.device, self.host, move)
+            while active or not closing:
+                while not closing and (not active or not self._jobs.empty()):
+                    move = self._jobs.get()
+                    if move is None:
+                        closing = True
                     else:
-                        _copy_pages(self.host, self.device, move)
-                except BaseException as error:  # reported to the engine thread, which must not wait for ever
-                    with self._changed:
-                        self._failure = error
-                        self._changed.notify_all()
+                        active.append((move, self._chunks(move)))
+                if active and not self._advance(active):
                     return
-                with self._changed:
-                    self._done.append(move.id)
-                    self._changed.notify_all()
+
+    def _advance(self, active: deque[tuple[Move, Iterator[None]]]) -> bool:
+        """Copy one chunk of the copy whose turn it is; False when the thread cannot go on."""
+        move, chunks = active.popleft()
+        fault: OSError | None = None
+        try:
+            next(chunks)
+        except StopIteration:
+            pass
+        except OSError as error:  # of the disk: this copy has brought nothing, and nobody else is concerned
+            fault = error
+            kind = "bad page" if isinstance(error, BadPage) else errno.errorcode.get(error.errno or 0, "unknown")
+            note(_log, logging.WARNING, "kv disk fault", pages=len(move.source), copy=move.kind.value, fault=kind)
+        except BaseException as error:  # reported to the engine thread, which must not wait for ever
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+            return False
+        else:
+            active.append((move, chunks))
+            return True
+        with self._changed:
+            self._done.append(move.id)
+            if fault is not None:
+                self._failed.add(move.id)
+            self._changed.notify_all()
+        return True
+
+    def _chunks(self, move: Move) -> Iterator[None]:
+        """Copy a move, a chunk at each ``next`` but the last, which only ends it."""
+        source = self.device if move.kind is MoveKind.OUT else self.host
+        target = self.device if move.kind is MoveKind.IN else self.host
+        num_host = self.host.shape[2]
+        runs = _runs(move, self._chunk_pages, num_host)
+        for number, run in enumerate(runs):
+            first, to, count = run
+            if move.kind is MoveKind.IN and first >= num_host:
+                self._read(first - num_host, target[:, :, to : to + count])
+            elif move.kind is not MoveKind.IN and to >= num_host:
+                self._write(to - num_host, source[:, :, first : first + count])
+            else:
+                _copy_pages(source, target, run)
+            if number + 1 < len(runs):
+                yield
+
+    def _write(self, page: int, source: Tensor) -> None:
+        """``source``: [layers, 2, pages, page_size, kv_heads, head_dim]."""
+        count = source.shape[2]
+        self._staged[:count].copy_(source.permute(2, 0, 1, 3, 4, 5))
+        self._disk.write(page, self._staged_bytes[: count * self.page_bytes])
+
+    def _read(self, page: int, target: Tensor) -> None:
+        count = target.shape[2]
+        self._disk.read(page, self._staged_bytes[: count * self.page_bytes])
+        target.copy_(self._staged[:count].permute(1, 2, 0, 3, 4, 5))
+
+    @property
+    def _disk(self) -> PageFile:
+        if self._file is None:
+            raise BrokenInvariant("a copy from or to the disk, and there is no file")
+        return self._file
 
 
-def _copy_pages(source: Tensor, target: Tensor, move: Move) -> None:
-    """Copy pages run by run: neighbours on both sides go in one call, and nothing is allocated."""
-    start = 0
-    pairs = list(zip(move.source, move.target, strict=True))
-    for index in range(1, len(pairs) + 1):
-        joined = index < len(pairs) and pairs[index] == (pairs[index - 1][0] + 1, pairs[index - 1][1] + 1)
-        if joined:
-            continue
-        (first, to), count = pairs[start], index - start
-        target[:, :, to : to + count].copy_(source[:, :, first : first + count])
-        start = index
+def _runs(move: Move, most: int, num_host: int) -> list[_Run]:
+    """Neighbours on both sides, ``most`` at a time; host rows end before ``num_host``, where the file's begin."""
+    runs: list[_Run] = []
+    for source, target in zip(move.source, move.target, strict=True):
+        if runs:
+            first, to, count = runs[-1]
+            below = source if move.kind is MoveKind.IN else target
+            if count < most and (source, target) == (first + count, to + count) and below != num_host:
+                runs[-1] = first, to, count + 1
+                continue
+        runs.append((source, target, 1))
+    return runs
+
+
+def _copy_pages(source: Tensor, target: Tensor, run: _Run) -> None:
+    """Copy one run of pages in one call; nothing is allocated."""
+    first, to, count = run
+    target[:, :, to : to + count].copy_(source[:, :, first : first + count])

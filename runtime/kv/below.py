@@ -13,7 +13,7 @@ from caesura.runtime.kv.node import Node
 from caesura.runtime.kv.pages import Handle, PagePool, PageState, row
 from caesura.runtime.kv.radix import RadixTree
 
-FREE_SHARE = 4  # a quarter of host memory is kept free by moving runs down
+FREE_SHARE = 4  # a quarter of host memory is kept free, or for second copies, by moving runs down
 SINK_PAGES = 64  # of one move down, so that nobody waits long for it
 
 
@@ -85,7 +85,7 @@ class Below:
 
     def next_to_sink(self) -> Node | None:
         """When memory is short: the run wanted longest ago, with file pages to go to. None when there is none."""
-        short = self.host.num_pages // FREE_SHARE - self.host.num_free
+        short = self.host.num_pages // FREE_SHARE - self.host.num_free - self._tree.doubled_host_pages
         if short <= 0 or not self.disk_writable:
             return None
         node = self._tree.next_to_sink()

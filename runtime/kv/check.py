@@ -39,6 +39,7 @@ def check(ledger: KVLedger) -> None:
         ("paused", tree.paused_pages, [node.shares().paused for node in nodes]),
         ("blocked", tree.blocked_pages, [node.shares().blocked for node in nodes]),
         ("spare host", tree.spare_host_pages, [node.shares().spare_host for node in nodes]),
+        ("doubled host", tree.doubled_host_pages, [node.shares().doubled_host for node in nodes]),
         ("spare disk", tree.spare_disk_pages, [node.shares().spare_disk for node in nodes]),
     ):
         _require(total == sum(part), f"{name} pages {total}, the tree says {sum(part)}")

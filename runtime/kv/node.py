@@ -24,10 +24,11 @@ class Share(NamedTuple):
     paused: int  # on the device, and held by paused leases alone
     blocked: int  # the same, but a copy at or below the node must end first
     spare_host: int  # host pages that may go: second copies, and runs that nobody holds
-    spare_disk: int  # the same of the disk
+    doubled_host: int  # of these, the second copies
+    spare_disk: int  # pages on the disk that may go
 
 
-NO_SHARE = Share(0, 0, 0, 0, 0)
+NO_SHARE = Share(0, 0, 0, 0, 0, 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -127,6 +128,7 @@ class Node:
             pages if self.paused and not self.running else 0,
             pages if self.moving and not self.held else 0,
             0 if self.on_disk else below,
+            below if pages and not self.on_disk else 0,
             below if self.on_disk else 0,
         )
 

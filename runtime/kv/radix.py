@@ -24,10 +24,11 @@ class RadixTree:
     def __init__(self, page_size: int, disk_pays: Callable[[int, int], bool] = lambda *_: True) -> None:
         self.page_size = page_size
         self.nodes: dict[int, Node] = {}
-        self.evictable_pages = 0  # these five are the sums of all nodes' shares
+        self.evictable_pages = 0  # these six are the sums of all nodes' shares
         self.paused_pages = 0
         self.blocked_pages = 0
         self.spare_host_pages = 0
+        self.doubled_host_pages = 0
         self.spare_disk_pages = 0
         self._roots: dict[str, Node] = {}
         self._names: dict[int, str] = {}  # root id to namespace
@@ -375,6 +376,7 @@ class RadixTree:
             self.paused_pages += new.paused - old.paused
             self.blocked_pages += new.blocked - old.blocked
             self.spare_host_pages += new.spare_host - old.spare_host
+            self.doubled_host_pages += new.doubled_host - old.doubled_host
             self.spare_disk_pages += new.spare_disk - old.spare_disk
             node.share = new
         for order in self._orders:
