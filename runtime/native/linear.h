@@ -6,12 +6,28 @@
 #include "pool.h"
 #include "vector.h"
 
-#define COLUMNS 32 /* of a block: two vectors */
+#define COLUMNS 32 /* of a block: two vectors of 16 */
+
+/* A tile is as many rows and columns as there are registers for its sums. */
 #if defined(__AVX512F__)
-#define MAX_ROWS 12 /* accumulators in registers: rows * 2 vectors */
+#define MAX_ROWS 12
+#define TILE_COLUMNS 32
+#define REGISTER_FLOATS 16
+#elif defined(__AVX__)
+#define MAX_ROWS 6
+#define TILE_COLUMNS 16
+#define REGISTER_FLOATS 8
+#elif defined(__aarch64__)
+#define MAX_ROWS 6
+#define TILE_COLUMNS 16
+#define REGISTER_FLOATS 4
 #else
 #define MAX_ROWS 3
+#define TILE_COLUMNS 16
+#define REGISTER_FLOATS 4
 #endif
+#define TILE_REGISTERS (TILE_COLUMNS / REGISTER_FLOATS)
+typedef float reg __attribute__((vector_size(REGISTER_FLOATS * 4), aligned(4), may_alias));
 
 typedef enum { STORE, ADD, SWIGLU } Epilogue;
 
@@ -30,19 +46,49 @@ static long linear_blocks(const Linear *linear, Epilogue epilogue) {
     return epilogue == SWIGLU ? (linear->outer + LANES - 1) / LANES : num_blocks(linear->outer);
 }
 
-INLINE void multiply(int rows, const float *x, long stride, const float *w, long inner, vec acc[][2]) {
+/* What a tile asks memory for while it computes, so that it never waits: of a block used once, the stream itself, a bit
+   ahead; of a block used for several tiles, half of the next block, in turns. */
+typedef enum { AHEAD, NEXT_BLOCK } Fetch;
+
+#define AHEAD_BYTES 10240 /* measured: with 4 KB and less, 8 rows are a fifth slower; from 8 KB on it does not matter */
+#define LINE 64
+
+/* A step reads two cache lines of `at`; `next` + 64 * step is of the block after it. */
+INLINE void fetch_lines(Fetch fetch, const void *at, const char *next, long step) {
+    if (fetch == AHEAD) {
+        __builtin_prefetch((const char *)at + AHEAD_BYTES);
+        __builtin_prefetch((const char *)at + AHEAD_BYTES + LINE);
+    }
+    if (fetch == NEXT_BLOCK) __builtin_prefetch(next + step * LINE, 0, 2);
+}
+
+INLINE void multiply(int rows, Fetch fetch, const float *x, long stride, const float *w, const char *next, long inner,
+                     float sums[][COLUMNS]) {
+#pragma GCC unroll 2
+    for (int part = 0; part < COLUMNS / TILE_COLUMNS; part++) {
+        reg acc[MAX_ROWS][TILE_REGISTERS]; /* of fixed size: an array of variable length does not stay in registers */
 #pragma GCC unroll 16
-    for (int row = 0; row < rows; row++) acc[row][0] = acc[row][1] = splat(0.0f);
-    for (long k = 0; k < inner; k++, w += COLUMNS) {
-        vec left = load(w), right = load(w + LANES);
-        __builtin_prefetch(w + 16 * COLUMNS);
-        __builtin_prefetch(w + 16 * COLUMNS + LANES);
+        for (int row = 0; row < rows; row++)
+#pragma GCC unroll 8
+            for (int i = 0; i < TILE_REGISTERS; i++) acc[row][i] = (reg){};
+        const float *at = w + part * TILE_COLUMNS;
+        for (long k = 0; k < inner; k++, at += COLUMNS) {
+            reg weights[TILE_REGISTERS];
+#pragma GCC unroll 8
+            for (int i = 0; i < TILE_REGISTERS; i++) weights[i] = *(const reg *)(at + i * REGISTER_FLOATS);
+            if (part == 0) fetch_lines(fetch, at, next, k);
 #pragma GCC unroll 16
-        for (int row = 0; row < rows; row++) {
-            vec value = splat(x[row * stride + k]);
-            acc[row][0] += value * left;
-            acc[row][1] += value * right;
+            for (int row = 0; row < rows; row++) {
+                reg value = (reg){} + x[row * stride + k];
+#pragma GCC unroll 8
+                for (int i = 0; i < TILE_REGISTERS; i++) acc[row][i] += value * weights[i];
+            }
         }
+#pragma GCC unroll 16
+        for (int row = 0; row < rows; row++)
+#pragma GCC unroll 8
+            for (int i = 0; i < TILE_REGISTERS; i++)
+                *(reg *)(sums[row] + part * TILE_COLUMNS + i * REGISTER_FLOATS) = acc[row][i];
     }
 }
 
@@ -55,77 +101,68 @@ INLINE void write_columns(float *to, vec value, long columns, Epilogue epilogue)
     for (long lane = 0; lane < columns; lane++) to[lane] = epilogue == ADD ? to[lane] + value[lane] : value[lane];
 }
 
-INLINE void finish_block(int rows, vec acc[][2], const Linear *linear, long block, Epilogue epilogue, float *y, long stride) {
-    if (epilogue == SWIGLU) {
-        long column = block * LANES, columns = linear->outer - column;
-        for (int row = 0; row < rows; row++) {
-            vec gate = acc[row][0], up = acc[row][1];
-            if (linear->bias) {
-                gate += load(linear->bias + block * COLUMNS);
-                up += load(linear->bias + block * COLUMNS + LANES);
-            }
-            write_columns(y + row * stride + column, gate / (vec_exp(-gate) + 1.0f) * up, columns, STORE);
+/* Bias, epilogue and the way to `y`. Not inlined: one chain of operations for a row, whatever tile it was in. */
+static __attribute__((noinline)) void finish_rows(long rows, const float sums[][COLUMNS], const Linear *linear,
+                                                  long block, Epilogue epilogue, float *y, long stride) {
+    long column = block * (epilogue == SWIGLU ? LANES : COLUMNS), columns = linear->outer - column;
+    vec bias[2] = {splat(0.0f), splat(0.0f)};
+    for (int half = 0; half < 2 && linear->bias; half++) bias[half] = load(linear->bias + block * COLUMNS + half * LANES);
+    for (long row = 0; row < rows; row++) {
+        vec left = load(sums[row]) + bias[0], right = load(sums[row] + LANES) + bias[1];
+        float *to = y + row * stride + column;
+        if (epilogue == SWIGLU) {
+            write_columns(to, left / (vec_exp(-left) + 1.0f) * right, columns, STORE);
+            continue;
         }
-        return;
-    }
-    long column = block * COLUMNS, columns = linear->outer - column;
-    for (int row = 0; row < rows; row++) {
-        for (int half = 0; half < 2 && columns > half * LANES; half++) {
-            vec value = acc[row][half];
-            if (linear->bias) value += load(linear->bias + column + half * LANES);
-            write_columns(y + row * stride + column + half * LANES, value, columns - half * LANES, epilogue);
-        }
+        write_columns(to, left, columns, epilogue);
+        if (columns > LANES) write_columns(to + LANES, right, columns - LANES, epilogue);
     }
 }
 
-#define TILE(rows)                                                        \
-    case rows: {                                                          \
-        vec acc[rows][2];                                                 \
-        multiply(rows, x, x_stride, w, linear->inner, acc);               \
-        finish_block(rows, acc, linear, block, epilogue, y, y_stride);    \
-        break;                                                            \
-    }
-
-INLINE void tile(int rows, const float *x, long x_stride, const float *w, const Linear *linear, long block,
-                 Epilogue epilogue, float *y, long y_stride) {
-    switch (rows) {
-        TILE(1)
-        TILE(2)
-        TILE(3)
-#if MAX_ROWS > 3
-        TILE(4)
-        TILE(5)
-        TILE(6)
-        TILE(7)
-        TILE(8)
-        TILE(9)
-        TILE(10)
-        TILE(11)
-        TILE(12)
+/* The cases of a switch over numbers of rows, each one that the compiler knows. A tile that is not alone has at least
+   half of MAX_ROWS, since tiles are even: 16 rows are 8 + 8, not 12 + 4. */
+#if MAX_ROWS == 12
+#define FEW_ROWS(call) call(1) call(2) call(3) call(4) call(5)
+#define MANY_ROWS(call) call(6) call(7) call(8) call(9) call(10) call(11) call(12)
+#elif MAX_ROWS == 6
+#define FEW_ROWS(call) call(1) call(2)
+#define MANY_ROWS(call) call(3) call(4) call(5) call(6)
+#else
+#define FEW_ROWS(call) call(1)
+#define MANY_ROWS(call) call(2) call(3)
 #endif
-    }
+
+#define LONE_TILE(rows) \
+    case rows: multiply(rows, AHEAD, x, stride, w, next, inner, sums); break;
+#define TILE(rows) \
+    case rows: multiply(rows, NEXT_BLOCK, x, stride, w, next, inner, sums); break;
+
+INLINE void tile(long rows, int alone, const float *x, long stride, const float *w, const char *next, long inner,
+                 float sums[][COLUMNS]) {
+    if (alone)
+        switch (rows) { FEW_ROWS(LONE_TILE) MANY_ROWS(LONE_TILE) }
+    else
+        switch (rows) { MANY_ROWS(TILE) }
 }
 
-#define BLOCKS_OF(epilogue)                                                                                  \
-    for (long block = first; block < last; block++) {                                                        \
-        const float *w = linear->packed + block * linear->inner * COLUMNS;                                   \
-        for (long row = 0, turn = 0; row < rows; turn++) {                                                   \
-            long count = (rows * (turn + 1)) / turns - row; /* even tiles: 16 rows are 8 + 8, not 12 + 4 */  \
-            tile(count, x + row * x_stride, x_stride, w, linear, block, epilogue, y + row * y_stride, y_stride); \
-            row += count;                                                                                    \
-        }                                                                                                    \
-    }                                                                                                        \
-    break;
+INLINE long tile_rows(long rows, long turn, long turns) { return rows * (turn + 1) / turns - rows * turn / turns; }
 
 /* This thread's share of y = x W^T (+ bias), y += ..., or silu(gate) * up. */
 static void linear_share(const Pool *pool, int thread, const Linear *linear, Epilogue epilogue, const float *x,
                          long x_stride, long rows, float *y, long y_stride) {
-    long first, last, turns = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    long first, last, turns = (rows + MAX_ROWS - 1) / MAX_ROWS, inner = linear->inner;
+    float sums[MAX_ROWS][COLUMNS];
     share(pool, thread, linear_blocks(linear, epilogue), &first, &last);
-    switch (epilogue) {
-        case STORE: BLOCKS_OF(STORE)
-        case ADD: BLOCKS_OF(ADD)
-        case SWIGLU: BLOCKS_OF(SWIGLU)
+    for (long block = first; block < last; block++) {
+        const float *w = linear->packed + block * inner * COLUMNS;
+        const char *next = (const char *)(w + inner * COLUMNS);
+        for (long row = 0, turn = 0; turn < turns; turn++) {
+            long count = tile_rows(rows, turn, turns);
+            const char *half = next + turn % 2 * inner * LINE;
+            tile(count, turns == 1, x + row * x_stride, x_stride, w, half, inner, sums);
+            finish_rows(count, sums, linear, block, epilogue, y + row * y_stride, y_stride);
+            row += count;
+        }
     }
 }
 

@@ -86,10 +86,10 @@ static void code_rows(const Pool *pool, int thread, const float *x, long rows, l
 /* sums[row][column] of a block's 32 columns. */
 #if defined(__AVX512VNNI__)
 
-INLINE void multiply_codes(int rows, const uint8_t *x, long stride, const int8_t *w, long groups,
-                           int32_t sums[][COLUMNS]) {
+INLINE void multiply_codes(int rows, Fetch fetch, const uint8_t *x, long stride, const int8_t *w, const char *next,
+                           long groups, int32_t sums[][COLUMNS]) {
     const int chains = rows <= 2 ? 2 : 1; /* one or two rows alone would wait for their own sums */
-    __m512i acc[MAX_ROWS][2][2]; /* of fixed size: an array of variable length does not stay in registers */
+    __m512i acc[MAX_ROWS][2][2];
 #pragma GCC unroll 16
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 2
@@ -98,8 +98,7 @@ INLINE void multiply_codes(int rows, const uint8_t *x, long stride, const int8_t
 #pragma GCC unroll 2
         for (int chain = 0; chain < chains; chain++, w += COLUMNS * GROUP, x += GROUP) {
             __m512i left = _mm512_loadu_si512(w), right = _mm512_loadu_si512(w + 64);
-            __builtin_prefetch(w + 32 * COLUMNS * GROUP);
-            __builtin_prefetch(w + 32 * COLUMNS * GROUP + 64);
+            fetch_lines(fetch, w, next, group + chain);
 #pragma GCC unroll 16
             for (int row = 0; row < rows; row++) {
                 __m512i value = _mm512_set1_epi32(four_codes(x + row * stride));
@@ -113,129 +112,102 @@ INLINE void multiply_codes(int rows, const uint8_t *x, long stride, const int8_t
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
             __m512i sum = acc[row][0][half];
-            if (chains == 2) sum = _mm512_add_epi32(sum, acc[row][chains - 1][half]);
+            if (chains == 2) sum = _mm512_add_epi32(sum, acc[row][1][half]);
             _mm512_storeu_si512(sums[row] + half * LANES, sum);
         }
 }
 
-#elif defined(__AVXVNNI__)
-
-INLINE void multiply_codes(int rows, const uint8_t *x, long stride, const int8_t *w, long groups,
-                           int32_t sums[][COLUMNS]) {
-    __m256i acc[MAX_ROWS][4];
-#pragma GCC unroll 4
-    for (int row = 0; row < rows; row++)
-#pragma GCC unroll 4
-        for (int part = 0; part < 4; part++) acc[row][part] = _mm256_setzero_si256();
-    for (long group = 0; group < groups; group++, w += COLUMNS * GROUP, x += GROUP) {
-        __m256i value[MAX_ROWS];
-        __builtin_prefetch(w + 16 * COLUMNS * GROUP);
-        __builtin_prefetch(w + 16 * COLUMNS * GROUP + 64);
-#pragma GCC unroll 4
-        for (int row = 0; row < rows; row++) value[row] = _mm256_set1_epi32(four_codes(x + row * stride));
-#pragma GCC unroll 4
-        for (int part = 0; part < 4; part++) {
-            __m256i weights = _mm256_loadu_si256((const __m256i *)(w + part * 32));
-#pragma GCC unroll 4
-            for (int row = 0; row < rows; row++)
-                acc[row][part] = _mm256_dpbusd_avx_epi32(acc[row][part], value[row], weights);
-        }
-    }
-#pragma GCC unroll 4
-    for (int row = 0; row < rows; row++)
-#pragma GCC unroll 4
-        for (int part = 0; part < 4; part++)
-            _mm256_storeu_si256((__m256i *)(sums[row] + part * 8), acc[row][part]);
-}
-
 #elif defined(__AVX2__)
 
-/* The 8-bit multiply-add of AVX2 saturates, so codes are widened to 16 bits: sums of pairs, half a block at a time. */
-INLINE void multiply_codes(int rows, const uint8_t *x, long stride, const int8_t *w, long groups,
-                           int32_t sums[][COLUMNS]) {
-    for (int half = 0; half < 2; half++) {
-        __m256i acc[MAX_ROWS][4];
-#pragma GCC unroll 4
-        for (int row = 0; row < rows; row++)
-#pragma GCC unroll 4
-            for (int part = 0; part < 4; part++) acc[row][part] = _mm256_setzero_si256();
-        const int8_t *at = w + half * 64;
+#if defined(__AVXVNNI__)
+#define PART_COLUMNS 16 /* worked on at once: two registers of 8 sums */
+INLINE __m256i code_operand(const uint8_t *x) { return _mm256_set1_epi32(four_codes(x)); }
+INLINE __m256i add_products(__m256i acc, __m256i value, const int8_t *w, int i) {
+    return _mm256_dpbusd_avx_epi32(acc, value, _mm256_loadu_si256((const __m256i *)w + i));
+}
+#else
+/* The 8-bit multiply-add of AVX2 saturates, so codes are widened to 16 bits, and sums come as pairs to be added. */
+#define PART_COLUMNS 8 /* two registers of 4 pairs */
+INLINE __m256i code_operand(const uint8_t *x) { return _mm256_cvtepu8_epi16(_mm_set1_epi32(four_codes(x))); }
+INLINE __m256i add_products(__m256i acc, __m256i value, const int8_t *w, int i) {
+    __m256i weights = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w + i));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(value, weights));
+}
+#endif
+
+INLINE void multiply_codes(int rows, Fetch fetch, const uint8_t *x, long stride, const int8_t *w, const char *next,
+                           long groups, int32_t sums[][COLUMNS]) {
+    for (int part = 0; part < COLUMNS / PART_COLUMNS; part++) {
+        const int8_t *at = w + part * PART_COLUMNS * GROUP;
+        __m256i acc[MAX_ROWS][2];
+#pragma GCC unroll 8
+        for (int row = 0; row < rows; row++) acc[row][0] = acc[row][1] = _mm256_setzero_si256();
         for (long group = 0; group < groups; group++, at += COLUMNS * GROUP) {
-            __m256i value[MAX_ROWS];
-            __builtin_prefetch(at + 16 * COLUMNS * GROUP);
-#pragma GCC unroll 4
-            for (int row = 0; row < rows; row++)
-                value[row] = _mm256_cvtepu8_epi16(_mm_set1_epi32(four_codes(x + row * stride + group * GROUP)));
-#pragma GCC unroll 4
-            for (int part = 0; part < 4; part++) {
-                __m256i weights = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(at + part * 16)));
-#pragma GCC unroll 4
-                for (int row = 0; row < rows; row++)
-                    acc[row][part] = _mm256_add_epi32(acc[row][part], _mm256_madd_epi16(value[row], weights));
+            if (part == 0) fetch_lines(fetch, at, next, group);
+#pragma GCC unroll 8
+            for (int row = 0; row < rows; row++) {
+                __m256i value = code_operand(x + row * stride + group * GROUP);
+                acc[row][0] = add_products(acc[row][0], value, at, 0);
+                acc[row][1] = add_products(acc[row][1], value, at, 1);
             }
         }
-#pragma GCC unroll 4
-        for (int row = 0; row < rows; row++)
-            for (int part = 0; part < 4; part++) {
-                int32_t pairs[8];
-                _mm256_storeu_si256((__m256i *)pairs, acc[row][part]);
-                for (int i = 0; i < 4; i++) sums[row][half * LANES + part * 4 + i] = pairs[2 * i] + pairs[2 * i + 1];
-            }
+#pragma GCC unroll 8
+        for (int row = 0; row < rows; row++) {
+            int32_t *to = sums[row] + part * PART_COLUMNS;
+#if defined(__AVXVNNI__)
+            _mm256_storeu_si256((__m256i *)to, acc[row][0]);
+            _mm256_storeu_si256((__m256i *)to + 1, acc[row][1]);
+#else
+            /* pairs are added within each 128 bits: columns 0 1 4 5 2 3 6 7 */
+            __m256i both = _mm256_hadd_epi32(acc[row][0], acc[row][1]);
+            _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(both, 0xd8));
+#endif
+        }
     }
 }
 
 #else
 
-INLINE void multiply_codes(int rows, const uint8_t *x, long stride, const int8_t *w, long groups,
-                           int32_t sums[][COLUMNS]) {
-    for (int row = 0; row < rows; row++) {
-        memset(sums[row], 0, sizeof sums[row]);
-        for (long group = 0; group < groups; group++)
-            for (int column = 0; column < COLUMNS; column++)
-                for (int i = 0; i < GROUP; i++)
-                    sums[row][column] +=
-                        (int32_t)x[row * stride + group * GROUP + i] * w[(group * COLUMNS + column) * GROUP + i];
+INLINE void multiply_codes(int rows, Fetch fetch, const uint8_t *x, long stride, const int8_t *w, const char *next,
+                           long groups, int32_t sums[][COLUMNS]) {
+    memset(sums, 0, rows * sizeof *sums);
+    for (long group = 0; group < groups; group++, w += COLUMNS * GROUP, x += GROUP) {
+        fetch_lines(fetch, w, next, group);
+        for (int row = 0; row < rows; row++)
+            for (int column = 0; column < COLUMNS; column++) {
+                int32_t sum = 0;
+                for (int i = 0; i < GROUP; i++) sum += (int32_t)x[row * stride + i] * w[column * GROUP + i];
+                sums[row][column] += sum;
+            }
     }
 }
 
 #endif
 
-/* From sums to results. Not inlined: the same chain of operations for a row whatever tile it was in. */
-static __attribute__((noinline)) void finish_codes(long rows, const int32_t sums[][COLUMNS], const Linear *linear,
-                                                   long block, Epilogue epilogue, const CodedRows *x, long first,
-                                                   float *y, long stride) {
+/* From sums to values. Not inlined: the same chain of operations for a row whatever tile it was in. */
+static __attribute__((noinline)) void scale_sums(long rows, const int32_t sums[][COLUMNS], const Linear *linear,
+                                                 long block, const CodedRows *x, long first, float values[][COLUMNS]) {
     const float *scales = linear->scales + block * COLUMNS;
     const int32_t *totals = linear->totals + block * COLUMNS;
-    for (long row = 0; row < rows; row++) {
-        vec acc[1][2];
+    for (long row = 0; row < rows; row++)
         for (int half = 0; half < 2; half++) {
             ivec sum = load_ints(sums[row] + half * LANES) - load_ints(totals + half * LANES) * x->zero[first + row];
-            acc[0][half] = __builtin_convertvector(sum, vec) * (load(scales + half * LANES) * x->scale[first + row]);
+            vec scale = load(scales + half * LANES) * x->scale[first + row];
+            store(values[row] + half * LANES, __builtin_convertvector(sum, vec) * scale);
         }
-        finish_block(1, acc, linear, block, epilogue, y + (first + row) * stride, stride);
-    }
 }
 
+#define LONE_CODED_TILE(rows) \
+    case rows: multiply_codes(rows, AHEAD, x, stride, w, next, groups, sums); break;
 #define CODED_TILE(rows) \
-    case rows: multiply_codes(rows, x, stride, w, groups, sums); break;
+    case rows: multiply_codes(rows, NEXT_BLOCK, x, stride, w, next, groups, sums); break;
 
-INLINE void coded_tile(long rows, const uint8_t *x, long stride, const int8_t *w, long groups, int32_t sums[][COLUMNS]) {
-    switch (rows) {
-        CODED_TILE(1)
-        CODED_TILE(2)
-        CODED_TILE(3)
-#if MAX_ROWS > 3
-        CODED_TILE(4)
-        CODED_TILE(5)
-        CODED_TILE(6)
-        CODED_TILE(7)
-        CODED_TILE(8)
-        CODED_TILE(9)
-        CODED_TILE(10)
-        CODED_TILE(11)
-        CODED_TILE(12)
-#endif
-    }
+INLINE void coded_tile(long rows, int alone, const uint8_t *x, long stride, const int8_t *w, const char *next,
+                       long groups, int32_t sums[][COLUMNS]) {
+    if (alone)
+        switch (rows) { FEW_ROWS(LONE_CODED_TILE) MANY_ROWS(LONE_CODED_TILE) }
+    else
+        switch (rows) { MANY_ROWS(CODED_TILE) }
 }
 
 /* As linear_share, of rows that have been coded. */
@@ -243,13 +215,17 @@ static void coded_share(const Pool *pool, int thread, const Linear *linear, Epil
                         long rows, float *y, long y_stride) {
     long first, last, turns = (rows + MAX_ROWS - 1) / MAX_ROWS, groups = num_groups(linear->inner);
     int32_t sums[MAX_ROWS][COLUMNS];
+    float values[MAX_ROWS][COLUMNS];
     share(pool, thread, linear_blocks(linear, epilogue), &first, &last);
     for (long block = first; block < last; block++) {
         const int8_t *w = linear->codes + block * groups * COLUMNS * GROUP;
-        for (long row = 0, turn = 0; row < rows; turn++) {
-            long count = (rows * (turn + 1)) / turns - row;
-            coded_tile(count, x->codes + row * x->stride, x->stride, w, groups, sums);
-            finish_codes(count, sums, linear, block, epilogue, x, row, y, y_stride);
+        const char *next = (const char *)(w + groups * COLUMNS * GROUP);
+        for (long row = 0, turn = 0; turn < turns; turn++) {
+            long count = tile_rows(rows, turn, turns);
+            const char *half = next + turn % 2 * groups * LINE;
+            coded_tile(count, turns == 1, x->codes + row * x->stride, x->stride, w, half, groups, sums);
+            scale_sums(count, sums, linear, block, x, row, values);
+            finish_rows(count, values, linear, block, epilogue, y + row * y_stride, y_stride);
             row += count;
         }
     }
