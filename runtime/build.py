@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from caesura.runtime.calibrate import measured
+from caesura.runtime.calibrate import measured, with_disk
 from caesura.runtime.clock import MonotonicClock
 from caesura.runtime.config import EMBEDDED, EngineConfig
 from caesura.runtime.engine import Engine
+from caesura.runtime.errors import InvalidRequest
 from caesura.runtime.logs import note
 from caesura.runtime.text.template import ChatTemplate, load_template
 from caesura.runtime.text.tokenizer import Tokenizer, load_tokenizer
@@ -20,6 +22,7 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_KV_BYTES = 1 << 30
 MIN_KV_TOKENS = 256
+DISK_POOLS = 8  # the file is this many times the device pool, unless told otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ def build(config: EngineConfig) -> Runtime:
     model = load_model(folder, dtype=config.dtype, load_format=config.load_format, seed=config.seed)
     token_bytes = model.config.kv_values_per_token * model.dtype.itemsize
     device_pages, host_pages = _pool_pages(config, token_bytes)
+    disk_pages = _disk_pages(config, token_bytes, device_pages)
     executor = TorchExecutor(
         model,
         page_size=config.page_size,
@@ -55,12 +59,16 @@ def build(config: EngineConfig) -> Runtime:
         vocab_limit=tokenizer.vocab_size,
         native=config.native,
         quantization=config.quantization,
+        kv_disk=Path(config.kv_disk) if config.kv_disk is not None else None,
+        num_disk_pages=disk_pages,
     )
     if config.native and executor.native_refused is not None:
         note(_log, logging.WARNING, "native_decoder_off", reason=executor.native_refused)
     key = f"{model.config}|{config.dtype}|{config.page_size}|{config.deterministic}|{config.num_threads}"
     key += f"|{executor.native_refused is None}|{config.quantization}"
-    profile = config.profile or measured(executor, f"{key}|{bool(host_pages)}")
+    profile = config.profile or measured(executor, f"{key}|{bool(host_pages)}|{disk_pages and config.kv_disk}")
+    if disk_pages and not profile.disk_token_s:
+        profile = with_disk(executor, profile)
     engine = Engine(
         executor,
         make_policy(config.policy),
@@ -93,3 +101,16 @@ def _pool_pages(config: EngineConfig, token_bytes: int) -> tuple[int, int]:
     what = f"the KV pools (kv_tokens {kv_tokens}, host_kv_tokens {host_tokens})"
     require_memory((kv_tokens + host_tokens) * token_bytes, what, "lower kv_tokens or host_kv_tokens")
     return -(-kv_tokens // config.page_size), -(-host_tokens // config.page_size)
+
+
+def _disk_pages(config: EngineConfig, token_bytes: int, device_pages: int) -> int:
+    """Pages of the file in ``kv_disk``; none for a policy that does not swap."""
+    if config.kv_disk is None or not make_policy(config.policy).uses_host:
+        return 0
+    if config.kv_disk_tokens is not None:
+        return -(-config.kv_disk_tokens // config.page_size)
+    try:
+        free_bytes = shutil.disk_usage(config.kv_disk).free
+    except OSError as error:
+        raise InvalidRequest(f"kv_disk is {config.kv_disk!r}; it must be a writable folder: {error.strerror}") from None
+    return min(DISK_POOLS * device_pages, free_bytes // 2 // (token_bytes * config.page_size))

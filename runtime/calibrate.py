@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from caesura.scheduler.types import ContextId, Move, MoveId, MoveKind, PageId
 BUDGET_S = 2.0
 ROWS = (1, 4, 16, 64, 256)
 COPIED_BYTES = 64 << 20  # more than a last-level cache, or copies look cheaper than they are
-FORMAT = 3
+FORMAT = 4
 
 
 def measure(executor: Executor) -> CostProfile:
@@ -38,9 +38,23 @@ def measure(executor: Executor) -> CostProfile:
     if depth >= 64:
         deep = _timed(partial(_run, executor, depth, 1), BUDGET_S / 8)
         attention_s = max(0.0, (deep - times[rows[0]]) / depth)
-    swap_base_s, swap_token_s = _copy_line(executor)
+    swap_base_s, swap_token_s = _copy_line(executor, 0, executor.num_host_pages)
     saturation = next((n for n in times if n * token_s >= step_s), max(times))
-    return CostProfile(step_s, token_s, attention_s, swap_base_s, swap_token_s, max(16, saturation), "measured")
+    profile = CostProfile(step_s, token_s, attention_s, swap_base_s, swap_token_s, max(16, saturation), "measured")
+    return with_disk(executor, profile)
+
+
+def with_disk(executor: Executor, profile: CostProfile) -> CostProfile:
+    """The profile with the rate of the executor's disk tier: the mean of writing pages and reading them back.
+
+    As the disk tier itself does, this goes through the system's file cache, which serves what was written lately.
+    A disk that fails gets no rate, and so no use.
+    """
+    try:
+        base_s, token_s = _copy_line(executor, executor.num_host_pages, executor.num_disk_pages)
+    except OSError:
+        base_s = token_s = 0.0
+    return replace(profile, disk_base_s=base_s, disk_token_s=token_s)
 
 
 def measured(executor: Executor, key: str) -> CostProfile:
@@ -90,19 +104,30 @@ def _line(times: dict[int, float]) -> tuple[float, float]:
     return max(times[low] - low * slope, 1e-6), slope
 
 
-def _copy_line(executor: Executor) -> tuple[float, float]:
+def _copy_line(executor: Executor, first: int, num_pages: int) -> tuple[float, float]:
+    """Base and slope, in tokens, of copying to and from the ``num_pages`` rows below the device that begin at
+    ``first``: the mean of both directions."""
     beyond_caches = -(-COPIED_BYTES // executor.page_bytes)
-    most = min(executor.num_device_pages, executor.num_host_pages, beyond_caches)
+    most = min(executor.num_device_pages, num_pages, beyond_caches)
     if most < 2:
         return 0.0, 0.0
 
-    def copy(count: int) -> None:
-        pages = tuple(PageId(page) for page in range(count))
-        executor.begin([Move(MoveId(-1), MoveKind.OUT, pages, pages)])
+    def copy(kind: MoveKind, count: int) -> None:
+        device = tuple(PageId(page) for page in range(count))
+        below = tuple(PageId(first + page) for page in range(count))
+        source, target = (device, below) if kind is MoveKind.OUT else (below, device)
+        executor.begin([Move(MoveId(-1), kind, source, target)])
         while not executor.acknowledged(wait_s=1.0):
             pass
+        if executor.take_failed():
+            raise OSError("the disk tier does not take its pages or does not give them back")
 
-    times = {count * executor.page_size: _timed(partial(copy, count), BUDGET_S / 16) for count in (1, most)}
+    times = {
+        count * executor.page_size: sum(
+            _timed(partial(copy, kind, count), BUDGET_S / 32) / 2 for kind in (MoveKind.OUT, MoveKind.IN)
+        )
+        for count in (1, most)
+    }
     return _line(times)
 
 

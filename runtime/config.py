@@ -17,6 +17,8 @@ class EngineConfig:
 
     ``model`` is ``"embedded"``, a Hugging Face folder, or a hub id. ``kv_tokens`` and ``host_kv_tokens`` size the two
     pools; None picks what fits the machine (host: none unless the policy swaps, then twice the device pool).
+    ``kv_disk`` is a folder for a file below them that takes ``kv_disk_tokens`` (None: eight times the device pool, at
+    most half of the folder's free space), used where reading it back beats computing again, and gone with the engine.
     ``native`` runs the decoder in C where it can (float32, page sizes that are a multiple of 16, a C compiler); there
     results never depend on batch shape and chunking. ``deterministic`` makes sure of that in torch as well, at a price.
     ``quantization`` "int8" makes 8-bit weights at load, for the C decoder alone: where that cannot be had, the engine
@@ -32,6 +34,8 @@ class EngineConfig:
     page_size: int = 16
     kv_tokens: int | None = None
     host_kv_tokens: int | None = None
+    kv_disk: str | None = None
+    kv_disk_tokens: int | None = None
     max_step_tokens: int = 512
     max_running: int = 64
     native: bool = True
@@ -58,9 +62,17 @@ class EngineConfig:
         _bounded("seed", self.seed, 0, (1 << 63) - 1)
         if self.num_threads is not None:
             _bounded("num_threads", self.num_threads, 1, 1024)
-        for name, value in (("kv_tokens", self.kv_tokens), ("host_kv_tokens", self.host_kv_tokens)):
+        for name, value, low in (
+            ("kv_tokens", self.kv_tokens, 2 * self.page_size),
+            ("host_kv_tokens", self.host_kv_tokens, 0),
+            ("kv_disk_tokens", self.kv_disk_tokens, 0),
+        ):
             if value is not None:
-                _bounded(name, value, 0 if name.startswith("host") else 2 * self.page_size, 1 << 40)
+                _bounded(name, value, low, 1 << 40)
+        if self.kv_disk_tokens and self.kv_disk is None:
+            raise InvalidRequest(
+                f"kv_disk_tokens is {self.kv_disk_tokens}, but kv_disk names no folder: give one, or leave both out"
+            )
 
 
 def _bounded(name: str, value: int, low: int, high: int) -> None:

@@ -63,6 +63,8 @@ def serve(
     page_size: Annotated[int | None, _option("Tokens of a KV page.")] = None,
     kv_tokens: Annotated[int | None, _option("Tokens the device pool holds; else what fits.")] = None,
     host_kv_tokens: Annotated[int | None, _option("Tokens the host pool holds; else what the policy needs.")] = None,
+    kv_disk: Annotated[str | None, _option("Folder of a file for KV that memory has no room for.")] = None,
+    kv_disk_tokens: Annotated[int | None, _option("Tokens that file holds; else eight device pools.")] = None,
     max_step_tokens: Annotated[int | None, _option("Tokens computed in one step.")] = None,
     max_running: Annotated[int | None, _option("Contexts computed at once.")] = None,
     native: Annotated[bool | None, _option("The decoder in C, where it can be had.")] = None,

@@ -36,7 +36,10 @@ class World:
     page_size: int = 4
     device_pages: int = 40
     host_pages: int = 20
+    disk_pages: int = 0
+    disk_faults: float = 0.0
     slow: float = 1.0
+    profile: CostProfile = PROFILE
     max_step_tokens: int = 24
     max_running: int = 8
     share: bool = True
@@ -52,16 +55,18 @@ class World:
         executor = self.make_executor(self) if self.make_executor else self._simulated()
         config = SchedulerConfig(self.max_step_tokens, self.max_running)
         policy = make_policy(self.policy)
-        self.engine = Engine(executor, policy, PROFILE, self.clock, config, share_prefixes=self.share)
+        self.engine = Engine(executor, policy, self.profile, self.clock, config, share_prefixes=self.share)
         self.sim = Simulation(self.engine, self.clock, self._check)
 
     def _simulated(self) -> Executor:
         return SimExecutor(
-            PROFILE,
+            self.profile,
             self.clock,
             page_size=self.page_size,
             num_device_pages=self.device_pages,
             num_host_pages=self.host_pages,
+            num_disk_pages=self.disk_pages,
+            disk_faults=self.disk_faults,
             vocab_size=VOCAB,
             seed=self.seed,
             slow=self.slow,
@@ -92,7 +97,8 @@ class World:
         self.engine.flush_cache()
         self.engine.check()
         assert ledger.free_pages == ledger.num_device_pages, "device pages are leaked"
-        assert ledger.tiers.below.host.num_free == ledger.num_host_pages, "host pages are leaked"
+        assert ledger.free_host_pages == ledger.num_host_pages, "host pages are leaked"
+        assert ledger.free_disk_pages == ledger.num_disk_pages, "disk pages are leaked"
 
 
 class Agent:
