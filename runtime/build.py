@@ -105,6 +105,10 @@ def _pool_pages(config: EngineConfig, token_bytes: int) -> tuple[int, int]:
 
 def _disk_pages(config: EngineConfig, token_bytes: int, device_pages: int) -> int:
     """Pages of the file in ``kv_disk``; none for a policy that does not swap."""
+    if config.kv_disk_tokens and config.kv_disk is None:
+        raise InvalidRequest(
+            f"kv_disk_tokens is {config.kv_disk_tokens}, but kv_disk names no folder: give one, or leave both out"
+        )
     if config.kv_disk is None or not make_policy(config.policy).uses_host:
         return 0
     if config.kv_disk_tokens is not None:

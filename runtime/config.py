@@ -69,10 +69,6 @@ class EngineConfig:
         ):
             if value is not None:
                 _bounded(name, value, low, 1 << 40)
-        if self.kv_disk_tokens and self.kv_disk is None:
-            raise InvalidRequest(
-                f"kv_disk_tokens is {self.kv_disk_tokens}, but kv_disk names no folder: give one, or leave both out"
-            )
 
 
 def _bounded(name: str, value: int, low: int, high: int) -> None:
