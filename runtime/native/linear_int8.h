@@ -121,6 +121,7 @@ INLINE void multiply_codes(int rows, Fetch fetch, const uint8_t *x, long stride,
 
 #if defined(__AVXVNNI__)
 #define PART_COLUMNS 16 /* worked on at once: two registers of 8 sums */
+#define PART_ROWS 6
 INLINE __m256i code_operand(const uint8_t *x) { return _mm256_set1_epi32(four_codes(x)); }
 INLINE __m256i add_products(__m256i acc, __m256i value, const int8_t *w, int i) {
     return _mm256_dpbusd_avx_epi32(acc, value, _mm256_loadu_si256((const __m256i *)w + i));
@@ -128,6 +129,7 @@ INLINE __m256i add_products(__m256i acc, __m256i value, const int8_t *w, int i) 
 #else
 /* The 8-bit multiply-add of AVX2 saturates, so codes are widened to 16 bits, and sums come as pairs to be added. */
 #define PART_COLUMNS 8 /* two registers of 4 pairs */
+#define PART_ROWS 4
 INLINE __m256i code_operand(const uint8_t *x) { return _mm256_cvtepu8_epi16(_mm_set1_epi32(four_codes(x))); }
 INLINE __m256i add_products(__m256i acc, __m256i value, const int8_t *w, int i) {
     __m256i weights = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w + i));
@@ -135,8 +137,8 @@ INLINE __m256i add_products(__m256i acc, __m256i value, const int8_t *w, int i) 
 }
 #endif
 
-INLINE void multiply_codes(int rows, Fetch fetch, const uint8_t *x, long stride, const int8_t *w, const char *next,
-                           long groups, int32_t sums[][COLUMNS]) {
+INLINE void multiply_few(int rows, Fetch fetch, const uint8_t *x, long stride, const int8_t *w, const char *next,
+                         long groups, int32_t sums[][COLUMNS]) {
     for (int part = 0; part < COLUMNS / PART_COLUMNS; part++) {
         const int8_t *at = w + part * PART_COLUMNS * GROUP;
         __m256i acc[MAX_ROWS][2];
@@ -164,6 +166,13 @@ INLINE void multiply_codes(int rows, Fetch fetch, const uint8_t *x, long stride,
 #endif
         }
     }
+}
+
+INLINE void multiply_codes(int rows, Fetch fetch, const uint8_t *x, long stride, const int8_t *w, const char *next,
+                           long groups, int32_t sums[][COLUMNS]) {
+    const int first = rows > PART_ROWS ? 3 : rows; /* more need more registers than there are */
+    multiply_few(first, fetch, x, stride, w, next, groups, sums);
+    if (rows > first) multiply_few(rows - first, fetch, x + first * stride, stride, w, next, groups, sums + first);
 }
 
 #else
