@@ -175,7 +175,7 @@ class KvArena:
         except OSError as error:  # of the disk: this copy has brought nothing, and nobody else is concerned
             fault = error
             kind = "bad page" if isinstance(error, BadPage) else errno.errorcode.get(error.errno or 0, "unknown")
-            note(_log, logging.WARNING, "kv disk fault", pages=len(move.source), copy=move.kind.value, fault=kind)
+            note(_log, logging.WARNING, "kv_disk_fault", pages=len(move.source), copy=move.kind.value, fault=kind)
         except BaseException as error:  # reported to the engine thread, which must not wait for ever
             with self._changed:
                 self._failure = error

@@ -193,11 +193,20 @@ def _of_memory(stats: Mapping[str, Any], telemetry: Mapping[str, Any]) -> Iterat
     free_host = telemetry.get("free_host_pages", host)
     host_pages = {"free": free_host, "used": host - free_host}
     yield gauges("caesura_host_kv_pages", "Pages of the host pool by use", host_pages, "state")
+    disk = stats.get("disk_pages", 0)
+    free_disk = telemetry.get("free_disk_pages", disk)
+    yield gauges(
+        "caesura_disk_kv_pages", "Pages of the file by use", {"free": free_disk, "used": disk - free_disk}, "state"
+    )
     yield gauge("caesura_copying_pages", "Pages on their way between the pools", telemetry.get("copying_pages", 0))
     page_bytes = stats.get("page_bytes", 0)
     yield gauge("caesura_kv_page_bytes", "Bytes of one page", page_bytes)
     moved = {way: stats.get(f"pages_{way}", 0) * page_bytes for way in ("out", "in")}
-    yield counter("caesura_swap_bytes", "Bytes copied to the host pool (out) and back (in)", moved, "direction")
+    yield counter("caesura_swap_bytes", "Bytes copied off the device (out) and back (in)", moved, "direction")
+    filed = {"out": stats.get("pages_to_disk", 0) * page_bytes, "in": stats.get("pages_from_disk", 0) * page_bytes}
+    yield counter("caesura_disk_bytes", "Bytes written to the file (out) and read from it (in)", filed, "direction")
+    failed = stats.get("copies_failed", 0)
+    yield CounterMetricFamily("caesura_disk_faults", "Copies that the disk failed; computed again", value=failed)
 
 
 def _of_link(ipc: Mapping[str, Any]) -> Iterator[Metric]:
