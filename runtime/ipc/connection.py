@@ -45,12 +45,13 @@ class Supervision:
     """When an engine process counts as dead, and how often it is replaced.
 
     A process that ended is noticed at once. One that hangs is noticed after ``missed_heartbeats`` intervals without a
-    sign of life, or when its engine has been in one step for ``max_step_s``.
+    sign of life, or when its engine has been in one step for ``max_step_s``. One that is starting may be silent for
+    ``start_silence_s``: loading libraries holds the interpreter, for long on a busy machine.
     """
 
     heartbeat_s: float = 2.0
     missed_heartbeats: int = 3
-    first_heartbeat_s: float = 60.0
+    start_silence_s: float = 60.0
     max_step_s: float = 300.0
     max_restarts: int = 5
     restart_window_s: float = 60.0
@@ -248,7 +249,7 @@ class _Conversation:
         self._fatal: CaesuraError | None = None
         self._heard_at = self._looked_at = time.monotonic()
         self._noted_at = 0.0
-        self._allowed_s = rules.first_heartbeat_s
+        self._allowed_s = rules.start_silence_s
         self._poller = zmq.Poller()
         self._poller.register(child.socket, zmq.POLLIN)
         self._poller.register(child.lifeline, zmq.POLLIN)
@@ -325,7 +326,6 @@ class _Conversation:
 
     def _handle(self, event: m.Event) -> None:
         self._heard_at = time.monotonic()
-        self._allowed_s = self._rules.heartbeat_s * self._rules.missed_heartbeats
         match event:
             case m.Heartbeat():
                 if event.engine_lag_s > self._rules.max_step_s:
@@ -333,6 +333,7 @@ class _Conversation:
                         f"the engine hung: one step has taken {event.engine_lag_s:.0f} s, so it was ended"
                     )
             case m.Ready():
+                self._allowed_s = self._rules.heartbeat_s * self._rules.missed_heartbeats
                 self._owner._ready(event)
             case m.Fatal():
                 self._fatal = m.revive(event.error)
