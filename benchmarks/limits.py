@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 from caesura.runtime.model.config import parse_config
 from caesura.runtime.model.weights import dummy_model
-from caesura.runtime.native import NativeDecoder, unsupported
+from caesura.runtime.native.decoder import NativeDecoder, unsupported
 
 from benchmarks.common import Bench
 
