@@ -1,25 +1,23 @@
-"""The two KV arenas, the file below them, and the thread that copies pages between them.
+"""The two KV arenas, the file below them, and the copies of pages between them.
 
 Both arenas have one layout, [layers, 2, pages, page_size, kv_heads, head_dim], and are allocated once: a fresh
-allocation costs five times what copying into it costs. Copies between the tiers run on one background thread, beside
+allocation costs five times what copying into it costs. Copies between the tiers run on a background thread, beside
 compute (torch releases the interpreter lock), a chunk of each in turn, so that a long one does not hold up a short
-one. They are acknowledged by id; until then both ends belong to the copy, which the ledger enforces. Copies within the
-device tier are done at once, at the start of the step that needs them.
+one; those of the file on a second thread, for a disk may make it wait. They are acknowledged by id; until then both
+ends belong to the copy, which the ledger enforces. Copies within the device tier are done at once, at the start of
+the step that needs them.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import queue
-import threading
-import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from caesura.runtime.errors import BrokenInvariant
+from caesura.runtime.kv.copier import Copier, Ended
 from caesura.runtime.kv.pagefile import BadPage, PageFile
 from caesura.runtime.logs import note
 from caesura.runtime.model.memory import require_memory
@@ -79,13 +77,9 @@ class KvArena:
         bytes_ = torch.zeros(staged_pages * self.page_bytes, dtype=torch.uint8)
         self._staged = bytes_.view(dtype).view(staged_pages, num_layers, 2, page_size, kv_heads, head_dim)
         self._staged_bytes = bytes_.numpy().data
-        self._jobs: queue.SimpleQueue[Move | None] = queue.SimpleQueue()
-        self._changed = threading.Condition()
-        self._done: list[MoveId] = []
-        self._failed: set[MoveId] = set()
-        self._failure: BaseException | None = None
-        self._pending = 0
-        self._thread: threading.Thread | None = None
+        self._ended = Ended()
+        self._copier = Copier("caesura-kv-copy", self._chunks, self._ended, torch.inference_mode)
+        self._disk_copier = Copier("caesura-kv-disk", self._chunks, self._ended, torch.inference_mode, _note_fault)
 
     def begin(self, moves: Sequence[Move]) -> None:
         """Queue copies between the tiers. Page ids are checked here, in the caller's thread."""
@@ -93,33 +87,18 @@ class KvArena:
             if move.kind is MoveKind.COPY:
                 raise BrokenInvariant(f"move {move.id} stays on the device; it belongs into copy_within")
             self._check(move)
-        if moves and self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="caesura-kv-copy", daemon=True)
-            self._thread.start()
-        self._pending += len(moves)
+        num_host = self.host.shape[2]
         for move in moves:
-            self._jobs.put(move)
+            below = move.source if move.kind is MoveKind.IN else move.target
+            (self._disk_copier if max(below, default=0) >= num_host else self._copier).begin(move)
 
     def acknowledged(self, *, wait_s: float = 0.0) -> list[MoveId]:
         """Moves finished since the last call, oldest first; waits up to ``wait_s`` for the first one."""
-        deadline = time.monotonic() + wait_s
-        with self._changed:
-            while not self._done and self._failure is None and self._pending:
-                remaining_s = deadline - time.monotonic()
-                if remaining_s <= 0 or not self._changed.wait(remaining_s):
-                    break
-            if self._failure is not None:
-                raise BrokenInvariant(f"the page copy thread failed: {self._failure!r}") from self._failure
-            done, self._done = self._done, []
-        self._pending -= len(done)
-        return done
+        return self._ended.take(wait_s)
 
     def take_failed(self) -> frozenset[MoveId]:
         """Those of the moves acknowledged since the last call that met a fault of the disk."""
-        with self._changed:
-            failed = frozenset(self._failed.difference(self._done))
-            self._failed -= failed
-        return failed
+        return self._ended.take_faulty()
 
     def copy_within(self, copies: Sequence[Move]) -> None:
         """Copy device pages to device pages, now."""
@@ -129,14 +108,13 @@ class KvArena:
                 _copy_pages(self.device, self.device, run)
 
     def close(self) -> None:
-        """Finish the copies in flight, stop the thread and free the arenas. May be called twice."""
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join()
-            self._thread = None
+        """Finish the copies in flight, stop the threads and free the arenas. May be called twice."""
+        self._copier.close()
+        self._disk_copier.close()
         if self._file is not None:
             self._file.close()
         self.device = self.host = self._staged = self.device.new_empty(0)
+        self._staged_bytes = self._staged_bytes[:0]
         self.layers = ()
 
     def _check(self, move: Move) -> None:
@@ -149,47 +127,6 @@ class KvArena:
         for ids, limit, end in ((move.source, source_pages, "source"), (move.target, target_pages, "target")):
             if ids and not (min(ids) >= 0 and max(ids) < limit):
                 raise BrokenInvariant(f"move {move.id}: a {end} page lies outside [0, {limit}): {min(ids)}..{max(ids)}")
-
-    def _work(self) -> None:
-        active: deque[tuple[Move, Iterator[None]]] = deque()
-        closing = False
-        with torch.inference_mode():
-            while active or not closing:
-                while not closing and (not active or not self._jobs.empty()):
-                    move = self._jobs.get()
-                    if move is None:
-                        closing = True
-                    else:
-                        active.append((move, self._chunks(move)))
-                if active and not self._advance(active):
-                    return
-
-    def _advance(self, active: deque[tuple[Move, Iterator[None]]]) -> bool:
-        """Copy one chunk of the copy whose turn it is; False when the thread cannot go on."""
-        move, chunks = active.popleft()
-        fault: OSError | None = None
-        try:
-            next(chunks)
-        except StopIteration:
-            pass
-        except OSError as error:  # of the disk: this copy has brought nothing, and nobody else is concerned
-            fault = error
-            kind = "bad page" if isinstance(error, BadPage) else errno.errorcode.get(error.errno or 0, "unknown")
-            note(_log, logging.WARNING, "kv_disk_fault", pages=len(move.source), copy=move.kind.value, fault=kind)
-        except BaseException as error:  # reported to the engine thread, which must not wait for ever
-            with self._changed:
-                self._failure = error
-                self._changed.notify_all()
-            return False
-        else:
-            active.append((move, chunks))
-            return True
-        with self._changed:
-            self._done.append(move.id)
-            if fault is not None:
-                self._failed.add(move.id)
-            self._changed.notify_all()
-        return True
 
     def _chunks(self, move: Move) -> Iterator[None]:
         """Copy a move, a chunk at each ``next`` but the last, which only ends it."""
@@ -224,6 +161,11 @@ class KvArena:
         if self._file is None:
             raise BrokenInvariant("a copy from or to the disk, and there is no file")
         return self._file
+
+
+def _note_fault(move: Move, error: OSError) -> None:
+    kind = "bad page" if isinstance(error, BadPage) else errno.errorcode.get(error.errno or 0, "unknown")
+    note(_log, logging.WARNING, "kv_disk_fault", pages=len(move.source), copy=move.kind.value, fault=kind)
 
 
 def _runs(move: Move, most: int, num_host: int) -> list[_Run]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from caesura.runtime.errors import BrokenInvariant, InvalidRequest
 from caesura.runtime.kv import arena as arena_module
 from caesura.runtime.kv.arena import KvArena
 from caesura.runtime.kv.ledger import KVLedger
+from caesura.runtime.kv.pagefile import PageFile
 from caesura.scheduler.types import Move, MoveId, MoveKind, PageId
 
 from tests.integration.test_identical_output import ClockedExecutor, tiny_model
@@ -90,23 +92,50 @@ def test_a_disk_that_is_full_fails_its_copy_alone(tmp_path: Path, monkeypatch: p
 
     arena = make_arena(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(arena_module.PageFile, "write", full)
+        patched.setattr(PageFile, "write", full)
         assert not copy(arena, OUT, [0], [4])
     assert copy(arena, OUT, [0], [0])
     assert copy(arena, DOWN, [0], [4])
     arena.close()
 
 
+def gated(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Nothing is written to a file before the event is set."""
+    gate, write = threading.Event(), PageFile.write
+
+    def held(file: PageFile, first: int, data: memoryview) -> None:
+        assert gate.wait(10)
+        write(file, first, data)
+
+    monkeypatch.setattr(PageFile, "write", held)
+    return gate
+
+
+def move(number: int, kind: MoveKind, source: int, target: int, count: int) -> Move:
+    ends = (tuple(PageId(first + page) for page in range(count)) for first in (source, target))
+    return Move(MoveId(number), kind, *ends)
+
+
 def test_a_short_copy_is_not_held_up_by_a_long_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arena_module, "CHUNK_BYTES", 1)
+    gate = gated(monkeypatch)
     arena = make_arena(tmp_path)
-    pages = [PageId(page) for page in range(DISK)]
-    long = Move(MoveId(1), OUT, tuple(pages), tuple(PageId(HOST + page) for page in pages))
-    arena.begin([long, Move(MoveId(2), OUT, (PageId(9),), (PageId(0),))])
+    arena.begin([move(1, OUT, 0, HOST, 6), move(2, OUT, 9, HOST + 6, 1)])
+    gate.set()
     done: list[MoveId] = []
     while len(done) < 2:
         done += arena.acknowledged(wait_s=5.0)
     assert done == [2, 1]
+    arena.close()
+
+
+def test_a_disk_that_makes_one_wait_holds_up_no_copy_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = gated(monkeypatch)
+    arena = make_arena(tmp_path)
+    arena.begin([move(1, OUT, 0, HOST, 6), move(2, OUT, 9, 0, 1)])
+    assert arena.acknowledged(wait_s=5.0) == [2]
+    gate.set()
+    assert arena.acknowledged(wait_s=5.0) == [1]
     arena.close()
 
 
