@@ -8,6 +8,7 @@ from caesura.scheduler.policies.base import Choice, PausedContext, PausePolicy, 
 from caesura.scheduler.profile import CostProfile
 from caesura.scheduler.types import Action, ActionCosts, ContextId, PauseDecision, Phase
 
+FAIR_PART = 8  # of host memory is free: else what is copied is priced as if it went to the disk
 COPY_AHEAD_EVERY = 8  # steps after which paused contexts that were not worth a copy are looked at again
 
 
@@ -224,10 +225,12 @@ class MemoryDesk:
         *,
         asking: ContextId | None = None,
         must: bool = False,
-        wanted: int = 1,
+        wanted: int | None = None,
     ) -> View:
-        """``wanted`` pages that host memory has no room for would go to the disk, at its price."""
+        """``wanted`` pages (None: a fair part) that host memory has no room for would go to the disk, at its price."""
         ledger = self._ledger
+        if wanted is None:
+            wanted = max(1, ledger.num_host_pages // FAIR_PART)
         to_disk = ledger.disk_writable and self._room_in_host < wanted
         paused = self._contexts.in_phase(Phase.PAUSED)
         running = self._contexts.in_phase(Phase.RUNNING)
@@ -244,7 +247,7 @@ class MemoryDesk:
             num_pages=ledger.num_device_pages,
             page_size=ledger.page_size,
             copying_pages=ledger.copying_pages,
-            free_host_pages=self._room_below,
+            free_host_pages=self._room_below if to_disk else self._room_in_host,
             has_host=self._has_below,
             asking=None if asking is None else self._contexts[asking],
             must=must,
