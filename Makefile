@@ -44,4 +44,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks all
 
 clean:
-	rm -rf $(VENV) .venv-clients .types build dist *.egg-info
+	rm -rf $(VENV) .venv-clients .venv-peers .types build dist *.egg-info

@@ -9,7 +9,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,7 @@ def compete(
     return findings, abouts
 
 
-def turns(names: Sequence[str], repeat: int) -> Iterable[str]:
+def turns(names: Sequence[str], repeat: int) -> list[str]:
     """The order of one repeat: everybody once, another one first each time."""
     first = repeat % len(names) if names else 0
     return [*names[first:], *names[:first]]
