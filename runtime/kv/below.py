@@ -25,6 +25,7 @@ class Below:
     ) -> None:
         self.host = PagePool(num_host_pages, "host")
         self.disk = PagePool(num_disk_pages, "disk", first=num_host_pages)
+        self.kept_free_pages = num_host_pages // FREE_SHARE
         self.disk_writable = num_disk_pages > 0  # until a write fails
         self._tree = tree
         self._disk_pays = disk_pays
@@ -85,7 +86,7 @@ class Below:
 
     def next_to_sink(self) -> Node | None:
         """When memory is short: the run wanted longest ago, with file pages to go to. None when there is none."""
-        short = self.host.num_pages // FREE_SHARE - self.host.num_free - self._tree.doubled_host_pages
+        short = self.kept_free_pages - self.host.num_free - self._tree.doubled_host_pages
         if short <= 0 or not self.disk_writable:
             return None
         node = self._tree.next_to_sink()

@@ -37,7 +37,7 @@ class RadixTree:
         self._host_order = EvictionOrder(host_evictable)
         self._disk_order = EvictionOrder(disk_evictable)
         self._sink_order = EvictionOrder(lambda node: sinkable(node) and disk_pays(node.start, len(node.tokens)))
-        self._orders = (self._device_order, self._host_order, self._disk_order, self._sink_order)
+        self._below_orders = (self._host_order, self._disk_order, self._sink_order)
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -331,7 +331,7 @@ class RadixTree:
     def _drop(self, node: Node) -> None:
         node.device, node.host = [], []
         self._refresh(node)
-        for order in self._orders:
+        for order in (self._device_order, *self._below_orders):
             order.forget(node)
         del self.nodes[node.id]
 
@@ -379,8 +379,10 @@ class RadixTree:
             self.doubled_host_pages += new.doubled_host - old.doubled_host
             self.spare_disk_pages += new.spare_disk - old.spare_disk
             node.share = new
-        for order in self._orders:
-            order.offer(node)
+        self._device_order.offer(node)
+        if node.host:
+            for order in self._below_orders:
+                order.offer(node)
 
     def next_device_victim(self) -> Node | None:
         """The least recently used node that may leave the device, or None."""

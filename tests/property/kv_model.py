@@ -60,6 +60,8 @@ class KVModel:
     def __init__(self, page_size: int, device_pages: int, host_pages: int, disk_pages: int = 0) -> None:
         self.size = page_size
         self.ledger = KVLedger(page_size, device_pages, host_pages, disk_pages, disk_pays)
+        if disk_pages % 8:  # sinks whatever it can, whenever it may
+            self.ledger.below.kept_free_pages = host_pages
         self.device: Arena = [[GARBAGE] * page_size for _ in range(device_pages)]
         self.host: Arena = [[GARBAGE] * page_size for _ in range(host_pages + disk_pages)]  # memory, then the disk
         self.subjects: dict[ContextId, Subject] = {}

@@ -22,7 +22,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @initialize(
         device_pages=st.integers(8, 40),
         host_pages=st.integers(0, 12),
-        disk_pages=st.sampled_from((0, 3, 12, 40)),
+        disk_pages=st.sampled_from((0, 3, 16, 41)),
         crowd=st.lists(st.tuples(TOKENS, st.booleans()), max_size=4),
     )
     def start(self, device_pages: int, host_pages: int, disk_pages: int, crowd: list[tuple[list[int], bool]]) -> None:

@@ -59,8 +59,9 @@ class RandomDriver:
             (self._arrive, 4),
             (self._acknowledge, 10),
             (self._copy_out, 4),
-            (self._sink, 8),
-            (self._fail, 2),
+            (self._swap_out, 8),
+            (self._sink, 16),
+            (self._fail, 4),
             (lambda context: model.ledger.write_back(context), 4),
             (self._truncate, 4),
             (model.release, 2),
@@ -128,11 +129,20 @@ class RandomDriver:
     def _acknowledge(self, _: ContextId) -> None:
         self.model.acknowledge(self.rng.randrange(8))
 
+    def _swap_out(self, context: ContextId) -> None:
+        """Most of a context goes to the host, and now and then at once."""
+        self.model.pause(context)
+        for number, segment in reversed([*enumerate(self.model.ledger.segments())]):
+            if context in segment.holders:
+                self.model.reclaim(number, segment.num_pages, Action.SWAP)
+        if self.rng.random() < 0.5:
+            self.model.settle_flights()
+
     def _sink(self, _: ContextId) -> None:
         self.model.sink()
 
     def _fail(self, _: ContextId) -> None:
-        self.model.fail(self.rng.randrange(64))
+        self.model.fail(2 * self.rng.randrange(32) if self.rng.random() < 0.3 else 1)
 
     def _copy_out(self, _: ContextId) -> None:
         self.model.copy_out(self.rng.randrange(64))
@@ -146,7 +156,8 @@ def test_nothing_is_lost_or_overwritten(page_size: int) -> None:
     seen: dict[str, int] = {}
     for seed in range(SEEDS):
         rng = random.Random(page_size * 1_000 + seed)
-        model = KVModel(page_size, rng.randint(8, 40), rng.randint(0, 12), rng.choice((0, 4, 16, 40)))
+        host_pages, disk_pages = rng.randint(0, rng.choice((4, 12))), rng.choice((0, 4, 16, 21, 40))
+        model = KVModel(page_size, rng.randint(8, 40), host_pages, disk_pages)
         try:
             RandomDriver(model, rng).run(OPERATIONS, full_every=8)
             model.finish()
