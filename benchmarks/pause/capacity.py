@@ -12,7 +12,7 @@ from benchmarks.pause.runs import RunSpec
 LATENCY_FACTOR = 2.0
 LEAST_RPS, MOST_RPS = 1e-3, 1e3
 UNLOADED_GAP_S = 3000.0  # between arrivals, in the mean: longer than a program lives
-UNLOADED_REQUESTS = 200
+UNLOADED_REQUESTS = 120
 REAL_GAP_S = 6.0  # the same in real time, with tools that take none
 REAL_REQUESTS = 40
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,11 +25,14 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "policies.md"
 def fill(page: str, parts: dict[str, str]) -> str:
     """Replace the named parts. ValueError when the page has no place for one."""
     for name, text in parts.items():
-        place = re.compile(rf"(?<=<!-- {re.escape(name)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
-        found = list(place.finditer(page))
-        if len(found) != 1:
-            raise ValueError(f"the page has {len(found)} places <!-- {name} --> ... <!-- end -->; it must have one")
-        page = f"{page[: found[0].start()]}{text.rstrip()}\n{page[found[0].end() :]}"
+        mark = f"<!-- {name} -->\n"
+        if page.count(mark) != 1:
+            raise ValueError(
+                f"the page has {page.count(mark)} places <!-- {name} --> ... <!-- end -->; it must have one"
+            )
+        start = page.index(mark) + len(mark)
+        end = page.index("<!-- end -->", start)
+        page = f"{page[:start]}{text.rstrip()}\n{page[end:]}"
     return page
 
 
@@ -85,6 +87,8 @@ def parts_of(document: dict[str, Any]) -> dict[str, str]:
         f"code {document['config']['code']}."
     )
     name = "simulated" if study["engine"] == "simulated" else f"real {study['engine']}"
+    if study["machine"].endswith("-long"):
+        name = "simulated long"
     if any("@" in label for label in document["capacity_rps"]):
         name = "memory"
     return {name: f"{about}\n\n{markdown(document)}"}

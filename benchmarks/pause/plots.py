@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.pause.capacity import LATENCY_FACTOR
-from benchmarks.pause.report import curve
+from benchmarks.pause.report import at_common_rate, curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,7 @@ def draw_all(document: dict[str, Any], folder: Path) -> list[Path]:
     for label in document["capacity_rps"]:
         if any(len(curve(document, label, policy)) > 2 for policy in document["capacity_rps"][label]):
             paths.append(_save(_latency(document, label), folder / f"latency-{_file(label)}.png"))
+            paths.append(_save(_throughput(document, label), folder / f"throughput-{_file(label)}.png"))
             paths.append(_save(_waste(document, label), folder / f"waste-{_file(label)}.png"))
             paths.append(_save(_pareto(document, label), folder / f"pareto-{_file(label)}.png"))
     sized = {label.split("@")[0] for label in document["capacity_rps"] if "@" in label}
@@ -76,7 +77,7 @@ def _latency(document: dict[str, Any], label: str) -> Figure:
     look = styles(list(medians))
     unloaded = document["unloaded_s"][label.split("@")[0]]
     for policy in sorted(medians, key=lambda name: -medians[name]):
-        points = [(rate, run["normalized_latency_s"]) for rate, run in _curve_points(document, label, policy)]
+        points = [(rate, run["normalized_latency_s"]) for rate, run in curve(document, label, policy)]
         color, dash, width = look[policy]
         axes.plot(*zip(*points, strict=True), dash, color=color, linewidth=width, marker=".", label=policy)
     axes.axhline(LATENCY_FACTOR * unloaded, color="#888888", linewidth=1, linestyle="--")
@@ -96,27 +97,30 @@ def _latency(document: dict[str, Any], label: str) -> Figure:
     return figure
 
 
-def _curve_points(document: dict[str, Any], label: str, policy: str) -> list[tuple[float, dict[str, Any]]]:
-    """One point a rate: the first seed's, so that a curve is one history and not a patchwork."""
-    points: dict[float, dict[str, Any]] = {}
-    for rate, run in curve(document, label, policy):
-        if rate not in points or run["seed"] < points[rate]["seed"]:
-            points[rate] = run
-    least = min((run["seed"] for run in points.values()), default=0)
-    return [(rate, run) for rate, run in sorted(points.items()) if run["seed"] == least]
-
-
-def _at_common_rate(document: dict[str, Any], label: str) -> tuple[dict[str, dict[str, Any]], float]:
-    """A run of every policy at one rate: the highest at which most have a complete run. Those without are left out."""
-    curves = {policy: dict(_curve_points(document, label, policy)) for policy in document["capacity_rps"][label]}
-    rates = sorted({rate for points in curves.values() for rate in points})
-    rate = max(rates, key=lambda rate: (sum(rate in points for points in curves.values()), rate))
-    return {policy: points[rate] for policy, points in curves.items() if rate in points}, rate
+def _throughput(document: dict[str, Any], label: str) -> Figure:
+    """What gets done when more comes than can be done."""
+    figure, axes = _figure()
+    medians = document["capacity_rps"][label]
+    look = styles(list(medians))
+    most = 0.0
+    for policy in sorted(medians, key=lambda name: -medians[name]):
+        points = [(rate, run["throughput_rps"]) for rate, run in curve(document, label, policy)]
+        color, dash, width = look[policy]
+        axes.plot(*zip(*points, strict=True), dash, color=color, linewidth=width, marker=".", label=policy)
+        most = max(most, points[-1][0])
+    axes.plot([0, most], [0, most], color="#888888", linewidth=1, linestyle="--", label="all of it")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("requests per second that arrive")
+    axes.set_ylabel("requests per second that are completed")
+    axes.set_title(f"{label}: throughput against load", loc="left")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), title="by load carried")
+    return figure
 
 
 def _waste(document: dict[str, Any], label: str) -> Figure:
     """Where the memory goes that does no work."""
-    by_policy, rate = _at_common_rate(document, label)
+    by_policy, rate = at_common_rate(document, label)
     figure, axes = _figure(height=0.32 * len(by_policy) + 1.6)
     axes.grid(axis="x", color="#e6e6e6")
     axes.grid(axis="y", visible=False)
@@ -140,7 +144,7 @@ def _waste(document: dict[str, Any], label: str) -> Figure:
 
 def _pareto(document: dict[str, Any], label: str) -> Figure:
     """Latency and memory in use at one load: left and low is good."""
-    by_policy, rate = _at_common_rate(document, label)
+    by_policy, rate = at_common_rate(document, label)
     figure, axes = _figure(7.0, 4.6)
     look = styles(list(by_policy))
     for policy, run in by_policy.items():

@@ -23,6 +23,14 @@ def capacity_rows(document: dict[str, Any], label: str) -> list[dict[str, Any]]:
     return rows
 
 
+def at_common_rate(document: dict[str, Any], label: str) -> tuple[dict[str, dict[str, Any]], float]:
+    """A run of every policy at one rate: the highest at which most have a complete run. Those without are left out."""
+    curves = {policy: dict(curve(document, label, policy)) for policy in document["capacity_rps"][label]}
+    rates = sorted({rate for points in curves.values() for rate in points})
+    rate = max(rates, key=lambda rate: (sum(rate in points for points in curves.values()), rate))
+    return {policy: points[rate] for policy, points in curves.items() if rate in points}, rate
+
+
 def _below(document: dict[str, Any], label: str, policy: str, rps: float) -> dict[str, Any] | None:
     """The complete run at the highest rate that is still carried."""
     runs = [run for run in document["runs"] if run["policy"] == policy and run["label"] == label]
@@ -34,7 +42,9 @@ def headings(document: dict[str, Any], label: str) -> list[str]:
     """What the columns are, units included; rivals that were not run have none."""
     own = ["own limit"] if label in document.get("own_capacity_rps", {}) else []
     rivals = [f"to {rival}" for rival in RIVALS if rival in document["capacity_rps"][label]]
-    return ["policy", "requests/s", "spread", *own, *rivals, "p50 ms", "p99 ms", "waste %", "wait s"]
+    common, rate = at_common_rate(document, label)
+    beyond = [f"done/s at {rate:.2g}"] if common and rate > max(document["capacity_rps"][label].values()) else []
+    return ["policy", "requests/s", "spread", *own, *rivals, *beyond, "p50 ms", "p99 ms", "waste %", "wait s"]
 
 
 def cells(document: dict[str, Any], label: str, row: dict[str, Any]) -> list[str]:
@@ -45,6 +55,9 @@ def cells(document: dict[str, Any], label: str, row: dict[str, Any]) -> list[str
     if label in own:
         parts.append(f"{own[label][row['policy']]:.3g}" if row["policy"] in own[label] else "-")
     parts += [f"{row[f'to_{rival}']:.2f}" for rival in RIVALS if rival in medians]
+    common, rate = at_common_rate(document, label)
+    if common and rate > max(medians.values()):
+        parts.append(f"{common[row['policy']]['throughput_rps']:.3g}" if row["policy"] in common else "-")
     run = row["run"]
     if run is None:
         return [*parts, "-", "-", "-", "-"]
@@ -86,12 +99,10 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def curve(document: dict[str, Any], label: str, policy: str) -> list[tuple[float, dict[str, Any]]]:
-    """Complete runs by rate (median over the seeds is the caller's business)."""
-    found = [
-        (run["rate_rps"], run)
-        for run in document["runs"]
-        if run["policy"] == policy and run["label"] == label and not run["decided_early"]
-    ]
+    """Complete runs by rate. All of one seed, so that a curve is one history and not a patchwork."""
+    runs = [run for run in document["runs"] if run["policy"] == policy and run["label"] == label]
+    seed = min((run["seed"] for run in runs), default=0)
+    found = [(run["rate_rps"], run) for run in runs if run["seed"] == seed and not run["decided_early"]]
     return sorted(found, key=lambda pair: float(pair[0]))
 
 

@@ -17,15 +17,13 @@ from benchmarks.pause.profiles import find_machine
 from benchmarks.pause.runs import RunSpec
 from benchmarks.pause.store import Store, code_fingerprint
 
-LONG = frozenset({"coding", "mix-4096", "forks", "shift", "hang"})  # contexts for which the depth of attention counts
 QUICK_POLICIES = ("discard", "preserve", "swap", "lru_host", "infercept", "min_waste")
 REAL_POLICIES = ("discard", "lru_host", "infercept", "min_waste")
 QUICK_WORKLOADS = ("mix", "mix-4096", "coding")
 FULL_WORKLOADS = ("mix", "mix-512", "mix-4096", "forks", "coding", "shift", "hang", "qa", "chat", "virtual_env")
 UNSURE_STRETCH, SURE_STRETCH = 1.5, 1.06  # steps of a search that begins with a rival's capacity, with its own
 SAME_LIMIT = 0.02  # an unloaded latency this near the common one needs no search of its own
-GRID = (0.25, 0.5, 0.7, 0.85, 1.0, 1.15, 1.35)  # of the median capacity over policies
-GRID_LIMIT = 8.0  # times the unloaded latency: beyond it a curve is over
+GRID = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # of the median capacity over policies
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +47,7 @@ class Study:
 
     def spec(self, workload: str, kv_tokens: int | None, policy: str, seed: int) -> RunSpec:
         """A run of this study, its rate still to be chosen."""
-        machine = self.machine
-        if machine == "gptj-6b-a100" and workload in LONG:
-            machine = "gptj-6b-a100-long"
-        spec = RunSpec(workload, policy, 1.0, seed, self.minutes, machine, kv_tokens, self.host_tokens)
+        spec = RunSpec(workload, policy, 1.0, seed, self.minutes, self.machine, kv_tokens, self.host_tokens)
         return replace(spec, engine=self.engine, tool_scale=self.tool_scale)
 
 
@@ -237,17 +232,16 @@ def _search(findings: Findings, case: tuple[str, int | None], policy: str, seed:
 
 
 def _curves(study: Study, findings: Findings, cases: list[tuple[str, int | None]]) -> list[Chain]:
-    """Runs at the same rates for all policies, from far below to just above what they carry."""
+    """Runs at the same rates for all policies, from far below to far above what they carry."""
     chains = []
     for workload, kv in cases:
         label = findings.label(workload, kv)
         carried = [findings.median_rps(label, policy) or 1.0 for policy in study.policies]
         middle = statistics.median(carried)
         rates = study.rates or tuple(float(f"{share * middle:.3g}") for share in GRID)
-        limit_s = GRID_LIMIT * findings.unloaded_s[workload]
         for seed in study.seeds[:1]:
             for policy in study.policies:
                 for rate in rates:
                     spec = study.spec(workload, kv, policy, seed)
-                    chains.append(Chain("run", replace(spec, rate_rps=rate, limit_s=limit_s)))
+                    chains.append(Chain("run", replace(spec, rate_rps=rate)))
     return chains
