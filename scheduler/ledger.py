@@ -147,8 +147,11 @@ class Ledger(Protocol):
 
     def reclaim(self, segment: int, num_pages: int, action: Action) -> Reclaimed: ...
 
-    def copy_out(self, segment: int) -> int:
-        """Begin a host copy ahead of need; returns tokens on their way (0: no room, or nothing to do)."""
+    def copy_out(self, segment: int, num_pages: int | None = None) -> int:
+        """Begin a host copy (of the last ``num_pages``) ahead of need; returns tokens on their way.
+
+        0 when there is no room, or nothing to do.
+        """
 
     def write_back(self, context: ContextId) -> int:
         """Begin host copies of all the context's runs that have none; returns tokens on their way."""

@@ -94,8 +94,8 @@ class MemoryDesk:
             self._fruitless = paused, steps + 1
             return
         chosen = self._policy.copy_ahead(self._view())
-        for segment in chosen:
-            self._ledger.copy_out(segment.id)
+        for segment, num_pages in chosen:
+            self._ledger.copy_out(segment.id, num_pages)
         self._fruitless = (-1, 0) if chosen else (self.paused, 0)
 
     # -- where pages come from --------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ class MemoryDesk:
             must = not (busy or self._ledger.copying_pages)
             if self._policy.on_demand or must:
                 lacking -= self._reclaim(lacking, context, must=must)
-            if lacking > 0:
+            if lacking > 0 and (must or not self._policy.lets_pass(self._contexts[context], self.now)):
                 lacking -= self._reclaim_queued(context, lacking, must=must)
         secured = lacking <= 0 and self._ledger.lacking_now(context, num_tokens) <= 0
         self.contended = self.contended or not secured

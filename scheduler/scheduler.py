@@ -241,16 +241,26 @@ class Scheduler:
             if state.phase is Phase.RUNNING:
                 budget -= self._grant(state, budget, running, draft)
         count = sum(state.phase is Phase.RUNNING for state in running)
+        residents_only = False
         for state in queued:
             if budget <= 0 or count >= self.config.max_running or self._memory.preempted:
                 break
+            if residents_only and not self._is_resident(state):
+                continue
             admitted = self._admit(state)
             if admitted is None:
-                break
+                if not self.policy.lets_pass(state, self._memory.now):
+                    break
+                residents_only = True
             if admitted:
                 count += 1
                 budget -= self._grant(state, budget, [], draft)
         return draft
+
+    def _is_resident(self, state: Context) -> bool:
+        """Nothing that it has computed before would have to be computed or copied again."""
+        kept = self.ledger.computed(state.id)
+        return kept > 0 and kept + self.ledger.page_size > state.high_water_tokens
 
     def _unpin_loaded(self) -> None:
         """What was copied in for a queued context stays revocable until it is admitted: it may be behind others."""
@@ -260,7 +270,7 @@ class Scheduler:
                 self.ledger.pause(context)
 
     def _admit(self, state: Context) -> bool | None:
-        """True: running now. False: its KV is on the way in. None: no memory, so nobody behind it either."""
+        """True: running now. False: its KV is on the way in. None: no memory."""
         ledger, tokens = self.ledger, state.tokens
         if ledger.is_loading(state.id):
             return False

@@ -36,6 +36,25 @@ def swap_hidden_token_s(profile: CostProfile, num_tokens: int, *, on_host: bool)
     return directions * profile.copy_s(num_tokens) * num_tokens
 
 
+def swap_exposed_token_s(profile: CostProfile, num_tokens: int, waiting_tokens: int, *, on_host: bool) -> float:
+    """What a copy costs that nobody but its own context waits for.
+
+    On return all of the context (``waiting_tokens``) idles until the ``num_tokens`` are back; on the way out they
+    themselves idle, unless a host copy was made beforehand.
+    """
+    copy_s = profile.copy_s(num_tokens)
+    return copy_s * waiting_tokens + (0.0 if on_host else copy_s * num_tokens)
+
+
+def discard_contended_token_s(profile: CostProfile, start: int, num_tokens: int, used_tokens: int) -> float:
+    """Recomputing while memory is short: everything in memory (``used_tokens``) stays there that much longer.
+
+    Equation 4 counts the running batch alone. But those who wait for memory wait for whoever holds it, so a second of
+    everybody's compute is worth the whole pool; with little running, equation 4 would discard where a copy is free.
+    """
+    return profile.recompute_s(start, num_tokens) * max(num_tokens, used_tokens)
+
+
 def action_costs(
     profile: CostProfile, remaining_s: float, start: int, num_tokens: int, other_tokens: int, *, on_host: bool = False
 ) -> ActionCosts:

@@ -142,6 +142,10 @@ class PausePolicy:
         """
         return queued
 
+    def lets_pass(self, context: Context, now: float) -> bool:
+        """May queued contexts that lack nothing go ahead of this one while it waits for memory, and keep theirs?"""
+        return False
+
     def step_tokens(self, limit: int, room: Room) -> int:
         """Query tokens the coming step may have, ``limit`` at most."""
         return limit
@@ -163,8 +167,8 @@ class PausePolicy:
             pages = min(segment.num_pages, max(1, wanted_pages))
             yield Take(segment, pages, action, costs, left, "memory is wanted; latest arrival gives way first")
 
-    def copy_ahead(self, view: View) -> list[Segment]:
-        """Segments to write to the host ahead of need while the link is idle."""
+    def copy_ahead(self, view: View) -> list[tuple[Segment, int]]:
+        """Segments to write to the host ahead of need while the link is idle, and how many pages of their ends."""
         return []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from caesura.scheduler.context import Context
 from caesura.scheduler.ledger import Segment
 from caesura.scheduler.policies import POLICIES, PausedContext, View, make_policy
 from caesura.scheduler.profile import CostProfile
@@ -141,11 +142,43 @@ def test_min_waste_copies_when_that_is_cheaper_and_drops_without_a_host() -> Non
     assert next(make_policy("min_waste").reclaim(shown, 1)).action is Action.DISCARD
 
 
-def test_min_waste_copies_the_longest_absent_ahead_within_one_step() -> None:
-    contexts, segments = [paused(1, remaining_s=1.0), paused(2, remaining_s=9.0)], [run(1, [1]), run(2, [2])]
+def test_min_waste_copies_the_longest_absent_ahead_a_tenth_of_a_second_at_once() -> None:
+    # 0.1 s of the link are 1000 tokens, 100 pages
+    contexts = [paused(1, remaining_s=1.0, tokens=800), paused(2, remaining_s=9.0, tokens=600)]
+    segments = [run(1, [1], tokens=800), run(2, [2], tokens=600)]
+    ahead = make_policy("min_waste").copy_ahead(view(contexts, segments, free_pages=5))
+    assert [(segment.id, pages) for segment, pages in ahead] == [(2, 60), (1, 40)]  # of the second, its end
+    segments = [run(1, [1], tokens=800), run(2, [2], tokens=600, on_host=True)]
+    ahead = make_policy("min_waste").copy_ahead(view(contexts, segments, free_pages=5))
+    assert [(segment.id, pages) for segment, pages in ahead] == [(1, 80)]
+
+
+def test_min_waste_prices_the_part_that_is_wanted() -> None:
+    # the last 50 of 100 tokens, 1000 in memory: T m = 2 * 50; 0.05 s * 1000; 5 ms * 100 on return, 5 ms * 50 before
+    (take,) = make_policy("min_waste").reclaim(view([paused(1, remaining_s=2.0)], [run(1, [1])]), 5)
+    assert take.costs.preserve_token_s == pytest.approx(100.0)
+    assert take.costs.discard_token_s == pytest.approx(50.0)
+    assert take.costs.swap_token_s == pytest.approx(0.75)
+    (take,) = make_policy("min_waste").reclaim(view([paused(1)], [run(1, [1], on_host=True)]), 5)
+    assert take.costs.swap_token_s == pytest.approx(0.5)  # the way out is paid
+
+
+def test_min_waste_weighs_waste_against_the_time_it_buys() -> None:
+    # both back in 2 s. Taking 50 tokens makes 400 wait in one case and 100 in the other
+    contexts = [paused(1, remaining_s=2.0, tokens=400), paused(2, remaining_s=2.0, tokens=100)]
+    segments = [run(1, [1], tokens=400), run(2, [2], tokens=100)]
+    assert next(make_policy("min_waste").reclaim(view(contexts, segments), 5)).segment.id == 2
+    # but twenty times as long an absence is worth more than four times the wait
+    contexts = [paused(1, remaining_s=40.0, tokens=400), paused(2, remaining_s=2.0, tokens=100)]
+    assert next(make_policy("min_waste").reclaim(view(contexts, segments), 5)).segment.id == 1
+
+
+def test_min_waste_lets_others_pass_for_a_second_only() -> None:
+    waiting = Context(ContextId(1), 0.0, requeued=5.0)
     policy = make_policy("min_waste")
-    ahead = policy.copy_ahead(view(contexts, segments, batch_tokens=900, query_tokens=10, free_pages=5))
-    assert [segment.id for segment in ahead] == [2]  # the longest absent; the budget of one step is 100 tokens
+    assert policy.lets_pass(waiting, 5.5)
+    assert not policy.lets_pass(waiting, 6.0)
+    assert not make_policy("infercept").lets_pass(waiting, 5.5)
 
 
 def test_an_unknown_policy_is_named_with_the_known_ones() -> None:
