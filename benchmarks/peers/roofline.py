@@ -79,7 +79,8 @@ class Roofline:
 
     @property
     def _ops_s(self) -> float:
-        return self.machine.int8_ops_s if self.weight_bytes == 1 else self.machine.fp32_ops_s
+        floats = self.machine.fp32_ops_s
+        return max(floats, self.machine.int8_ops_s) if self.weight_bytes == 1 else floats  # int8 may be widened
 
     def step_s(self, contexts: float, context_tokens: float, distinct_tokens: float | None = None) -> float:
         """One decode step of ``contexts`` of that length, with ``distinct_tokens`` of KV among them (default: all)."""

@@ -42,8 +42,10 @@ class OpenVino:
         scheduling.max_num_batched_tokens = MAX_STEP_TOKENS
         scheduling.dynamic_split_fuse = True
         scheduling.num_kv_blocks = -(-settings.pool_tokens // BLOCK_TOKENS)
-        threads = {"INFERENCE_NUM_THREADS": settings.threads}
-        self._pipeline = openvino_genai.ContinuousBatchingPipeline(settings.model, scheduling, "CPU", threads)
+        properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": settings.threads}
+        if settings.quantization == "none":
+            properties["INFERENCE_PRECISION_HINT"] = "f32"  # by default it rounds to bfloat16 where the CPU can
+        self._pipeline = openvino_genai.ContinuousBatchingPipeline(settings.model, scheduling, "CPU", properties)
         self._requests: queue.Queue[_Request | None] = queue.Queue()
         self._live_before = 1  # so that the first to be refused is asked for again when nobody else is there
         self._thread = threading.Thread(target=self._run, name="pipeline", daemon=True)
