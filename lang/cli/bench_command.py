@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from caesura.lang.cli.output import FAILED, USAGE, CliError
 
 
 def bench_command(what: str, arguments: Sequence[str]) -> None:
-    """Run ``python -m benchmarks WHAT ...`` in the repository. Raises CliError when there is none."""
+    """Run ``python -m benchmarks WHAT ...`` of the repository, in the present folder. CliError when there is none."""
     root = repository()
     if root is None:
         raise CliError(
@@ -19,10 +20,12 @@ def bench_command(what: str, arguments: Sequence[str]) -> None:
             "git clone <repository>; cd caesura; make bench",
             USAGE,
         )
-    finished = subprocess.run([sys.executable, "-m", "benchmarks", what, *arguments], cwd=root, check=False)
+    command = [sys.executable, "-P", "-m", "benchmarks", what, *arguments]  # -P: not from the folder one is in
+    found_in = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    finished = subprocess.run(command, env={**os.environ, "PYTHONPATH": found_in}, check=False)
     if finished.returncode:
-        command = " ".join(["python -m benchmarks", what, "--help"])
-        raise CliError(f"the benchmark ended with exit code {finished.returncode}", command, FAILED)
+        help_command = f"caesura bench {what} -- --help"
+        raise CliError(f"the benchmark ended with exit code {finished.returncode}", help_command, FAILED)
 
 
 def repository() -> Path | None:
