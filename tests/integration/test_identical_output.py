@@ -1,9 +1,10 @@
 """The strongest test: whatever is decided about a paused context's KV, the answer is the same, token by token.
 
 500 random programs (pauses, forks, rollbacks, shared prefixes, preemption under a pool for about one of them and a
-half) on a real model in deterministic mode, under every policy, with the prefix cache on and off, one context or
-eight at a time - against a run with ample memory, one context at a time and no cache. The default policy runs all
-programs in all four ways, every other one all programs with the ways taking turns.
+half) on a real model, in C for the worlds with pages of 16 tokens and in deterministic torch for the others, under
+every policy, with the prefix cache on and off, one context or eight at a time - against a run with ample memory, one
+context at a time and no cache. The default policy runs all programs in all four ways, every other one all programs
+with the ways taking turns.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def tiny_model() -> Model:
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
+            "head_dim": 16,
             "max_position_embeddings": 512,
             "rms_norm_eps": 1e-5,
         }
