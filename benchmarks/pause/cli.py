@@ -113,6 +113,7 @@ def _study(options: argparse.Namespace) -> Study:
         study,
         seeds=study.seeds if options.seeds is None else tuple(range(options.seeds)),
         minutes=options.minutes or study.minutes,
+        short_minutes=None if options.minutes else study.short_minutes,
         host_tokens=study.host_tokens if options.host_tokens is None else options.host_tokens,
         rates=tuple(options.rates or ()),
         guess_rps=options.guess or study.guess_rps,

@@ -83,7 +83,8 @@ def parts_of(document: dict[str, Any]) -> dict[str, str]:
         return {"fidelity": fidelity_table(document)}
     study = document["config"]["study"]
     about = (
-        f"{len(document['runs'])} runs of {study['minutes']:g} minutes, seeds {', '.join(map(str, study['seeds']))}; "
+        f"{len(document['runs'])} runs of {study['short_minutes'] or study['minutes']:g} minutes (the mix: "
+        f"{study['minutes']:g}), seeds {', '.join(map(str, study['seeds']))}; "
         f"code {document['config']['code']}."
     )
     name = "simulated" if study["engine"] == "simulated" else f"real {study['engine']}"

@@ -23,6 +23,7 @@ QUICK_WORKLOADS = ("mix", "mix-4096", "coding")
 FULL_WORKLOADS = ("mix", "mix-512", "mix-4096", "forks", "coding", "shift", "hang", "qa", "chat", "virtual_env")
 UNSURE_STRETCH, SURE_STRETCH = 1.5, 1.06  # steps of a search that begins with a rival's capacity, with its own
 SAME_LIMIT = 0.02  # an unloaded latency this near the common one needs no search of its own
+CURVES = ("mix", "mix-4096", "forks", "coding")  # workloads that get curves when there are more of them
 GRID = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # of the median capacity over policies
 
 
@@ -38,6 +39,7 @@ class Study:
     kv_tokens: tuple[int | None, ...] = (None,)
     host_tokens: int | None = None
     rates: tuple[float, ...] = ()
+    short_minutes: float | None = None  # of workloads other than the paper's mix
     curves: bool = True
     own_limits: bool = True  # also search where each policy reaches twice its *own* unloaded latency
     tolerance: float = 1.03
@@ -47,7 +49,8 @@ class Study:
 
     def spec(self, workload: str, kv_tokens: int | None, policy: str, seed: int) -> RunSpec:
         """A run of this study, its rate still to be chosen."""
-        spec = RunSpec(workload, policy, 1.0, seed, self.minutes, self.machine, kv_tokens, self.host_tokens)
+        minutes = self.minutes if workload == "mix" else self.short_minutes or self.minutes
+        spec = RunSpec(workload, policy, 1.0, seed, minutes, self.machine, kv_tokens, self.host_tokens)
         return replace(spec, engine=self.engine, tool_scale=self.tool_scale)
 
 
@@ -87,9 +90,9 @@ def real_study(model: str, tool_scale: float, **changes: Any) -> Study:
 
 
 def full_study(**changes: Any) -> Study:
-    """Everything: hours."""
+    """Everything: many hours."""
     settings = {"policies": tuple(POLICIES), "workloads": FULL_WORKLOADS, "seeds": (0, 1, 2), "minutes": 30.0}
-    return Study(**{**settings, **changes})
+    return Study(**{**settings, "short_minutes": 12.0, **changes})
 
 
 Capacities = dict[str, dict[str, list[dict[str, float]]]]  # by label and policy, one entry a seed
@@ -199,7 +202,7 @@ def _own_limits(
     limits: dict[str, float],
     carry_out: Callable[[Iterable[Chain]], Iterator[tuple[Chain, dict[str, Any]]]],
 ) -> None:
-    """Where each policy reaches twice its own unloaded latency: one that is slow without load has a higher limit."""
+    """Where each policy reaches twice its own unloaded latency: who is slow alone has a higher limit. One seed."""
     study = findings.study
     alone = [
         Chain("unloaded", study.spec(*case, policy, study.seeds[0])) for case in cases for policy in study.policies
@@ -211,10 +214,11 @@ def _own_limits(
         findings.own_unloaded_s.setdefault(label, {})[spec.policy] = outcome["unloaded_s"]
         limit_s = LATENCY_FACTOR * outcome["unloaded_s"]
         if abs(limit_s / limits[spec.workload] - 1) <= SAME_LIMIT:
-            findings.own_capacities.setdefault(label, {})[spec.policy] = findings.capacities[label][spec.policy]
+            first = findings.capacities[label][spec.policy][:1]
+            findings.own_capacities.setdefault(label, {})[spec.policy] = first
         else:
             case = (spec.workload, spec.kv_tokens)
-            searches += [_search(findings, case, spec.policy, seed, limit_s) for seed in study.seeds]
+            searches.append(_search(findings, case, spec.policy, study.seeds[0], limit_s))
     for chain, outcome in carry_out(searches):
         _note_capacity(findings, findings.own_capacities, chain, outcome)
 
@@ -234,7 +238,10 @@ def _search(findings: Findings, case: tuple[str, int | None], policy: str, seed:
 def _curves(study: Study, findings: Findings, cases: list[tuple[str, int | None]]) -> list[Chain]:
     """Runs at the same rates for all policies, from far below to far above what they carry."""
     chains = []
+    chosen = study.workloads if study.rates else [name for name in study.workloads if name in CURVES] or study.workloads
     for workload, kv in cases:
+        if workload not in chosen:
+            continue
         label = findings.label(workload, kv)
         carried = [findings.median_rps(label, policy) or 1.0 for policy in study.policies]
         middle = statistics.median(carried)
