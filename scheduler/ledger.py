@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from caesura.scheduler.types import Action, ContextId, Move, MoveId, PageId
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Device pages held by paused contexts alone: one run of the tree, or one context's unfinished last page.
 
     ``holders`` are the paused contexts at or below it. Taking a segment takes all below it first, so callers go

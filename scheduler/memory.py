@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from caesura.scheduler.context import Context, ContextTable
 from caesura.scheduler.ledger import Ledger, Segment
 from caesura.scheduler.policies.base import Choice, PausedContext, PausePolicy, Room, Take, View, leaf_first
@@ -10,6 +12,8 @@ from caesura.scheduler.types import Action, ActionCosts, ContextId, PauseDecisio
 
 FAIR_PART = 8  # of host memory is free: else what is copied is priced as if it went to the disk
 COPY_AHEAD_EVERY = 8  # steps after which paused contexts that were not worth a copy are looked at again
+COPY_AHEAD_S = 0.1  # of the link's time at once: a copy in has to wait for it
+AHEAD_SHARE = 64  # of the device pool: at most so much is taken beyond what is wanted
 
 
 class MemoryDesk:
@@ -22,6 +26,8 @@ class MemoryDesk:
         self._contexts = contexts
         self._reviews = type(policy).review is not PausePolicy.review
         self.paused = 0  # pauses begun so far
+        self._ahead: deque[tuple[int, int]] = deque()  # segments to copy ahead, and how many pages of each
+        self._review_at = 0.0  # when kept contexts are looked at again
         self._fruitless = (-1, 0)  # `paused` when there was last nothing to copy ahead, and steps since
         self.begin(0.0)
 
@@ -39,7 +45,12 @@ class MemoryDesk:
         if not self._reviews:
             return
         paused = self._contexts.in_phase(Phase.PAUSED)
-        waiting = [state for state in paused if state.decided in (None, Action.PRESERVE)]
+        every_s = self._policy.review_every_s
+        again = every_s is not None and self.now >= self._review_at
+        if again and every_s is not None:
+            self._review_at = self.now + every_s
+        open_cases = (None, Action.PRESERVE) if again else (None,)
+        waiting = [state for state in paused if state.decided in open_cases]
         if not waiting:
             return
         for choice in self._policy.review(self._view(waiting)):
@@ -89,14 +100,29 @@ class MemoryDesk:
             return
         if not self._room_below or ledger.copying_pages:
             return
+        if self._begin_batch():
+            return
         paused, steps = self._fruitless
         if paused == self.paused and steps < COPY_AHEAD_EVERY:  # the same contexts: look again later
             self._fruitless = paused, steps + 1
             return
         chosen = self._policy.copy_ahead(self._view())
-        for segment, num_pages in chosen:
-            self._ledger.copy_out(segment.id, num_pages)
+        self._ahead.extend((segment.id, num_pages) for segment, num_pages in chosen)
+        self._begin_batch()
         self._fruitless = (-1, 0) if chosen else (self.paused, 0)
+
+    @property
+    def _batch_pages(self) -> int:
+        """Pages that take the link ``COPY_AHEAD_S``."""
+        return max(1, int(COPY_AHEAD_S / max(1e-9, self._profile.swap_token_s)) // self._ledger.page_size)
+
+    def _begin_batch(self) -> bool:
+        """Copy the next of what the policy has listed. What has gone or is copied by now is passed over."""
+        left = self._batch_pages * self._ledger.page_size
+        before = left
+        while self._ahead and left > 0:
+            left -= self._ledger.copy_out(*self._ahead.popleft())
+        return left < before
 
     # -- where pages come from --------------------------------------------------------------------------------
 
@@ -137,8 +163,15 @@ class MemoryDesk:
         self.preempted.append(state.id)
 
     def _reclaim(self, wanted: int, asking: ContextId, *, must: bool) -> int:
-        """Take pages from paused contexts as the policy orders; returns pages freed or on their way."""
+        """Take pages from paused contexts as the policy orders; returns pages freed or on their way.
+
+        Ranking all of them for a page at every step would take longer than the pages are worth: what is taken
+        lasts each running context for a page.
+        """
         got = 0
+        if self._policy.on_demand:
+            running = len(self._contexts.in_phase(Phase.RUNNING))
+            wanted += min(running, self._ledger.num_device_pages // AHEAD_SHARE)
         for take in self._policy.reclaim(self._view(asking=asking, must=must, wanted=wanted), wanted):
             got += self._take(take, wanted - got)
             if got >= wanted:
@@ -238,7 +271,9 @@ class MemoryDesk:
         shown = paused if states is None else states
         return View(
             now=self.now,
-            paused=tuple(self._show(state) for state in sorted(shown, key=lambda state: (state.arrival, state.id))),
+            show_paused=lambda: tuple(self._show(state) for state in sorted(shown, key=_arrival)),
+            hold_s=lambda context: self._policy.estimator.hold_s(self._contexts[context].pause, self.now),
+            held_tokens=ledger.held_tokens,
             segments=lambda: _closed_downwards(ledger.segments(), ids),
             profile=self._profile.at_disk_rate() if to_disk else self._profile,
             batch_tokens=sum(ledger.computed(state.id) for state in running),
@@ -249,6 +284,7 @@ class MemoryDesk:
             copying_pages=ledger.copying_pages,
             free_host_pages=self._room_below if to_disk else self._room_in_host,
             has_host=self._has_below,
+            batch_pages=self._batch_pages,
             asking=None if asking is None else self._contexts[asking],
             must=must,
         )
@@ -300,6 +336,10 @@ class MemoryDesk:
         )
 
 
+def _arrival(state: Context) -> tuple[float, ContextId]:
+    return (state.arrival, state.id)
+
+
 def _closed_downwards(segments: list[Segment], ids: set[ContextId]) -> list[Segment]:
     """Segments held by these contexts alone: a run above somebody else's is never among them."""
-    return [segment for segment in segments if all(holder in ids for holder in segment.holders)]
+    return [segment for segment in segments if ids.issuperset(segment.holders)]

@@ -34,10 +34,12 @@ class PausedContext:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Everything a decision may depend on. Built per step, on demand; tuples in order of arrival."""
+    """Everything a decision may depend on. What costs time to find out is asked for, and asked once."""
 
     now: float
-    paused: tuple[PausedContext, ...]
+    show_paused: Callable[[], tuple[PausedContext, ...]]  # in order of arrival
+    hold_s: Callable[[ContextId], float]  # of a paused context, see PausedContext
+    held_tokens: Callable[[ContextId], int]  # of any context, on the device
     segments: Callable[[], Sequence[Segment]]  # runs held by paused contexts alone
     profile: CostProfile
     batch_tokens: int  # KV tokens of running contexts (C_other)
@@ -48,8 +50,14 @@ class View:
     copying_pages: int
     free_host_pages: int  # free, or holding what is on the device as well
     has_host: bool
+    batch_pages: int  # what is copied ahead at once
     asking: Context | None = None  # who wants the memory, in `reclaim`
     must: bool = False  # nothing else runs and nothing is on its way: something has to be given up
+
+    @property
+    def paused(self) -> tuple[PausedContext, ...]:
+        """The paused contexts in order of arrival: all, or in a review those to be looked at."""
+        return self.show_paused()
 
     def costs(self, context: PausedContext) -> ActionCosts:
         """Waste of the three actions for the part of ``context`` that nobody else holds."""
@@ -107,6 +115,7 @@ class PausePolicy:
     estimator_name: ClassVar[str] = "progress"  # when none is asked for
     uses_host: ClassVar[bool] = False
     on_demand: ClassVar[bool] = False
+    review_every_s: ClassVar[float | None] = None  # contexts it keeps are reviewed again so often; None: not at all
     releases_idle: ClassVar[bool] = False  # lets go of the KV at every end of a generation, tool or not
     copies_ahead_below: ClassVar[float] = 0.0  # free share of the pool below which `copy_ahead` is asked
     writes_through: ClassVar[bool] = False  # copies to the host what a pause leaves behind
@@ -168,7 +177,10 @@ class PausePolicy:
             yield Take(segment, pages, action, costs, left, "memory is wanted; latest arrival gives way first")
 
     def copy_ahead(self, view: View) -> list[tuple[Segment, int]]:
-        """Segments to write to the host ahead of need while the link is idle, and how many pages of their ends."""
+        """Segments to write to the host ahead of need, and how many pages of their ends, ``batch_pages`` at most.
+
+        They are copied in batches, the next one when the link is idle; asked again when all have been.
+        """
         return []
 
 

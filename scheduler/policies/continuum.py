@@ -88,6 +88,7 @@ class Continuum(PausePolicy):
     name = "continuum"
     uses_host = True
     writes_through = True
+    review_every_s = 0.05
 
     def __init__(self, estimator: Estimator | None = None) -> None:
         super().__init__(estimator)

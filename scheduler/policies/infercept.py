@@ -27,6 +27,7 @@ class InferCept(PausePolicy):
     name = "infercept"
     estimator_name = "elapsed"
     uses_host = True
+    review_every_s = 0.0  # each iteration
 
     def review(self, view: View) -> list[Choice]:
         budget = 0

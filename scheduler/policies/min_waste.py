@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from caesura.scheduler.context import Context
 from caesura.scheduler.ledger import Segment
@@ -12,22 +11,7 @@ from caesura.scheduler.types import Action, ActionCosts
 from caesura.scheduler.waste import discard_contended_token_s, preserve_token_s, swap_exposed_token_s
 
 PATIENCE_S = 1.0  # how long others that lack nothing may go ahead of one who waits for memory
-COPY_AHEAD_S = 0.1  # of the link's time at once: a copy in has to wait for it
-
-
-@dataclass(frozen=True, slots=True)
-class _Price:
-    """What it costs to take a part of a run, and when its first holder is expected back."""
-
-    costs: ActionCosts
-    hold_s: float
-    swaps: bool  # copying is possible, and cheaper than recomputing
-
-    @property
-    def rate(self) -> float:
-        """Waste of taking it for each token-second of memory that this gives."""
-        loss = self.costs.swap_token_s if self.swaps else self.costs.discard_token_s
-        return loss / max(1e-9, self.costs.preserve_token_s)
+LISTED_BATCHES = 4  # of copies ahead, so that ranking is not done for each
 
 
 class MinWaste(PausePolicy):
@@ -69,47 +53,66 @@ class MinWaste(PausePolicy):
 
     def reclaim(self, view: View, wanted_pages: int) -> Iterator[Take]:
         segments = list(view.segments())
-        pages = {segment.id: min(segment.num_pages, max(1, wanted_pages)) for segment in segments}
-        prices = _prices(view, segments, pages)
-        for segment in leaf_first(segments, lambda run: prices[run.id].rate):
-            price = prices[segment.id]
-            why = "copying costs less than recomputing" if price.swaps else "recomputing costs less than copying"
-            reason = f"memory is wanted: next holder expected back in {price.hold_s:.3g} s, {why}"
-            action = Action.SWAP if price.swaps else Action.DISCARD
-            yield Take(segment, pages[segment.id], action, price.costs, price.hold_s, reason)
+        prices = _Prices(view, segments, max(1, wanted_pages))
+        for segment in leaf_first(segments, prices.rate):
+            costs, hold_s = prices.costs(segment), prices.hold_s(segment)
+            swaps = view.has_host and costs.swap_token_s < costs.discard_token_s
+            why = "copying costs less than recomputing" if swaps else "recomputing costs less than copying"
+            reason = f"memory is wanted: next holder expected back in {hold_s:.3g} s, {why}"
+            pages = min(segment.num_pages, prices.pages)
+            yield Take(segment, pages, Action.SWAP if swaps else Action.DISCARD, costs, hold_s, reason)
 
     def copy_ahead(self, view: View) -> list[tuple[Segment, int]]:
+        room = min(LISTED_BATCHES * view.batch_pages, view.free_host_pages)
         segments = list(view.segments())
-        token_s = max(1e-9, view.profile.swap_token_s)
-        room = min(max(1, int(COPY_AHEAD_S / token_s) // view.page_size), view.free_host_pages)
-        prices = _prices(view, segments, {segment.id: min(segment.num_pages, max(1, room)) for segment in segments})
+        prices = _Prices(view, segments, view.batch_pages)
         chosen = []
-        for segment in leaf_first(segments, lambda run: -prices[run.id].hold_s):  # longest absent first
+        for segment in leaf_first(segments, lambda run: -prices.hold_s(run)):  # longest absent first
             if room <= 0:
                 break
-            if segment.id < 0 or segment.on_host or segment.leaving or not prices[segment.id].swaps:
+            if segment.id < 0 or segment.on_host or segment.leaving:
                 continue
-            pages = min(segment.num_pages, room)
-            room -= pages
-            chosen.append((segment, pages))
+            costs = prices.costs(segment)
+            if costs.swap_token_s < costs.discard_token_s:
+                pages = min(segment.num_pages, view.batch_pages, room)
+                room -= pages
+                chosen.append((segment, pages))
         return chosen
 
 
-def _prices(view: View, segments: list[Segment], pages: dict[int, int]) -> dict[int, _Price]:
-    """Prices of the last ``pages`` of every segment."""
-    hold = {paused.id: paused.hold_s for paused in view.paused}
-    held = {paused.id: paused.held_tokens for paused in view.paused}
-    used_tokens = (view.num_pages - view.free_pages) * view.page_size
-    found = {}
-    for segment in segments:
-        tokens = min(segment.num_tokens, pages[segment.id] * view.page_size)
-        start = segment.start + segment.num_tokens - tokens
-        hold_s = min(hold[holder] for holder in segment.holders)
-        waiting = max(held[holder] for holder in segment.holders)
-        costs = ActionCosts(
-            preserve_token_s=preserve_token_s(hold_s, tokens),
-            swap_token_s=swap_exposed_token_s(view.profile, tokens, waiting, on_host=segment.on_host),
-            discard_token_s=discard_contended_token_s(view.profile, start, tokens, used_tokens),
-        )
-        found[segment.id] = _Price(costs, hold_s, view.has_host and costs.swap_token_s < costs.discard_token_s)
-    return found
+class _Prices:
+    """What it costs to take up to ``pages`` from the end of a segment. Asked of hundreds in a step, so kept lean."""
+
+    def __init__(self, view: View, segments: list[Segment], pages: int) -> None:
+        self.pages = pages
+        self._view = view
+        self._used_tokens = (view.num_pages - view.free_pages) * view.page_size
+        holders = {holder for segment in segments for holder in segment.holders}
+        self._hold_s = {holder: view.hold_s(holder) for holder in holders}
+        self._held_tokens = {holder: view.held_tokens(holder) for holder in holders}
+
+    def hold_s(self, segment: Segment) -> float:
+        """T(v): of the first of its holders to return."""
+        holders = segment.holders
+        if len(holders) == 1:
+            return self._hold_s[holders[0]]
+        return min(map(self._hold_s.__getitem__, holders))
+
+    def _losses(self, segment: Segment) -> tuple[int, float, float]:
+        """m, W_swap and W_drop."""
+        tokens = min(segment.num_tokens, self.pages * self._view.page_size)
+        waiting = max(map(self._held_tokens.__getitem__, segment.holders))
+        profile, start = self._view.profile, segment.start + segment.num_tokens - tokens
+        swap = swap_exposed_token_s(profile, tokens, waiting, on_host=segment.on_host)
+        return tokens, swap, discard_contended_token_s(profile, start, tokens, self._used_tokens)
+
+    def rate(self, segment: Segment) -> float:
+        """Waste of taking it for each token-second of memory that this gives."""
+        tokens, swap, drop = self._losses(segment)
+        loss = min(swap, drop) if self._view.has_host else drop
+        return loss / max(1e-9, self.hold_s(segment) * tokens)
+
+    def costs(self, segment: Segment) -> ActionCosts:
+        """All three wastes."""
+        tokens, swap, drop = self._losses(segment)
+        return ActionCosts(preserve_token_s(self.hold_s(segment), tokens), swap, drop)

@@ -45,6 +45,7 @@ class ThunderAgent(PausePolicy):
     name = "thunderagent"
     uses_host = True
     writes_through = True
+    review_every_s = CHECK_EVERY_S
 
     def __init__(self, estimator: Estimator | None = None) -> None:
         super().__init__(estimator)

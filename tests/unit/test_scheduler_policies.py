@@ -57,10 +57,13 @@ def view(
     profile: CostProfile = PROFILE,
     now: float = 10.0,
     num_pages: int = 100,
+    batch_pages: int = 25,
 ) -> View:
     return View(
         now=now,
-        paused=tuple(contexts),
+        show_paused=lambda: tuple(contexts),
+        hold_s=lambda context: next(paused.hold_s for paused in contexts if paused.id == context),
+        held_tokens=lambda context: next(paused.held_tokens for paused in contexts if paused.id == context),
         segments=lambda: list(segments),
         profile=profile,
         batch_tokens=batch_tokens,
@@ -71,6 +74,7 @@ def view(
         copying_pages=0,
         free_host_pages=100,
         has_host=has_host,
+        batch_pages=batch_pages,
     )
 
 
@@ -142,15 +146,15 @@ def test_min_waste_copies_when_that_is_cheaper_and_drops_without_a_host() -> Non
     assert next(make_policy("min_waste").reclaim(shown, 1)).action is Action.DISCARD
 
 
-def test_min_waste_copies_the_longest_absent_ahead_a_tenth_of_a_second_at_once() -> None:
-    # 0.1 s of the link are 1000 tokens, 100 pages
-    contexts = [paused(1, remaining_s=1.0, tokens=800), paused(2, remaining_s=9.0, tokens=600)]
-    segments = [run(1, [1], tokens=800), run(2, [2], tokens=600)]
+def test_min_waste_copies_the_longest_absent_ahead_in_batches() -> None:
+    # four batches of 25 pages; of a long run its end, as much as one batch holds
+    contexts = [paused(number, remaining_s=float(number), tokens=200) for number in range(1, 7)]
+    segments = [run(number, [number], tokens=200) for number in range(1, 6)] + [run(6, [6], tokens=400)]
     ahead = make_policy("min_waste").copy_ahead(view(contexts, segments, free_pages=5))
-    assert [(segment.id, pages) for segment, pages in ahead] == [(2, 60), (1, 40)]  # of the second, its end
-    segments = [run(1, [1], tokens=800), run(2, [2], tokens=600, on_host=True)]
+    assert [(segment.id, pages) for segment, pages in ahead] == [(6, 25), (5, 20), (4, 20), (3, 20), (2, 15)]
+    segments[5] = run(6, [6], tokens=400, on_host=True)
     ahead = make_policy("min_waste").copy_ahead(view(contexts, segments, free_pages=5))
-    assert [(segment.id, pages) for segment, pages in ahead] == [(1, 80)]
+    assert ahead[0][0].id == 5
 
 
 def test_min_waste_prices_the_part_that_is_wanted() -> None:
