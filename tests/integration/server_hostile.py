@@ -24,7 +24,7 @@ from tests.integration.server_client import client_of
 PROFILE = CostProfile(0.001, 1e-5, 0.0, 1e-4, 1e-6, 256)
 HOLE = "@HOLE@"
 INSIDE = re.compile(
-    r"/home/|/tmp/|/work/|/usr/|/proc/|/var/|ipc:|Traceback|\.py\b|\bpid\b|0x[0-9a-f]{6,}|site-packages"
+    r"/home/|/tmp/|/usr/|/proc/|/var/|ipc:|Traceback|\.py\b|\bpid\b|0x[0-9a-f]{6,}|site-packages"
 )
 
 
