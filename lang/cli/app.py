@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from caesura.lang.cli.output import guarded
+from caesura.lang.cli.output import POLICY_HELP, guarded
 from caesura.lang.cli.serve_command import serve
 
 app = typer.Typer(
@@ -74,7 +74,7 @@ def demo(
 def run(
     target: Annotated[str, typer.Argument(metavar="FILE[:PROGRAM]", help="A Python file with an @function program.")],
     model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; embedded by default.")] = None,
-    policy: Annotated[str | None, typer.Option(help="Pause policy.")] = None,
+    policy: Annotated[str | None, typer.Option(help=POLICY_HELP)] = None,
     url: Url = None,
     arg: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="An argument; repeatable.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature where the program has none.")] = None,
@@ -135,7 +135,7 @@ def doctor(
 @guarded
 def simulate(
     workload: Annotated[str, typer.Argument(help="A workload by name, for example mix, or a trace file.")],
-    policy: Annotated[str | None, typer.Option(help="Pause policy.")] = None,
+    policy: Annotated[str | None, typer.Option(help=POLICY_HELP)] = None,
     rate: Annotated[float | None, typer.Option(help="Requests per second.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Simulated minutes.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of programs and arrivals.")] = None,

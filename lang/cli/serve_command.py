@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from caesura.lang.cli.output import NO_ENGINE, CliError
+from caesura.lang.cli.output import NO_ENGINE, POLICY_HELP, CliError
 
 if TYPE_CHECKING:
     from caesura.runtime.server.settings import Settings
@@ -59,7 +59,7 @@ def serve(
     load_format: Annotated[str | None, _option("auto, or dummy for weights of chance.")] = None,
     dtype: Annotated[str | None, _option("float32 or bfloat16.")] = None,
     quantization: Annotated[str | None, _option("int8: 8-bit weights, made at load.")] = None,
-    policy: Annotated[str | None, _option("Pause policy.")] = None,
+    policy: Annotated[str | None, _option(POLICY_HELP)] = None,
     page_size: Annotated[int | None, _option("Tokens of a KV page.")] = None,
     kv_tokens: Annotated[int | None, _option("Tokens the device pool holds; else what fits.")] = None,
     host_kv_tokens: Annotated[int | None, _option("Tokens the host pool holds; else what the policy needs.")] = None,

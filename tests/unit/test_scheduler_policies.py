@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
+from caesura.lang.cli.output import POLICY_HELP
 from caesura.scheduler.context import Context
+from caesura.scheduler.estimate import ESTIMATORS
 from caesura.scheduler.ledger import Segment
-from caesura.scheduler.policies import POLICIES, PausedContext, View, make_policy
+from caesura.scheduler.policies import DEFAULT_POLICY, POLICIES, PausedContext, View, make_policy
 from caesura.scheduler.profile import CostProfile
 from caesura.scheduler.types import Action, ContextId
 
@@ -183,6 +186,13 @@ def test_min_waste_lets_others_pass_for_a_second_only() -> None:
     assert policy.lets_pass(waiting, 5.5)
     assert not policy.lets_pass(waiting, 6.0)
     assert not make_policy("infercept").lets_pass(waiting, 5.5)
+
+
+def test_the_command_line_lists_every_policy_and_estimator() -> None:
+    _, policies, estimators = re.split(r"Policies: |Estimators: ", POLICY_HELP)
+    assert set(re.findall(r"[a-z_]{3,}", policies.replace("(default)", ""))) == set(POLICIES)
+    assert set(re.findall(r"[a-z_]{3,}", estimators)) == set(ESTIMATORS)
+    assert f"{DEFAULT_POLICY} (default)" in policies
 
 
 def test_an_unknown_policy_is_named_with_the_known_ones() -> None:
