@@ -15,7 +15,8 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 POLICY_HELP = (  # spelled out, so that --help need not import them
     "Pause policy, or POLICY+ESTIMATOR. Policies: min_waste (default), discard, improved_discard, preserve, swap, "
     "swap_blocking, lru, lru_host, session_refs, admission_only, infercept, infercept_oracle, infercept_profiled, "
-    "lamps, augserve, continuum, thunderagent, oracle. Estimators: elapsed, profiled, conditional, hint, progress, oracle."
+    "lamps, augserve, continuum, thunderagent, oracle. "
+    "Estimators: elapsed, profiled, conditional, hint, progress, oracle."
 )
 P = ParamSpec("P")
 T = TypeVar("T")

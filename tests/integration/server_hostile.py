@@ -23,9 +23,7 @@ from tests.integration.server_client import client_of
 
 PROFILE = CostProfile(0.001, 1e-5, 0.0, 1e-4, 1e-6, 256)
 HOLE = "@HOLE@"
-INSIDE = re.compile(
-    r"/home/|/tmp/|/usr/|/proc/|/var/|ipc:|Traceback|\.py\b|\bpid\b|0x[0-9a-f]{6,}|site-packages"
-)
+INSIDE = re.compile(r"/home/|/tmp/|/usr/|/proc/|/var/|ipc:|Traceback|\.py\b|\bpid\b|0x[0-9a-f]{6,}|site-packages")
 
 
 def nested(depth: int, opening: str = "[", closing: str = "]", core: str = "1") -> str:
