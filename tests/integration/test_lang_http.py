@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import runpy
 import sys
@@ -272,7 +273,9 @@ def test_a_restart_in_the_middle_of_a_program_is_told_clearly(engine: EngineBack
         assert with_pause.run(backend=backend).error() is None
         state = streaming.run(backend=backend, stream=True)
         next(state.text_iter("x"))
+        asyncio.run(engine.service.hold(retract=False))  # else it may be done before the server gives up waiting for it
         restart()
+        asyncio.run(engine.service.go_on())
         assert "run the program again" in str(failure(state))
         assert "cannot be reached" in str(failure(with_pause.run(stop, backend=backend)))
         assert "cannot be reached" in str(failure(with_pause.run(backend=backend)))
