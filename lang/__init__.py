@@ -62,9 +62,10 @@ from caesura.lang.errors import (
     UnsupportedByBackend,
 )
 from caesura.lang.group import ProgramStateGroup
+from caesura.lang.mcp import McpServer, McpTools, mcp_servers, mcp_tools
 from caesura.lang.program import Program, flush_cache, function, get_server_info, set_default_backend
 from caesura.lang.state import ProgramState, Snapshot
-from caesura.lang.tools import Tool, ToolCall, ToolResult, tool
+from caesura.lang.tools import Tool, ToolCall, ToolOutput, ToolResult, tool
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,6 +111,8 @@ __all__ = [
     "Engine",
     "HTTPBackend",
     "LangError",
+    "McpServer",
+    "McpTools",
     "NoBackend",
     "OpenAIBackend",
     "OutputError",
@@ -131,6 +134,7 @@ __all__ = [
     "Tool",
     "ToolCall",
     "ToolError",
+    "ToolOutput",
     "ToolResult",
     "ToolTimeout",
     "UnknownVariable",
@@ -150,6 +154,8 @@ __all__ = [
     "get_server_info",
     "greedy_token_selection",
     "image",
+    "mcp_servers",
+    "mcp_tools",
     "record",
     "replay",
     "select",

@@ -14,7 +14,7 @@ from caesura.lang import ir
 from caesura.lang.backend import Backend
 from caesura.lang.errors import ToolError, ToolTimeout
 from caesura.lang.threads import tool_threads
-from caesura.lang.tools import Tool, ToolResult, clip, render
+from caesura.lang.tools import Tool, ToolOutput, ToolResult, clip, render
 
 BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
@@ -123,11 +123,16 @@ async def _attempt(tool: Tool, args: Sequence[Any], kwargs: Mapping[str, Any], t
 
 
 def _failed(tool: Tool, error: BaseException) -> ToolResult:
-    told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, ToolError) and str(error):  # raised by the tool to speak in its own words
+        told = str(error)
+    else:
+        told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return failure(clip(told, tool.max_chars), error)
 
 
 def _rendered(tool: Tool, value: Any) -> tuple[Any, str]:
+    if isinstance(value, ToolOutput):
+        return value.value, clip(value.text, tool.max_chars)
     return value, clip(render(value), tool.max_chars)
 
 

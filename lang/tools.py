@@ -40,6 +40,14 @@ class ToolResult:
     exception: BaseException | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ToolOutput:
+    """What a tool may return when the model shall read another text than the value as JSON."""
+
+    value: Any
+    text: str
+
+
 class Tool:
     """A function that programs and models can call.
 

@@ -1,0 +1,88 @@
+"""A real MCP server, made with the SDK: ``python mcp_server.py [stdio|PORT]``. Its calls leave marks in MCP_MARKS."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from mcp.server.mcpserver import MCPServer
+from mcp.types import CallToolResult, EmbeddedResource, ImageContent, TextContent, TextResourceContents
+from pydantic import BaseModel
+
+server = MCPServer("marks")
+marks = Path(os.environ["MCP_MARKS"])
+
+
+def mark(text: str) -> None:
+    with marks.open("a") as file:
+        file.write(text + "\n")
+
+
+class Place(BaseModel):
+    city: str
+    floor: int = 0
+
+
+@server.tool()
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+@server.tool(name="where.is")
+def where(place: Place) -> dict[str, object]:
+    """Say where something is."""
+    return {"city": place.city.upper(), "floor": place.floor}
+
+
+@server.tool()
+def fails(why: str) -> str:
+    """Fail."""
+    raise ValueError(why)
+
+
+@server.tool()
+def mixed() -> CallToolResult:
+    """Text, an image and a file."""
+    return CallToolResult(
+        content=[
+            TextContent(text="one"),
+            ImageContent(data="AAAA", mime_type="image/png"),
+            EmbeddedResource(resource=TextResourceContents(uri="file:///a.txt", text="two")),
+        ]
+    )
+
+
+@server.tool()
+async def waits() -> str:
+    """Never answer."""
+    mark("waits begins")
+    try:
+        await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        mark("waits is cancelled")
+        raise
+    return ""
+
+
+@server.tool()
+def dies() -> str:
+    """End the server in the middle of the call."""
+    sys.stderr.write("the disk is full\n")
+    sys.stderr.flush()
+    os._exit(3)
+
+
+@server.tool()
+def environment() -> dict[str, object]:
+    """What the process can see."""
+    return {"secret": os.environ.get("MCP_SECRET"), "given": os.environ.get("MCP_GIVEN"), "pid": os.getpid()}
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "stdio":
+        server.run()
+    else:
+        server.run("streamable-http", port=int(sys.argv[1]))
