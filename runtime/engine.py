@@ -1,25 +1,34 @@
 """The engine: commands in, steps, events out. One thread; everything it needs is passed in.
 
-``step`` is: plan, begin the copies, execute, read, commit, emit. The same loop runs on torch and in simulation.
+``step`` is: plan, begin the copies, execute, read, commit, emit. The same loop runs on torch and in simulation. With an
+executor that overlaps, a step is launched, the one before it is read and emitted, and it is committed under way.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any, Protocol
 
 from caesura.runtime.clock import Clock
 from caesura.runtime.errors import BrokenInvariant, ContextClosed, ContextTooLong, DeadlineExceeded, InvalidRequest
-from caesura.runtime.executors.base import ExecOutput, Executor, SampledToken, SliceInput, SliceOutput
+from caesura.runtime.executors.base import (
+    ExecOutput,
+    Executor,
+    OverlappingExecutor,
+    SampledToken,
+    SliceInput,
+    SliceOutput,
+)
 from caesura.runtime.generation import Ending, Generation
 from caesura.runtime.kv.ledger import KVLedger
+from caesura.runtime.record import NO_OUTPUT, Flight, Record, Scoring
 from caesura.scheduler.context import Call, Context
 from caesura.scheduler.policies import PausePolicy
 from caesura.scheduler.profile import CostProfile
 from caesura.scheduler.scheduler import Scheduler, SchedulerConfig
-from caesura.scheduler.types import ContextId, PauseDecision, Phase, Slice, StepPlan, StepResult
+from caesura.scheduler.types import ContextId, MoveId, PauseDecision, Phase, Slice, StepPlan, StepResult
 
 KEPT_DECISIONS = 64
 COPY_WAIT_S = 0.05
@@ -30,29 +39,6 @@ class Observer(Protocol):
     """Sees every step after it was committed: traces, live views, tests."""
 
     def on_step(self, engine: Engine, plan: StepPlan, result: StepResult) -> None: ...
-
-
-@dataclass(slots=True)
-class _Scoring:
-    """Logprobs wanted of ``tokens[start:]``; with ``top``, of the likeliest tokens in their places too."""
-
-    start: int
-    done: Callable[[list[Any] | Exception], None]
-    top: int = 0
-    found: dict[int, float] = field(default_factory=dict)
-    tops: dict[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Record:
-    """What the engine keeps of a context beside the scheduler's view: who is waiting for what."""
-
-    namespace: str
-    on_closed: Callable[[Exception], None]
-    generation: Generation | None = None
-    scoring: _Scoring | None = None
-    prefilled: Callable[[int | Exception], None] | None = None
-    decisions: list[PauseDecision] = field(default_factory=list)
 
 
 class Engine:
@@ -67,15 +53,19 @@ class Engine:
         config: SchedulerConfig | None = None,
         *,
         share_prefixes: bool = True,
+        overlapping: OverlappingExecutor | None = None,
     ) -> None:
+        """``overlapping`` is the executor again, when a step is to be planned while the one before it runs."""
         self.executor = executor
+        self._overlapping = overlapping
+        self._flight: Flight | None = None
         self.clock = clock
         below = (executor.num_host_pages, executor.num_disk_pages) if policy.uses_host else (0, 0)
         self.ledger = KVLedger(executor.page_size, executor.num_device_pages, *below, disk_pays=profile.disk_pays)
         self.scheduler = Scheduler(self.ledger, policy, profile, config or SchedulerConfig())
         self.observers: list[Observer] = []
         self._share_prefixes = share_prefixes
-        self._records: dict[ContextId, _Record] = {}
+        self._records: dict[ContextId, Record] = {}
         self._ids = itertools.count(1)
         self._has_new_pause = False  # the policy has not seen it yet
         self.held = False  # no steps for now
@@ -92,7 +82,7 @@ class Engine:
         context = ContextId(next(self._ids))
         space = namespace if self._share_prefixes else f"{namespace}/{context}"
         self.scheduler.open(context, space, self.clock.now(), deadline_at)
-        self._records[context] = _Record(space, on_closed)
+        self._records[context] = Record(space, on_closed)
         return context
 
     def append(self, context: ContextId, tokens: Sequence[int]) -> int:
@@ -127,7 +117,7 @@ class Engine:
         """Compute everything appended so far; ``done`` gets the number of tokens."""
         self._prefill(context, self._idle(context), done)
 
-    def _prefill(self, context: ContextId, record: _Record, done: Callable[[int | Exception], None]) -> None:
+    def _prefill(self, context: ContextId, record: Record, done: Callable[[int | Exception], None]) -> None:
         state = self.scheduler.contexts[context]
         if self.ledger.computed(context) >= state.num_tokens:
             self.scheduler.resume(context, self.clock.now())
@@ -148,7 +138,7 @@ class Engine:
         if start == num_tokens:
             done([])
             return
-        record.scoring = _Scoring(start, done, top)
+        record.scoring = Scoring(start, done, top)
         self.scheduler.submit(context, self.clock.now(), samples=False, recompute_from=start - 1)
 
     def pause(
@@ -169,7 +159,7 @@ class Engine:
         record = self._idle(parent)
         child = ContextId(next(self._ids))
         self.scheduler.fork(parent, child, self.clock.now())
-        self._records[child] = _Record(record.namespace, on_closed)
+        self._records[child] = Record(record.namespace, on_closed)
         return child
 
     def truncate(self, context: ContextId, num_tokens: int) -> None:
@@ -184,18 +174,20 @@ class Engine:
         """Abort what the context is doing; it stays open."""
         record = self._records.get(context)
         if record is not None:
+            self._not_live(context)
             self.scheduler.stop(context, self.clock.now())
-            self._fail(record, ContextClosed("the request was aborted"))
+            record.fail(ContextClosed("the request was aborted"))
 
     def close(self, context: ContextId, reason: Exception | None = None) -> None:
         """Close a context in whatever state it is. Idempotent."""
         record = self._records.pop(context, None)
         if record is None:
             return
+        self._not_live(context)
         self.scheduler.close(context)
         if reason is not None:  # first, so that whoever waits for a request finds the reason
             record.on_closed(reason)
-        self._fail(record, reason or ContextClosed("the context was closed"))
+        record.fail(reason or ContextClosed("the context was closed"))
 
     def flush_cache(self) -> None:
         """Forget every cached prefix that no context holds."""
@@ -218,9 +210,9 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """A step would do something: contexts to run, copies to take in, a pause to decide about."""
+        """A step would do something: contexts to run, copies or output to take in, a pause to decide about."""
         wanted = self._has_new_pause or self.scheduler.has_work or bool(self.ledger.transfers)
-        return wanted and not self.held
+        return (wanted or self._flight is not None) and not self.held
 
     def step(self) -> StepPlan:
         """One iteration."""
@@ -232,30 +224,108 @@ class Engine:
             self._remember(decision)
         self.executor.begin(plan.moves)
         inputs = [self._input(piece) for piece in plan.slices if piece.context_id in self._records]
+        if self._overlapping is not None:
+            self._step_ahead(self._overlapping, plan, inputs)
+            return plan
         try:
-            output = self.executor.execute(inputs, plan.copies) if inputs or plan.copies else ExecOutput(0.0, ())
+            output = self.executor.execute(inputs, plan.copies) if inputs or plan.copies else NO_OUTPUT
         except Exception as error:
             self._fail_step(plan, error)
             raise
-        wait_s = 0.0 if inputs or not self.has_work else COPY_WAIT_S  # nothing to compute before a copy ends
+        moves_done = self._acknowledged(computed=bool(inputs))
+        endings: dict[ContextId, Ending] = {}
+        tokens = self._read(output, endings)
+        duration_s = self.clock.now() - plan.now
+        failed = self.executor.take_failed()
+        result = StepResult(plan.number, duration_s, tokens, frozenset(endings), moves_done, failed)
+        self.scheduler.commit(plan, result)
+        self._emit(plan, output, endings)
+        self._show(plan, result)
+        return plan
+
+    def _step_ahead(self, executor: OverlappingExecutor, plan: StepPlan, inputs: Sequence[SliceInput]) -> None:
+        """Launch a step, take in the one before it, and commit this one with its tokens to come."""
+        ticket = None
+        try:
+            if inputs or plan.copies:
+                ticket = executor.launch(inputs, plan.copies)
+            self._land()
+        except Exception as error:
+            self._fail_step(plan, error)
+            raise
+        moves_done = self._acknowledged(computed=bool(inputs))
+        contexts = self.scheduler.contexts
+        chosen = [contexts[piece.context_id] for piece in plan.slices if piece.context_id in contexts]
+        live = {state.id for state in chosen if state.phase is Phase.RUNNING}  # the others ended with the step before
+        pending = frozenset(piece.context_id for piece in plan.slices if piece.samples and piece.context_id in live)
+        result = StepResult(
+            plan.number,
+            self.clock.now() - plan.now,
+            moves_done=moves_done,
+            moves_failed=self.executor.take_failed(),
+            pending=pending,
+            last=frozenset(context for context in pending if self._needs_one_more(context)),
+        )
+        self.scheduler.commit(plan, result)
+        if ticket is None:
+            self._show(plan, result)
+            return
+        self._flight = Flight(plan, ticket, result, live)
+        if any(piece.sampler is not None and piece.sampler.needs_history for piece in inputs):
+            self._land()  # the next step's inputs are worked out on the host
+
+    def _land(self) -> None:
+        """Wait for the step under way, if there is one, and tell everyone what came of it."""
+        flight, self._flight = self._flight, None
+        if flight is None or self._overlapping is None:
+            return
+        try:
+            output = self._overlapping.collect(flight.ticket)
+        except Exception as error:
+            self._fail_step(flight.plan, error)
+            raise
+        output = replace(output, outputs=tuple(out for out in output.outputs if out.context_id in flight.live))
+        endings: dict[ContextId, Ending] = {}
+        tokens = self._read(output, endings)
+        now = self.clock.now()
+        result = replace(
+            flight.result,
+            duration_s=now - flight.plan.now,
+            tokens=tokens,
+            finished=frozenset(endings),
+            pending=frozenset(),
+            last=frozenset(),
+        )
+        self.scheduler.settle(flight.live, result, now)
+        self._emit(flight.plan, output, endings)
+        self._show(flight.plan, result)
+
+    def _needs_one_more(self, context: ContextId) -> bool:
+        """The token under way is the last one that the context's generation may have."""
+        generation = self._records[context].generation
+        return generation is not None and len(generation.token_ids) + 1 >= generation.params.max_new_tokens
+
+    def _not_live(self, context: ContextId) -> None:
+        """What the step under way yields for this context is nobody's any more."""
+        if self._flight is not None:
+            self._flight.live.discard(context)
+
+    def _acknowledged(self, *, computed: bool) -> tuple[MoveId, ...]:
+        wait_s = 0.0 if computed or not self.has_work else COPY_WAIT_S  # nothing to compute before a copy ends
         moves_done = self.executor.acknowledged(wait_s=wait_s)
         for _ in range(BLOCKING_WAITS if self.scheduler.policy.waits_for_copies else 0):
             if len(moves_done) == len(self.ledger.transfers):
                 break
             moves_done += self.executor.acknowledged(wait_s=COPY_WAIT_S)
-        endings: dict[ContextId, Ending] = {}
-        tokens = self._read(output, endings)
-        duration_s = self.clock.now() - plan.now
-        failed = self.executor.take_failed()
-        result = StepResult(plan.number, duration_s, tokens, frozenset(endings), tuple(moves_done), failed)
-        self.scheduler.commit(plan, result)
-        self._emit(plan, output, endings)
+        return tuple(moves_done)
+
+    def _show(self, plan: StepPlan, result: StepResult) -> None:
         for observer in self.observers:
             observer.on_step(self, plan, result)
-        return plan
 
     def hold(self, *, retract: bool) -> None:
         """No more steps until ``go_on``. ``retract`` gives up all KV besides, to be computed again."""
+        self._land()
         self.held = True
         if retract:
             self.scheduler.retract()
@@ -341,7 +411,7 @@ class Engine:
             if record is not None:
                 self._collect(ContextId(out.context_id), record, pieces[ContextId(out.context_id)], out)
 
-    def _finish(self, context: ContextId, record: _Record, ending: Ending) -> None:
+    def _finish(self, context: ContextId, record: Record, ending: Ending) -> None:
         generation, record.generation = record.generation, None
         if generation is None:
             return
@@ -359,7 +429,7 @@ class Engine:
             self._has_new_pause = True
         generation.finish(ending, calls, max(0, state.cached_tokens))
 
-    def _collect(self, context: ContextId, record: _Record, piece: Slice, out: SliceOutput) -> None:
+    def _collect(self, context: ContextId, record: Record, piece: Slice, out: SliceOutput) -> None:
         state = self.scheduler.contexts[context]
         scoring = record.scoring
         if scoring is not None and out.scores:
@@ -370,7 +440,7 @@ class Engine:
             return
         if scoring is not None:
             record.scoring = None
-            scoring.done(_scored(scoring, state.tokens))
+            scoring.done(scoring.of(state.tokens))
         if record.prefilled is not None:
             done, record.prefilled = record.prefilled, None
             done(state.num_tokens)
@@ -385,30 +455,17 @@ class Engine:
         for piece in plan.slices:
             self.close(piece.context_id, ContextClosed(f"the step failed: {error}"))
 
-    @staticmethod
-    def _fail(record: _Record, reason: Exception) -> None:
-        """One terminal event for whatever was going on."""
-        if record.generation is not None:
-            generation, record.generation = record.generation, None
-            generation.abort(str(reason))
-        if record.scoring is not None:
-            scoring, record.scoring = record.scoring, None
-            scoring.done(reason)
-        if record.prefilled is not None:
-            done, record.prefilled = record.prefilled, None
-            done(reason)
-
     # -- checks -----------------------------------------------------------------------------------------------
 
-    def _record(self, context: ContextId) -> _Record:
+    def _record(self, context: ContextId) -> Record:
         record = self._records.get(context)
         if record is None:
             raise ContextClosed(f"context {context} is closed")
         return record
 
-    def _idle(self, context: ContextId) -> _Record:
+    def _idle(self, context: ContextId) -> Record:
         record = self._record(context)
-        if record.generation is not None or record.scoring is not None or record.prefilled is not None:
+        if record.is_busy:
             raise InvalidRequest(f"context {context} is busy; wait for its request to finish, or abort it")
         return record
 
@@ -426,10 +483,3 @@ def _deadline_of(state: Context) -> float | None:
     """The earlier of a context's own deadline and its pause's."""
     pause = state.pause.deadline_at if state.phase is Phase.PAUSED else None
     return min((moment for moment in (state.deadline_at, pause) if moment is not None), default=None)
-
-
-def _scored(scoring: _Scoring, tokens: Sequence[int]) -> list[Any]:
-    places = range(scoring.start, len(tokens))
-    if not scoring.top:
-        return [scoring.found[place] for place in places]
-    return [SampledToken(tokens[place], scoring.found[place], scoring.tops.get(place, ())) for place in places]

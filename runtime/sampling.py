@@ -110,6 +110,20 @@ class SamplerState:
     num_generated: int = 0
     counts: Counter[int] = field(default_factory=Counter)
 
+    @property
+    def needs_history(self) -> bool:
+        """The next token depends on what was sampled before it in ways that only the host works out."""
+        params = self.params
+        return (
+            self.matcher is not None
+            or params.logprobs is not None
+            or params.repetition_penalty != 1.0
+            or params.frequency_penalty != 0.0
+            or params.presence_penalty != 0.0
+            or bool(params.logit_bias)
+            or (bool(params.stop_token_ids) and self.num_generated < params.min_new_tokens)
+        )
+
     def accept(self, token_id: int) -> None:
         """Record a sampled token."""
         self.num_generated += 1

@@ -86,6 +86,8 @@ class Context:
     cached_tokens: int = 0  # found computed at the last admission
     deadline_at: float | None = None
     decided: Action | None = None  # the last decision of this pause
+    pending: bool = False  # the last token is TOKEN_TO_COME
+    ending: bool = False  # and the one that comes is the last of this generation
     program: ContextId = NO_PROGRAM  # the context it was forked from, at the root; its own id without a fork
 
     def __post_init__(self) -> None:

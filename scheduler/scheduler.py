@@ -3,13 +3,16 @@
 ``plan(now)`` moves pages through the ledger's verbs as it goes and returns a frozen record for the executor;
 ``commit(plan, result)`` takes in what came of it. No I/O, clock, random number, torch or thread.
 
+A step may be committed while it is still under way: then its tokens are placeholders, which the next plan reckons
+with and ``settle`` replaces before the next commit. So everything is known one step late, but never guessed.
+
 Order: running, then queued; each by the policy's key (original arrival unless it says otherwise). Liveness: the
 first context in order can always take what it needs, since everything but running contexts ahead of it is revocable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from caesura.scheduler.context import Call, Context, ContextTable, Pause, Progress
@@ -18,7 +21,7 @@ from caesura.scheduler.memory import MemoryDesk
 from caesura.scheduler.meter import WasteMeter
 from caesura.scheduler.policies.base import PausePolicy
 from caesura.scheduler.profile import CostProfile
-from caesura.scheduler.types import ContextId, Phase, Slice, StepPlan, StepResult
+from caesura.scheduler.types import TOKEN_TO_COME, ContextId, Phase, Slice, StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +175,7 @@ class Scheduler:
             self.ledger.acknowledge(move, failed=move in result.moves_failed)
         for piece in plan.slices:
             state = self.contexts.get(piece.context_id)
-            if state is None:
+            if state is None or state.phase is not Phase.RUNNING:  # ended by the step before, which was under way
                 continue
             computed = piece.start + piece.num_tokens
             self.ledger.commit(piece.context_id, state.tokens, computed)
@@ -180,11 +183,29 @@ class Scheduler:
             if state.recompute_from is not None:
                 state.recompute_from = max(state.recompute_from, computed)
             if piece.samples:
-                token = result.tokens.get(piece.context_id)
+                state.pending = piece.context_id in result.pending
+                state.ending = piece.context_id in result.last
+                token = TOKEN_TO_COME if state.pending else result.tokens.get(piece.context_id)
                 if token is not None:
                     state.tokens.append(token)
             if piece.context_id in result.finished or (not state.samples and computed == state.num_tokens):
                 self._rest(state, end)
+
+    def settle(self, live: Collection[ContextId], result: StepResult, now: float) -> None:
+        """What a step committed under way has sampled. ``live``: its contexts, but for those stopped meanwhile."""
+        for context in live:
+            state = self.contexts.get(context)
+            if state is None:
+                continue
+            if state.pending:
+                token = result.tokens.get(context)
+                if token is None:
+                    state.tokens.pop()
+                else:
+                    state.tokens[-1] = token
+                state.pending = state.ending = False
+            if context in result.finished and state.phase is not Phase.PAUSED:
+                self._rest(state, now)
 
     @property
     def has_work(self) -> bool:
@@ -194,6 +215,9 @@ class Scheduler:
     # -- parts ------------------------------------------------------------------------------------------------
 
     def _rest(self, state: Context, now: float) -> None:
+        if state.pending:  # whatever comes is nobody's any more
+            state.tokens.pop()
+            state.pending = state.ending = False
         self.contexts.become(state, Phase.PAUSED)
         state.samples, state.recompute_from = False, None
         self._begin_pause(state, Pause(now))
@@ -238,7 +262,7 @@ class Scheduler:
         for _, state in sorted(zip(chunked, running, strict=True), key=lambda pair: pair[0]):
             if budget <= 0:
                 break
-            if state.phase is Phase.RUNNING:
+            if state.phase is Phase.RUNNING and not state.ending:
                 budget -= self._grant(state, budget, running, draft)
         count = sum(state.phase is Phase.RUNNING for state in running)
         residents_only = False

@@ -14,6 +14,8 @@ ContextId = NewType("ContextId", int)
 PageId = NewType("PageId", int)
 MoveId = NewType("MoveId", int)
 
+TOKEN_TO_COME = -1  # stands in a context for the token that a step under way will sample
+
 
 class Phase(StrEnum):
     """Where a context is in its life. Where its KV lies is the ledger's fact, not a phase."""
@@ -120,7 +122,10 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What the executor reports: sampled tokens, acknowledged moves, the time it took."""
+    """What the executor reports: sampled tokens, acknowledged moves, the time it took.
+
+    Of a step that is still under way when it is committed the tokens are ``pending``: ``settle`` brings them.
+    """
 
     number: int
     duration_s: float
@@ -128,3 +133,5 @@ class StepResult:
     finished: frozenset[ContextId] = frozenset()  # contexts whose generation ended with this token
     moves_done: tuple[MoveId, ...] = ()
     moves_failed: frozenset[MoveId] = frozenset()  # those of them that brought nothing
+    pending: frozenset[ContextId] = frozenset()  # contexts whose token is still to come
+    last: frozenset[ContextId] = frozenset()  # those of them that will need no further one

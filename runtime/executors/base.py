@@ -18,6 +18,9 @@ class SliceInput:
     ``[0, start + len(token_ids))``. ``sampler`` is set when the last row yields the next token.
     ``score_targets`` are ``(row, token_id)`` pairs: the logprob of ``token_id`` as successor of that row; with
     ``score_top``, the most likely successors of each of these rows as well.
+
+    For an executor that overlaps, the last token id may be ``TOKEN_TO_COME``: the one that the step launched before
+    this one samples for the same context.
     """
 
     context_id: ContextId
@@ -85,3 +88,24 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Wait for copies in flight and free the arenas."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A launched step."""
+
+    number: int
+
+
+class OverlappingExecutor(Executor, Protocol):
+    """An executor whose steps run while the next one is planned.
+
+    All it is given takes effect in the order of the calls, whenever it is carried out: a page may be given to a later
+    step or copy while an earlier one is still at it. ``execute`` is ``collect(launch())``.
+    """
+
+    def launch(self, slices: Sequence[SliceInput], copies: Sequence[Move]) -> Ticket:
+        """Begin a step and return at once. At most two are under way: the one before must be collected first."""
+
+    def collect(self, ticket: Ticket) -> ExecOutput:
+        """Wait for a step. Steps are collected in the order of their launch, each once."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 from caesura.runtime.clock import VirtualClock
 from caesura.runtime.engine import Engine
-from caesura.runtime.executors.base import Executor
+from caesura.runtime.executors.base import Executor, OverlappingExecutor
 from caesura.runtime.executors.sim import SimExecutor, expected_token
 from caesura.runtime.generation import TokenChunk
 from caesura.runtime.sim import Simulation, generation
@@ -45,6 +46,7 @@ class World:
     share: bool = True
     check_every: int = 1
     make_executor: Callable[[World], Executor] | None = None
+    overlap: bool = False  # the executor made is an OverlappingExecutor
     wrong: list[str] = field(default_factory=list)
     transcripts: dict[str, list[int]] = field(default_factory=dict)
     finished: int = 0
@@ -55,7 +57,10 @@ class World:
         executor = self.make_executor(self) if self.make_executor else self._simulated()
         config = SchedulerConfig(self.max_step_tokens, self.max_running)
         policy = make_policy(self.policy)
-        self.engine = Engine(executor, policy, self.profile, self.clock, config, share_prefixes=self.share)
+        overlapping = cast(OverlappingExecutor, executor) if self.overlap else None
+        self.engine = Engine(
+            executor, policy, self.profile, self.clock, config, share_prefixes=self.share, overlapping=overlapping
+        )
         self.sim = Simulation(self.engine, self.clock, self._check)
 
     def _simulated(self) -> Executor:

@@ -30,7 +30,10 @@ class Watcher:
 class Recorder:
     """Stands before a scheduler and writes down every call with its arguments and plans."""
 
-    CALLS = ("open", "append", "submit", "pause", "resume", "stop", "fork", "truncate", "close", "plan", "commit")
+    CALLS = (
+        *("open", "append", "submit", "pause", "resume", "stop", "fork", "truncate", "close"),
+        *("plan", "commit", "settle"),
+    )
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
