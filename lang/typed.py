@@ -22,6 +22,10 @@ DTYPE_REGEX: dict[type, str] = {
 }
 DTYPE_STOP: dict[type, tuple[str, ...]] = {int: (" ", "\n"), float: (" ", "\n")}
 
+# Objects are written on one line, spaced as in tool calls: a small model loops in white space where it may.
+ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+LAYOUT_KEY = "x-guidance"  # llguidance reads it; servers of other kinds get the schema without it
+
 _INT = r"-?(0|[1-9][0-9]{0,17})"
 _FLOAT = r"-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?([eE][-+]?[0-9]{1,3})?"
 
@@ -77,7 +81,13 @@ def _schema_type(name: str, kind: Any) -> OutputType:
                 f"the generated text is no {name}: {validation_problems(error)}; it is {_shown(text)}"
             ) from error
 
-    return OutputType(name, Constraint("json_schema", json.dumps(schema)), parse)
+    return OutputType(name, Constraint("json_schema", json.dumps({**schema, LAYOUT_KEY: ONE_LINE})), parse)
+
+
+def plain_schema(source: str) -> Any:
+    """The schema of a constraint, without what only our own grammars understand."""
+    schema = json.loads(source)
+    return {key: value for key, value in schema.items() if key != LAYOUT_KEY} if isinstance(schema, dict) else schema
 
 
 def _options(name: str, values: Mapping[str, Any]) -> OutputType:

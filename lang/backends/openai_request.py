@@ -11,6 +11,7 @@ from caesura.lang.backend import Constraint, GenRequest, ToolSpec, ToolUse
 from caesura.lang.backends.http_text import choice_regex
 from caesura.lang.backends.openai_messages import is_strict
 from caesura.lang.errors import OutputError, UnsupportedByBackend
+from caesura.lang.typed import plain_schema
 
 Dialect = Literal["openai", "sglang", "vllm"]
 WRAPPING_TOKENS = 32
@@ -88,7 +89,7 @@ def _beyond(request: GenRequest, dialect: Dialect) -> dict[str, Any]:
 def _held(constraint: Constraint, dialect: Dialect) -> tuple[dict[str, Any], Wrapped | None]:
     kind, source = constraint.kind, constraint.source
     if kind == "json_schema":
-        return {"response_format": _format(json.loads(source))}, None
+        return {"response_format": _format(plain_schema(source))}, None
     if dialect == "vllm":
         value = json.loads(source) if kind == "choices" else source
         name = {"regex": "regex", "ebnf": "grammar", "choices": "choice"}[kind]

@@ -36,6 +36,7 @@ from caesura.lang.backends.http_text import (
 )
 from caesura.lang.backends.sglang_formats import PLAIN, NamedFormat, format_named, format_of_model
 from caesura.lang.errors import RemoteError, ServerUnavailable, UnsupportedByBackend
+from caesura.lang.typed import plain_schema
 
 MAX_AT_ONCE = 64  # texts to score in one request
 
@@ -310,7 +311,10 @@ def _sampling(request: GenRequest) -> dict[str, Any]:
     held = request.constraint
     if held is not None:
         kind, source = held.kind, held.source
-        params |= {"regex": choice_regex(json.loads(source))} if kind == "choices" else {kind: source}
+        if kind == "choices":
+            params["regex"] = choice_regex(json.loads(source))
+        else:
+            params[kind] = json.dumps(plain_schema(source)) if kind == "json_schema" else source
     return params
 
 

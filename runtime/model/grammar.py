@@ -203,7 +203,12 @@ def _translate(constraint: Constraint) -> str:
                 raise GrammarError("json_schema cannot be satisfied: false matches nothing")
             if not isinstance(schema, dict) and schema is not True:
                 raise GrammarError("json_schema must be an object, true or false")
-            text = json.dumps({} if schema is True else schema)
+            schema = {} if schema is True else schema
+            layout = schema.get("x-guidance")
+            fixed = isinstance(layout, dict) and layout.get("whitespace_flexible") is False
+            if fixed:
+                return str(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+            text = json.dumps(schema)
             return str(LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _JSON_SPACE}))
         case ConstraintKind.CHOICES:
             return str(LLMatcher.grammar_from_lark(_choices(_parse_json(source, "choices"))))

@@ -112,6 +112,14 @@ def test_whitespace_in_json_is_bounded(compiler: GrammarCompiler) -> None:
     assert ord(" ") not in allowed(matcher)
 
 
+def test_a_layout_without_free_whitespace_is_kept(compiler: GrammarCompiler) -> None:
+    layout = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    schema = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "x-guidance": layout}
+    matcher = accept(compiler.compile(Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(schema))), "[1")
+    assert ord(" ") not in allowed(matcher)
+    assert allowed(accept(matcher, ",")) == {ord(" ")}
+
+
 def test_matchers_of_one_grammar_are_independent(compiler: GrammarCompiler) -> None:
     constraint = Constraint(ConstraintKind.REGEX, "abc")
     first, second = compiler.compile(constraint), compiler.compile(constraint)

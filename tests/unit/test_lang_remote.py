@@ -34,8 +34,9 @@ from caesura.lang.backends.http_text import (
 from caesura.lang.backends.openai import closest
 from caesura.lang.backends.openai_messages import MessageChat, is_strict, messages_of, open_answer, read_pieces
 from caesura.lang.backends.openai_request import Wrapped, request_body
-from caesura.lang.backends.sglang import _Seen
+from caesura.lang.backends.sglang import _sampling, _Seen
 from caesura.lang.backends.sglang_formats import CHATML, FORMATS, LLAMA3, format_of_model
+from caesura.lang.typed import output_type
 from caesura.runtime.errors import ContextTooLong, DeadlineExceeded, GrammarError, InvalidRequest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -211,6 +212,15 @@ def test_a_dialect_refuses_what_it_has_no_field_for() -> None:
     with pytest.raises(UnsupportedByBackend, match="sets stop_regex,"):
         request_body("m", asked, "vllm", (), "")
     assert request_body("m", asked, "sglang", (), "salt")[0]["cache_salt"] == "salt"
+
+
+def test_other_servers_get_a_typed_schema_without_its_layout() -> None:
+    held = output_type(list[int]).constraint
+    assert held is not None and "x-guidance" in held.source
+    body, _ = request_body("m", GenRequest("x", constraint=held), "openai", (), "")
+    schema = {"items": {"type": "integer"}, "type": "array"}
+    assert body["response_format"]["json_schema"]["schema"] == schema
+    assert json.loads(_sampling(GenRequest("x", constraint=held))["json_schema"]) == schema
 
 
 def test_grammars_in_every_dialect() -> None:
