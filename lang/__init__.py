@@ -62,7 +62,6 @@ from caesura.lang.errors import (
     UnsupportedByBackend,
 )
 from caesura.lang.group import ProgramStateGroup
-from caesura.lang.mcp import McpServer, McpTools, mcp_servers, mcp_tools
 from caesura.lang.program import Program, flush_cache, function, get_server_info, set_default_backend
 from caesura.lang.state import ProgramState, Snapshot
 from caesura.lang.tools import Tool, ToolCall, ToolOutput, ToolResult, tool
@@ -71,7 +70,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from caesura.lang.backends.engine import EngineBackend
-    from caesura.lang.backends.replay import RecordingBackend, ReplayBackend
+    from caesura.lang.backends.taped import TapedBackend
+    from caesura.lang.mcp import McpServer, McpTools, mcp_servers, mcp_tools
+
+_FROM_MCP = ("McpServer", "McpTools", "mcp_servers", "mcp_tools")
+
+
+def __getattr__(name: str) -> Any:
+    """What few programs need is loaded when it is first asked for."""
+    if name not in _FROM_MCP:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from caesura.lang import mcp
+
+    return getattr(mcp, name)
 
 
 def Engine(model: str | None = None, **options: Any) -> EngineBackend:
@@ -84,18 +95,27 @@ def Engine(model: str | None = None, **options: Any) -> EngineBackend:
     return EngineBackend.start(model, **options)
 
 
-def record(backend: Backend, path: str | Path) -> RecordingBackend:
+def record(backend: Backend, path: str | Path) -> TapedBackend:
     """``backend``, with everything programs get from it and from their tools written to a JSONL file."""
-    from caesura.lang.backends.replay import record as make
+    from caesura.lang.backends.taped import record as make
 
     return make(backend, path)
 
 
-def replay(path: str | Path) -> ReplayBackend:
-    """A recording as a backend: no model and no tool runs. A program that has changed gets a ReplayError."""
-    from caesura.lang.backends.replay import replay as make
+def replay(path: str | Path, *, strict: bool = False) -> TapedBackend:
+    """A recording as a backend: no model and no tool runs. A program that has changed gets a ReplayError; with
+    ``strict`` also one that asks for less, when the backend is closed."""
+    from caesura.lang.backends.taped import replay as make
 
-    return make(path)
+    return make(path, strict=strict)
+
+
+def durable(backend: Backend, path: str | Path) -> TapedBackend:
+    """``backend`` behind a recording: a program that was stopped, run again, gets from the file what it had (no model
+    and no finished tool runs again), goes on from there, and adds to the file."""
+    from caesura.lang.backends.taped import durable as make
+
+    return make(backend, path)
 
 
 __all__ = [
@@ -146,6 +166,7 @@ __all__ = [
     "call_tool",
     "call_tools",
     "connect",
+    "durable",
     "flush_cache",
     "function",
     "gen",

@@ -61,7 +61,7 @@ async def call_tool(core: Core, node: ir.CallTool) -> None:
     name = node.name or core.auto_name("call")
     session = await core.flush()
     async with paused(session, pending(name, (node.call,))):
-        result = await run_tool(node.call, core.execution.backend)
+        result = await run_tool(node.call, session)
         count(core, (result,))
         core.values.tool_results[name] = [result]
         check_raise(node.call, result)
@@ -75,7 +75,7 @@ async def call_tools(core: Core, node: ir.CallTools) -> None:
     name = node.name or core.auto_name("calls")
     session = await core.flush()
     async with paused(session, pending(name, node.calls), node.wait):
-        results = await run_tools(node.calls, node.wait, core.execution.backend)
+        results = await run_tools(node.calls, node.wait, session)
         count(core, results)
         done = [(call, result) for call, result in zip(node.calls, results, strict=True) if result is not None]
         texts = [result.text for _, result in done]

@@ -53,7 +53,7 @@ async def _round(
     prepared = [_prepare(tools, call) for call in wanted]
     runnable = [call for call in prepared if isinstance(call, ir.ToolInvocation)]
     async with paused(session, pending(label, runnable)):
-        ran = iter(await run_tools(runnable, backend=core.execution.backend))
+        ran = iter(await run_tools(runnable, session=session))
         results = [next(ran) if isinstance(call, ir.ToolInvocation) else call for call in prepared]
         done = [result for result in results if result is not None]
         count(core, done)

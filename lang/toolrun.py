@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 from caesura.lang import ir
-from caesura.lang.backend import Backend
+from caesura.lang.backend import Session
 from caesura.lang.errors import ToolError, ToolTimeout
 from caesura.lang.threads import tool_threads
 from caesura.lang.tools import Tool, ToolOutput, ToolResult, clip, render
@@ -24,10 +24,17 @@ _leftovers: set[asyncio.Task[Any]] = set()  # async tools that are still ending 
 
 @runtime_checkable
 class ToolTape(Protocol):
-    """A backend that records tool calls, or answers them."""
+    """A session that records tool calls, or answers them. ``run`` really calls the tools."""
 
-    async def on_tool(self, tool: str, arguments: str, run: Callable[[], Awaitable[ToolResult]]) -> ToolResult:
-        """The result of a call; ``run`` really calls the tool."""
+    async def on_tool(
+        self, tool: str, arguments: str, number: int, run: Callable[[], Awaitable[ToolResult]]
+    ) -> ToolResult:
+        """The result of a call, which is the ``number``-th of those that are made at once."""
+
+    async def on_race(
+        self, calls: Sequence[tuple[str, str]], run: Callable[[], Awaitable[list[ToolResult | None]]]
+    ) -> list[ToolResult | None]:
+        """The results of calls of which the first success ends the others."""
 
 
 def call_deadline_s(call: ir.ToolInvocation) -> float | None:
@@ -44,10 +51,10 @@ def expected_s(call: ir.ToolInvocation) -> float | None:
     return call.expected_s if call.expected_s is not None else call.tool.expected_s
 
 
-async def run_tool(call: ir.ToolInvocation, backend: Backend | None = None) -> ToolResult:
-    """Call the tool, with retries. Never raises what the tool raised. A backend that tapes tools stands around it."""
-    if isinstance(backend, ToolTape):
-        return await backend.on_tool(call.tool.name, call_text(call), lambda: run_tool(call))
+async def run_tool(call: ir.ToolInvocation, session: Session | None = None, number: int = 0) -> ToolResult:
+    """Call the tool, with retries. Never raises what the tool raised. A session that tapes tools stands around it."""
+    if isinstance(session, ToolTape):
+        return await session.on_tool(call.tool.name, call_text(call), number, lambda: run_tool(call))
     timeout_s = call.timeout_s if call.timeout_s is not None else call.tool.timeout_s
     retries = call.retries if call.retries is not None else call.tool.retries
     started = time.monotonic()
@@ -61,10 +68,13 @@ async def run_tool(call: ir.ToolInvocation, backend: Backend | None = None) -> T
 
 
 async def run_tools(
-    calls: Sequence[ir.ToolInvocation], wait: str = "all", backend: Backend | None = None
+    calls: Sequence[ir.ToolInvocation], wait: str = "all", session: Session | None = None
 ) -> list[ToolResult | None]:
     """Call several at once. ``wait="any"``: the first success ends the others, whose results are None."""
-    tasks = [asyncio.ensure_future(run_tool(call, backend)) for call in calls]
+    if wait == "any" and isinstance(session, ToolTape):
+        told = [(call.tool.name, call_text(call)) for call in calls]
+        return await session.on_race(told, lambda: run_tools(calls, wait))
+    tasks = [asyncio.ensure_future(run_tool(call, session, number)) for number, call in enumerate(calls)]
     try:
         if wait == "all":
             return list(await asyncio.gather(*tasks))

@@ -207,8 +207,7 @@ class ScriptedSession:
     async def append(self, pieces: Sequence[Piece | Tokens]) -> None:
         self._alive()
         for piece in pieces:
-            ids = piece.token_ids if isinstance(piece, Tokens) else self._backend.encode(piece.text)
-            self.token_ids.extend(ids)
+            self.token_ids += self._backend.encode(piece.text)  # ids of a recording are those of another backend
             self._note("append", piece.text)
 
     async def generate(self, request: GenRequest) -> AsyncGenerator[GenChunk, None]:

@@ -79,10 +79,18 @@ def run(
     arg: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="An argument; repeatable.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature where the program has none.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated.")] = False,
+    record: Annotated[Path | None, typer.Option(help="Write the run to this JSONL file.")] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Repeat the run of this file: no model and no tool runs, any difference fails.")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with the run of this file, or begin it; run the same command again after a stop."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a program on the engine, or on a server, and print what it wrote."""
-    from caesura.lang.cli.run_command import run_command
+    from caesura.lang.cli.run_command import choose_tape, run_command
 
     run_command(
         target,
@@ -92,6 +100,7 @@ def run(
         arguments=arg or (),
         temperature=temperature,
         stream=stream,
+        tape=choose_tape(record=record, replay=replay, resume=resume),
         as_json=as_json,
     )
 

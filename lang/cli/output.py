@@ -91,7 +91,7 @@ def guarded(command: Callable[P, T]) -> Callable[P, T]:
 
 def as_cli_error(error: Exception) -> CliError:
     """The exit code and the next command for an error of the engine or the language."""
-    from caesura.lang.errors import DefinitionError
+    from caesura.lang.errors import DefinitionError, ReplayError
     from caesura.runtime.errors import EngineStopped, InvalidRequest, ModelError
 
     message = str(error) or type(error).__name__
@@ -99,4 +99,6 @@ def as_cli_error(error: Exception) -> CliError:
         return CliError(message, "caesura doctor", NO_ENGINE)
     if isinstance(error, (InvalidRequest, DefinitionError)):
         return CliError(message, "caesura --help", USAGE)
+    if isinstance(error, ReplayError):
+        return CliError(message, "caesura run FILE --record NEW.jsonl", FAILED)
     return CliError(message, "caesura doctor", FAILED)

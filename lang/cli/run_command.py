@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from caesura.lang.cli.output import CliError, print_json, stdout
+from caesura.lang.backend import Backend
+from caesura.lang.cli.output import USAGE, CliError, print_json, stdout
 from caesura.lang.cli.program_file import (
     choose_program,
     load_programs,
@@ -23,6 +26,19 @@ from rich.text import Text
 ROLE_STYLES = {"system": "dim", "user": "bold cyan", "assistant": "bold green", "tool": "bold magenta"}
 
 
+TapeKind = Literal["record", "replay", "resume"]
+TapeChoice = tuple[TapeKind, Path]
+
+
+def choose_tape(*, record: Path | None, replay: Path | None, resume: Path | None) -> TapeChoice | None:
+    """The one of the options that was given. Raises CliError for several."""
+    options: dict[TapeKind, Path | None] = {"record": record, "replay": replay, "resume": resume}
+    given = [(kind, path) for kind, path in options.items() if path is not None]
+    if len(given) > 1:
+        raise CliError("--record, --replay and --resume do not go together", "caesura run --help", USAGE)
+    return given[0] if given else None
+
+
 def run_command(
     target: str,
     *,
@@ -32,6 +48,7 @@ def run_command(
     arguments: Sequence[str],
     temperature: float | None,
     stream: bool,
+    tape: TapeChoice | None = None,
     as_json: bool,
 ) -> None:
     """Find, run and show a program. Raises CliError; the engine's errors pass through."""
@@ -39,7 +56,7 @@ def run_command(
     program = choose_program(path, load_programs(path), name)
     values = parse_arguments(program, arguments, target)
     options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
-    with start_backend(model, policy, url) as backend:
+    with start_taped(model, policy, url, tape) as backend:
         state = program.run(**values, **options, backend=backend, stream=stream)
         try:
             if stream and not as_json:
@@ -78,6 +95,25 @@ def start_backend(model: str | None, policy: str | None, url: str | None) -> Any
     if model is not None and kind != "openai":
         raise CliError("--model goes with a --url of openai+http://... only; other servers serve one", "caesura serve")
     return connect(url, **({} if model is None else {"model": model}))
+
+
+@contextlib.contextmanager
+def start_taped(model: str | None, policy: str | None, url: str | None, tape: TapeChoice | None) -> Iterator[Backend]:
+    """A backend as `start_backend` gives it, behind a recording if there is one. A replay starts none."""
+    from caesura.lang import durable, record, replay
+
+    if tape is None:
+        with start_backend(model, policy, url) as backend:
+            yield backend
+        return
+    kind, path = tape
+    if kind == "replay":
+        with replay(path, strict=True) as backend:
+            yield backend
+        return
+    make = record if kind == "record" else durable
+    with start_backend(model, policy, url) as live, make(live, path) as backend:
+        yield backend
 
 
 def as_document(state: ProgramState) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from caesura.lang import (
     ToolError,
     assistant,
     call_tool,
+    durable,
     flush_cache,
     function,
     gen,
@@ -372,3 +373,34 @@ def test_many_programs_at_once(engine):
 
     states = program.run_batch([{"i": i} for i in range(40)], backend=engine)
     assert [state["y"] for state in states] == [str(2 * i) for i in range(40)]
+
+
+def test_a_stopped_run_goes_on_with_the_same_tokens(engine, in_process, tmp_path):
+    @function
+    def program(s):
+        s += user("What is 4827 * 396?")
+        s += assistant(gen("first", tools=[calculator], max_tokens=96, temperature=0))
+        for fork in (forks := s.fork(2)):
+            fork += user("And?") + assistant(gen("more", max_tokens=6, temperature=0))
+        forks.join()
+        s += user("Well?")
+        s += assistant("It is" + gen("last", max_tokens=6, temperature=0, return_logprob=True))
+
+    def run(path):
+        with durable(engine, path) as backend:
+            state = program.run(backend=backend)
+            assert state.error() is None
+        return state
+
+    whole = run(tmp_path / "whole.jsonl")
+    assert "1911492" in whole["first"]
+    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    for kept in range(1, len(lines), 3):
+        (tmp_path / "part.jsonl").write_bytes(b"".join(lines[:kept]))
+        again = run(tmp_path / "part.jsonl")
+        assert again.text() == whole.text()
+        tokens = [
+            [token_id for _, token_id, _ in state.get_meta_info("last")["output_token_logprobs"]]
+            for state in (again, whole)
+        ]
+        assert tokens[0] == tokens[1]

@@ -70,9 +70,10 @@ def python(code: str) -> str:
     return done.stdout
 
 
-def test_help_loads_no_torch_and_takes_little_time() -> None:
+def test_help_loads_no_torch_and_little_else() -> None:
     code = """
-import sys, time
+import sys
+bare = len(sys.modules)
 from caesura.lang.cli import main
 sys.argv = ["caesura", "--help"]
 try:
@@ -80,11 +81,11 @@ try:
 except SystemExit as ended:
     assert not ended.code
 heavy = [name for name in ("torch", "numpy", "pydantic", "tokenizers", "rich.live") if name in sys.modules]
-print("heavy", heavy, "cpu", time.process_time())
+print("heavy", heavy, "modules", len(sys.modules) - bare)
 """
-    last = min((python(code).splitlines()[-1] for _ in range(3)), key=lambda line: float(line.split()[-1]))
+    last = python(code).splitlines()[-1]
     assert last.startswith("heavy [] ")
-    assert float(last.split()[-1]) < 0.3
+    assert int(last.split()[-1]) < 260  # about 0.2 s where nothing else runs
 
 
 def test_every_command_offers_json_and_says_what_it_does() -> None:
@@ -115,6 +116,22 @@ def test_json_is_one_document(programs: Path) -> None:
     assert set(document) == {"text", "variables", "usage", "decisions"}
     assert document["variables"] == {"answer": "fine"}
     assert document["usage"]["generations"] == 1
+
+
+def test_a_run_is_recorded_replayed_and_resumed(programs: Path, tmp_path: Path) -> None:
+    tape = str(tmp_path / "run.jsonl")
+    first = invoke("run", f"{programs}:plain", "--record", tape)
+    assert "Look up: fine = FINE" in first.stdout
+    for option in ("--replay", "--resume"):
+        again = invoke("run", f"{programs}:plain", option, tape)
+        assert "Look up: fine = FINE" in again.stdout
+    changed = invoke("run", f"{programs}:ask", "--arg", "word=hi", "--replay", tape)
+    assert changed.exit_code == 1
+    assert "the program has changed since the recording: it has no (further) turn of user" in changed.stderr
+    assert invoke("run", f"{programs}:plain", "--replay", str(tmp_path / "none")).exit_code == 1
+    both = invoke("run", f"{programs}:plain", "--replay", tape, "--record", tape)
+    assert both.exit_code == 2
+    assert "do not go together" in both.stderr
 
 
 def test_streaming_prints_the_text(programs: Path) -> None:
