@@ -8,8 +8,13 @@ SLOW_OPTIONS ?= --timeout 1800
 .PHONY: demo test test-clients test-clients-slow test-slow lint bench clean
 .DEFAULT_GOAL := test
 
-$(VENV)/.installed: pyproject.toml
+# What the demo and the examples need; the rest of it is for tests.
+$(VENV)/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.core
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	touch $@
 
@@ -18,7 +23,7 @@ $(VENV)/.installed: pyproject.toml
 	for p in lang runtime scheduler; do ln -sfn ../../$$p .types/caesura/$$p; done
 	touch .types
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.core
 	$(BIN)/caesura demo
 
 test: lint

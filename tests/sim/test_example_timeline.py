@@ -21,3 +21,10 @@ def test_the_example_prints_what_the_document_shows(
     document = (ROOT / "docs" / "architecture.md").read_text()
     shown = printed if policy == "min_waste" else printed.splitlines()[-1]
     assert shown.strip() in document
+
+
+def test_the_picture_in_the_readme_is_drawn_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    picture = runpy.run_path(str(ROOT / "examples" / "pause_picture.py"))["picture"]
+    assert picture(["discard", "min_waste"]) == (ROOT / "docs" / "img" / "pause.svg").read_text()
+    assert "docs/img/pause.svg" in (ROOT / "README.md").read_text()
