@@ -17,7 +17,6 @@ from caesura.runtime.executors.base import (
     ExecOutput,
     Executor,
     OverlappingExecutor,
-    SampledToken,
     SliceInput,
     SliceOutput,
 )
@@ -364,40 +363,30 @@ class Engine:
         state = self.scheduler.contexts[piece.context_id]
         record = self._records[piece.context_id]
         end = piece.start + piece.num_tokens
-        targets: list[tuple[int, int]] = []
-        if record.scoring is not None:
-            first = max(piece.start, record.scoring.start - 1)
-            last = min(end, state.num_tokens - 1)
-            targets = [(position - piece.start, state.tokens[position + 1]) for position in range(first, last)]
-        top = record.scoring.top if record.scoring is not None else 0
-        sampler = record.generation.sampler if piece.samples and record.generation is not None else None
         tokens = state.tokens[piece.start : end]
-        return SliceInput(piece.context_id, tokens, piece.start, piece.pages, sampler, targets, top)
+        sampler = record.generation.sampler if piece.samples and record.generation is not None else None
+        if record.scoring is None:
+            return SliceInput(piece.context_id, tokens, piece.start, piece.pages, sampler)
+        first = max(piece.start, record.scoring.start - 1)
+        last = min(end, state.num_tokens - 1)
+        targets = [(position - piece.start, state.tokens[position + 1]) for position in range(first, last)]
+        return SliceInput(piece.context_id, tokens, piece.start, piece.pages, sampler, targets, record.scoring.top)
 
     def _read(self, output: ExecOutput, endings: dict[ContextId, Ending]) -> dict[ContextId, int]:
         """Feed sampled tokens to their generations and see which of them end."""
         tokens: dict[ContextId, int] = {}
         for out in output.outputs:
-            generation = self._records[ContextId(out.context_id)].generation
+            context = out.context_id
+            generation = self._records[context].generation
             if out.failure is not None:
-                endings[ContextId(out.context_id)] = Ending("abort", out.failure, keep=False)
+                endings[context] = Ending("abort", out.failure, keep=False)
             elif out.sampled is not None and generation is not None:
-                self._take(ContextId(out.context_id), generation, out.sampled, tokens, endings)
+                ending = generation.push(out.sampled)
+                if ending is None or ending.keep:
+                    tokens[context] = out.sampled.token_id
+                if ending is not None:
+                    endings[context] = ending
         return tokens
-
-    @staticmethod
-    def _take(
-        context: ContextId,
-        generation: Generation,
-        sampled: SampledToken,
-        tokens: dict[ContextId, int],
-        endings: dict[ContextId, Ending],
-    ) -> None:
-        ending = generation.push(sampled)
-        if ending is None or ending.keep:
-            tokens[context] = sampled.token_id
-        if ending is not None:
-            endings[context] = ending
 
     def _emit(self, plan: StepPlan, output: ExecOutput, endings: dict[ContextId, Ending]) -> None:
         """Tell everyone whose request is done."""
@@ -405,11 +394,11 @@ class Engine:
             record = self._records.get(context)
             if record is not None:
                 self._finish(context, record, ending)
-        pieces = {piece.context_id: piece for piece in plan.slices}
+        starts = {piece.context_id: piece.start for piece in plan.slices}
         for out in output.outputs:
-            record = self._records.get(ContextId(out.context_id))
-            if record is not None:
-                self._collect(ContextId(out.context_id), record, pieces[ContextId(out.context_id)], out)
+            record = self._records.get(out.context_id)
+            if record is not None and (record.scoring is not None or record.prefilled is not None):
+                self._collect(out.context_id, record, starts[out.context_id], out)
 
     def _finish(self, context: ContextId, record: Record, ending: Ending) -> None:
         generation, record.generation = record.generation, None
@@ -429,11 +418,11 @@ class Engine:
             self._has_new_pause = True
         generation.finish(ending, calls, max(0, state.cached_tokens))
 
-    def _collect(self, context: ContextId, record: Record, piece: Slice, out: SliceOutput) -> None:
+    def _collect(self, context: ContextId, record: Record, start: int, out: SliceOutput) -> None:
         state = self.scheduler.contexts[context]
         scoring = record.scoring
         if scoring is not None and out.scores:
-            first = max(piece.start, scoring.start - 1) + 1
+            first = max(start, scoring.start - 1) + 1
             scoring.found.update(zip(range(first, first + len(out.scores)), out.scores, strict=True))
             scoring.tops.update(enumerate(out.score_tops, first))
         if state.phase is not Phase.PAUSED:

@@ -250,7 +250,7 @@ class Scheduler:
         """Running contexts first: single tokens, then chunks; then queued ones until memory or budget ends."""
         draft: dict[ContextId, Slice] = {}
         running = self._in_order(Phase.RUNNING)
-        chunked = [state.num_tokens - self.ledger.computed(state.id) > 1 for state in running]
+        starts = [self.ledger.computed(state.id) for state in running]
         queued: Sequence[Context] = self._in_order(Phase.QUEUED)
         self._unpin_loaded()
         budget = self.config.max_step_tokens
@@ -259,11 +259,19 @@ class Scheduler:
             allowed = self.policy.admit(queued, room)
             queued = allowed if running or allowed else queued[:1]
             budget = self.policy.step_tokens(budget, room)
-        for _, state in sorted(zip(chunked, running, strict=True), key=lambda pair: pair[0]):
+        chunks = []
+        for state, start in zip(running, starts, strict=True):
+            if budget <= 0:
+                break
+            if len(state.tokens) - start > 1:
+                chunks.append((state, start))
+            elif state.phase is Phase.RUNNING and not state.ending:
+                budget -= self._grant(state, start, budget, running, draft)
+        for state, start in chunks:
             if budget <= 0:
                 break
             if state.phase is Phase.RUNNING and not state.ending:
-                budget -= self._grant(state, budget, running, draft)
+                budget -= self._grant(state, start, budget, running, draft)
         count = sum(state.phase is Phase.RUNNING for state in running)
         residents_only = False
         for state in queued:
@@ -278,7 +286,7 @@ class Scheduler:
                 residents_only = True
             if admitted:
                 count += 1
-                budget -= self._grant(state, budget, [], draft)
+                budget -= self._grant(state, self.ledger.computed(state.id), budget, [], draft)
         return draft
 
     def _is_resident(self, state: Context) -> bool:
@@ -327,14 +335,15 @@ class Scheduler:
         if state.cached_tokens < 0:
             state.cached_tokens = computed
 
-    def _grant(self, state: Context, budget: int, running: list[Context], draft: dict[ContextId, Slice]) -> int:
-        """Give a running context up to ``budget`` rows, taking memory as needed.
+    def _grant(
+        self, state: Context, start: int, budget: int, running: list[Context], draft: dict[ContextId, Slice]
+    ) -> int:
+        """Give a running context up to ``budget`` rows from ``start``, taking memory as needed.
 
         Returns the rows granted, less those taken back from contexts preempted for it.
         """
         taken_back = 0
-        start = self.ledger.computed(state.id)
-        rows = min(budget, state.num_tokens - start)
+        rows = min(budget, len(state.tokens) - start)
         while not self.ledger.extend(state.id, start + rows):
             if self._memory.is_coming(state.id, start + rows):
                 return -taken_back
@@ -356,7 +365,7 @@ class Scheduler:
             start=start,
             num_tokens=rows,
             pages=self.ledger.table(state.id),
-            samples=state.samples and end == state.num_tokens,
+            samples=state.samples and end == len(state.tokens),
             num_recomputed_tokens=max(0, min(end, state.high_water_tokens) - start),
         )
         return rows - taken_back

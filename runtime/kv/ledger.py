@@ -125,7 +125,7 @@ class KVLedger:
         del self.namespaces[context]
 
     def computed(self, context: ContextId) -> int:
-        lease = self._lease(context)
+        lease = self.leases.get(context) or self._lease(context)
         return lease.computed if lease is not None else 0
 
     def held_tokens(self, context: ContextId) -> int:
@@ -147,7 +147,10 @@ class KVLedger:
 
     def is_loading(self, context: ContextId) -> bool:
         lease = self._lease(context)
-        return lease is not None and not lease.awaits.isdisjoint(self.tiers.transfers)
+        return lease is not None and self._awaits_copy(lease)
+
+    def _awaits_copy(self, lease: PrefixLease) -> bool:
+        return bool(lease.awaits) and not lease.awaits.isdisjoint(self.tiers.transfers)
 
     def _lease(self, context: ContextId) -> PrefixLease | None:
         if context not in self.namespaces:
@@ -155,7 +158,7 @@ class KVLedger:
         return self.leases.get(context)
 
     def _running(self, context: ContextId) -> PrefixLease:
-        lease = self._lease(context)
+        lease = self.leases.get(context) or self._lease(context)
         if lease is None or lease.hold is not Hold.RUNNING:
             raise BrokenInvariant(f"context {context} has not been acquired for running")
         return lease
@@ -201,12 +204,13 @@ class KVLedger:
 
     def _lacking(self, lease: PrefixLease | None, num_tokens: int) -> tuple[int, int | None]:
         """Pages to allocate, and which tail page must be replaced because another context shares it."""
-        pages = -(-num_tokens // self.page_size)
+        size = self.page_size
+        pages = -(-num_tokens // size)
         if lease is None:
             return pages, None
-        lacking = max(0, pages - lease.frontier.end // self.page_size - len(lease.tail))
-        at = lease.ahead // self.page_size
-        if num_tokens > lease.computed and at < len(lease.tail) and self.device.is_shared(lease.tail[at]):
+        lacking = max(0, pages - lease.frontier.end // size - len(lease.tail))
+        at = lease.ahead // size
+        if at < len(lease.tail) and num_tokens > lease.computed and self.device.is_shared(lease.tail[at]):
             return lacking + 1, at
         return lacking, None
 
@@ -220,9 +224,12 @@ class KVLedger:
 
     def extend(self, context: ContextId, num_tokens: int) -> bool:
         lease = self._running(context)
-        if self.is_loading(context):
+        if self._awaits_copy(lease):
             raise BrokenInvariant(f"context {context} extended while its copy-in is in flight")
         lacking, shared_at = self._lacking(lease, num_tokens)
+        if not lacking and lease.rows is not None:  # most tokens fall into a page that is there
+            lease.reserved = max(lease.reserved, num_tokens)
+            return True
         pages = self.tiers.allocate(lacking)
         if pages is None:
             return False
@@ -246,16 +253,17 @@ class KVLedger:
         lease = self._running(context)
         size = self.page_size
         start = lease.node.end
-        if not lease.computed <= num_computed <= min(len(tokens), start + len(lease.tail) * size):
+        held = start + len(lease.tail) * size
+        if not (lease.computed <= num_computed <= held and num_computed <= len(tokens)):
             raise BrokenInvariant(
                 f"context {context}: commit of {num_computed} of {len(tokens)} tokens after {lease.computed}, "
-                f"with pages for {start + len(lease.tail) * size}"
+                f"with pages for {held}"
             )
         lease.ahead = num_computed - start
         lease.reserved = 0
-        count = lease.ahead // size
-        if count == 0:
+        if lease.ahead < size:
             return
+        count = lease.ahead // size
         done = self.tree.publish(lease, tokens[start : start + count * size], lease.tail[:count], self.tiers.tick)
         published = len(done.kept)
         if lease.rows is not None and done.surplus:

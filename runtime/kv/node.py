@@ -159,6 +159,8 @@ class PrefixLease:
     @property
     def computed(self) -> int:
         """Leading tokens whose KV is usable on the device."""
+        if self.rows is not None:  # at every step of every running context
+            return self.node.start + len(self.node.tokens) + self.ahead
         frontier = self.frontier
         return frontier.end + self.ahead if frontier is self.node else frontier.end
 
