@@ -12,6 +12,7 @@ from caesura.runtime.clock import MonotonicClock
 from caesura.runtime.config import EMBEDDED, EngineConfig
 from caesura.runtime.engine import Engine
 from caesura.runtime.errors import InvalidRequest
+from caesura.runtime.executors.base import Executor, OverlappingExecutor
 from caesura.runtime.logs import note
 from caesura.runtime.text.template import ChatTemplate, load_template
 from caesura.runtime.text.tokenizer import Tokenizer, load_tokenizer
@@ -37,17 +38,44 @@ class Runtime:
 
 def build(config: EngineConfig) -> Runtime:
     """Load the model, size the pools, measure the machine, wire the engine. Errors come before anything runs."""
-    from caesura.runtime.executors.torch_cpu import TorchExecutor
-    from caesura.runtime.model import load_model
     from caesura.runtime.model.weights import resolve_source
 
     folder = _embedded_folder() if config.model == EMBEDDED else resolve_source(config.model, config.revision)
     tokenizer = load_tokenizer(folder)
     template = load_template(folder, tokenizer)
+    executor: Executor
+    overlapping: OverlappingExecutor | None = None
+    if config.device == "cpu" and config.tensor_parallel == 1:
+        executor, key = _build_cpu(config, folder, tokenizer)
+    else:
+        from caesura.runtime.build_device import build_device
+
+        executor, key = build_device(config, folder, tokenizer, _pool_pages, _disk_pages)
+        overlapping = executor
+    disk = executor.num_disk_pages and config.kv_disk
+    profile = config.profile or measured(executor, f"{key}|{bool(executor.num_host_pages)}|{disk}")
+    if executor.num_disk_pages and not profile.disk_token_s:
+        profile = with_disk(executor, profile)
+    engine = Engine(
+        executor,
+        make_policy(config.policy),
+        profile,
+        MonotonicClock(),
+        SchedulerConfig(config.max_step_tokens, config.max_running),
+        share_prefixes=config.share_prefixes,
+        overlapping=overlapping,
+    )
+    return Runtime(engine, tokenizer, template, config.model)
+
+
+def _build_cpu(config: EngineConfig, folder: Path, tokenizer: Tokenizer) -> tuple[Executor, str]:
+    """The CPU's executor, and what its costs depend on."""
+    from caesura.runtime.executors.torch_cpu import TorchExecutor
+    from caesura.runtime.model import load_model
+
     model = load_model(folder, dtype=config.dtype, load_format=config.load_format, seed=config.seed)
     token_bytes = model.config.kv_values_per_token * model.dtype.itemsize
     device_pages, host_pages = _pool_pages(config, token_bytes)
-    disk_pages = _disk_pages(config, token_bytes, device_pages)
     executor = TorchExecutor(
         model,
         page_size=config.page_size,
@@ -60,24 +88,12 @@ def build(config: EngineConfig) -> Runtime:
         native=config.native,
         quantization=config.quantization,
         kv_disk=Path(config.kv_disk) if config.kv_disk is not None else None,
-        num_disk_pages=disk_pages,
+        num_disk_pages=_disk_pages(config, token_bytes, device_pages),
     )
     if config.native and executor.native_refused is not None:
         note(_log, logging.WARNING, "native_decoder_off", reason=executor.native_refused)
     key = f"{model.config}|{config.dtype}|{config.page_size}|{config.deterministic}|{config.num_threads}"
-    key += f"|{executor.native_refused is None}|{config.quantization}"
-    profile = config.profile or measured(executor, f"{key}|{bool(host_pages)}|{disk_pages and config.kv_disk}")
-    if disk_pages and not profile.disk_token_s:
-        profile = with_disk(executor, profile)
-    engine = Engine(
-        executor,
-        make_policy(config.policy),
-        profile,
-        MonotonicClock(),
-        SchedulerConfig(config.max_step_tokens, config.max_running),
-        share_prefixes=config.share_prefixes,
-    )
-    return Runtime(engine, tokenizer, template, config.model)
+    return executor, f"{key}|{executor.native_refused is None}|{config.quantization}"
 
 
 def _embedded_folder() -> Path:
@@ -86,20 +102,28 @@ def _embedded_folder() -> Path:
     return checkpoint_path()
 
 
-def _pool_pages(config: EngineConfig, token_bytes: int) -> tuple[int, int]:
-    """Pages of the device and the host pool, checked against the memory there is."""
+def _pool_pages(config: EngineConfig, token_bytes: int, device_bytes: int | None = None) -> tuple[int, int]:
+    """Pages of the device and the host pool, checked against the memory there is.
+
+    ``device_bytes`` are a GPU's for its pool; None: both pools share the system's memory.
+    """
     from caesura.runtime.model.memory import available_memory_bytes, require_memory
 
     kv_tokens = config.kv_tokens
-    if kv_tokens is None:
-        free_bytes = available_memory_bytes()
+    free_bytes = available_memory_bytes()
+    if kv_tokens is None and device_bytes is not None:
+        kv_tokens = max(MIN_KV_TOKENS, device_bytes // token_bytes)
+    elif kv_tokens is None:
         budget = DEFAULT_KV_BYTES if free_bytes is None else min(DEFAULT_KV_BYTES, free_bytes // 4)
         kv_tokens = max(MIN_KV_TOKENS, min(budget // token_bytes, 1 << 18))
     host_tokens = config.host_kv_tokens
     if host_tokens is None:
         host_tokens = 2 * kv_tokens if make_policy(config.policy).uses_host else 0
+        if device_bytes is not None and free_bytes is not None:
+            host_tokens = min(host_tokens, free_bytes // 2 // config.tensor_parallel // token_bytes)
     what = f"the KV pools (kv_tokens {kv_tokens}, host_kv_tokens {host_tokens})"
-    require_memory((kv_tokens + host_tokens) * token_bytes, what, "lower kv_tokens or host_kv_tokens")
+    in_memory = host_tokens if device_bytes is not None else kv_tokens + host_tokens
+    require_memory(in_memory * token_bytes, what, "lower kv_tokens or host_kv_tokens")
     return -(-kv_tokens // config.page_size), -(-host_tokens // config.page_size)
 
 

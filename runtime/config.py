@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from caesura.runtime.errors import InvalidRequest
@@ -9,6 +10,7 @@ from caesura.scheduler.policies import DEFAULT_POLICY, make_policy
 from caesura.scheduler.profile import CostProfile
 
 EMBEDDED = "embedded"
+DEVICE_NAME = re.compile(r"cpu|cuda(:[0-9]{1,2})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +25,16 @@ class EngineConfig:
     results never depend on batch shape and chunking. ``deterministic`` makes sure of that in torch as well, at a price.
     ``quantization`` "int8" makes 8-bit weights at load, for the C decoder alone: where that cannot be had, the engine
     does not start. ``profile`` None measures the machine at start (under 3 s, cached).
+    ``device`` "cuda" (or "cuda:N") computes on a GPU, where kv_tokens None takes what its memory has room for;
+    ``tensor_parallel`` splits the model over so many GPUs, or over so many processes on a CPU.
     """
 
     model: str = EMBEDDED
     revision: str | None = None
     load_format: str = "auto"
     dtype: str = "float32"
+    device: str = "cpu"
+    tensor_parallel: int = 1
     quantization: str | None = None
     policy: str = DEFAULT_POLICY
     page_size: int = 16
@@ -52,6 +58,8 @@ class EngineConfig:
             raise InvalidRequest(str(error)) from None
         if self.dtype not in ("float32", "bfloat16"):
             raise InvalidRequest(f"dtype is {self.dtype!r}; it must be float32 or bfloat16")
+        if not DEVICE_NAME.fullmatch(self.device):
+            raise InvalidRequest(f"device is {self.device!r}; it must be cpu, cuda or cuda:N")
         if self.quantization not in (None, "int8"):
             raise InvalidRequest(f"quantization is {self.quantization!r}; it must be int8, or left out")
         if self.load_format not in ("auto", "dummy"):
@@ -59,6 +67,7 @@ class EngineConfig:
         _bounded("page_size", self.page_size, 1, 64)
         _bounded("max_step_tokens", self.max_step_tokens, 1, 1 << 20)
         _bounded("max_running", self.max_running, 1, 4096)
+        _bounded("tensor_parallel", self.tensor_parallel, 1, 64)
         _bounded("seed", self.seed, 0, (1 << 63) - 1)
         if self.num_threads is not None:
             _bounded("num_threads", self.num_threads, 1, 1024)

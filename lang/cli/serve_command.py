@@ -58,6 +58,8 @@ def serve(
     revision: Annotated[str | None, _option("Revision of a hub id.")] = None,
     load_format: Annotated[str | None, _option("auto, or dummy for weights of chance.")] = None,
     dtype: Annotated[str | None, _option("float32 or bfloat16.")] = None,
+    device: Annotated[str | None, _option("cpu, cuda or cuda:N: where the model computes.")] = None,
+    tensor_parallel: Annotated[int | None, _option("GPUs (or processes on a CPU) that share the model.")] = None,
     quantization: Annotated[str | None, _option("int8: 8-bit weights, made at load.")] = None,
     policy: Annotated[str | None, _option(POLICY_HELP)] = None,
     page_size: Annotated[int | None, _option("Tokens of a KV page.")] = None,

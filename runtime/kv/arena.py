@@ -10,24 +10,19 @@ the step that needs them.
 
 from __future__ import annotations
 
-import errno
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from caesura.runtime.errors import BrokenInvariant
 from caesura.runtime.kv.copier import Copier, Ended
-from caesura.runtime.kv.pagefile import BadPage, PageFile
-from caesura.runtime.logs import note
+from caesura.runtime.kv.moves import Run, check_move, note_fault, runs_of
+from caesura.runtime.kv.pagefile import PageFile
 from caesura.runtime.model.memory import require_memory
 from caesura.scheduler.types import Move, MoveId, MoveKind
 from torch import Tensor
 
 CHUNK_BYTES = 4 << 20  # of one copy, before the next one has its turn
-
-_log = logging.getLogger("caesura.kv")
-_Run = tuple[int, int, int]  # first source row, first target row, number of rows
 
 
 class KvArena:
@@ -79,14 +74,14 @@ class KvArena:
         self._staged_bytes = bytes_.numpy().data
         self._ended = Ended()
         self._copier = Copier("caesura-kv-copy", self._chunks, self._ended, torch.inference_mode)
-        self._disk_copier = Copier("caesura-kv-disk", self._chunks, self._ended, torch.inference_mode, _note_fault)
+        self._disk_copier = Copier("caesura-kv-disk", self._chunks, self._ended, torch.inference_mode, note_fault)
 
     def begin(self, moves: Sequence[Move]) -> None:
         """Queue copies between the tiers. Page ids are checked here, in the caller's thread."""
         for move in moves:
             if move.kind is MoveKind.COPY:
                 raise BrokenInvariant(f"move {move.id} stays on the device; it belongs into copy_within")
-            self._check(move)
+            check_move(move, self.device.shape[2], self.host.shape[2], self.num_disk_pages)
         num_host = self.host.shape[2]
         for move in moves:
             below = move.source if move.kind is MoveKind.IN else move.target
@@ -103,8 +98,8 @@ class KvArena:
     def copy_within(self, copies: Sequence[Move]) -> None:
         """Copy device pages to device pages, now."""
         for move in copies:
-            self._check(move)
-            for run in _runs(move, len(move.source), 0):
+            check_move(move, self.device.shape[2], self.host.shape[2], self.num_disk_pages)
+            for run in runs_of(move, len(move.source), 0):
                 _copy_pages(self.device, self.device, run)
 
     def close(self) -> None:
@@ -117,23 +112,12 @@ class KvArena:
         self._staged_bytes = self._staged_bytes[:0]
         self.layers = ()
 
-    def _check(self, move: Move) -> None:
-        device, host = self.device.shape[2], self.host.shape[2]
-        source_pages = {MoveKind.IN: host + self.num_disk_pages, MoveKind.DOWN: host}.get(move.kind, device)
-        down = move.kind in (MoveKind.OUT, MoveKind.DOWN)
-        target_pages = host + self.num_disk_pages if down else device
-        if len(move.source) != len(move.target):
-            raise BrokenInvariant(f"move {move.id}: {len(move.source)} sources, {len(move.target)} targets")
-        for ids, limit, end in ((move.source, source_pages, "source"), (move.target, target_pages, "target")):
-            if ids and not (min(ids) >= 0 and max(ids) < limit):
-                raise BrokenInvariant(f"move {move.id}: a {end} page lies outside [0, {limit}): {min(ids)}..{max(ids)}")
-
     def _chunks(self, move: Move) -> Iterator[None]:
         """Copy a move, a chunk at each ``next`` but the last, which only ends it."""
         source = self.device if move.kind is MoveKind.OUT else self.host
         target = self.device if move.kind is MoveKind.IN else self.host
         num_host = self.host.shape[2]
-        runs = _runs(move, self._chunk_pages, num_host)
+        runs = runs_of(move, self._chunk_pages, num_host)
         for number, run in enumerate(runs):
             first, to, count = run
             if move.kind is MoveKind.IN and first >= num_host:
@@ -163,26 +147,7 @@ class KvArena:
         return self._file
 
 
-def _note_fault(move: Move, error: OSError) -> None:
-    kind = "bad page" if isinstance(error, BadPage) else errno.errorcode.get(error.errno or 0, "unknown")
-    note(_log, logging.WARNING, "kv_disk_fault", pages=len(move.source), copy=move.kind.value, fault=kind)
-
-
-def _runs(move: Move, most: int, num_host: int) -> list[_Run]:
-    """Neighbours on both sides, ``most`` at a time; host rows end before ``num_host``, where the file's begin."""
-    runs: list[_Run] = []
-    for source, target in zip(move.source, move.target, strict=True):
-        if runs:
-            first, to, count = runs[-1]
-            below = source if move.kind is MoveKind.IN else target
-            if count < most and (source, target) == (first + count, to + count) and below != num_host:
-                runs[-1] = first, to, count + 1
-                continue
-        runs.append((source, target, 1))
-    return runs
-
-
-def _copy_pages(source: Tensor, target: Tensor, run: _Run) -> None:
+def _copy_pages(source: Tensor, target: Tensor, run: Run) -> None:
     """Copy one run of pages in one call; nothing is allocated."""
     first, to, count = run
     target[:, :, to : to + count].copy_(source[:, :, first : first + count])

@@ -49,15 +49,15 @@ class AttentionPlan:
 class Workspace:
     """Two buffers for gathered keys and values, kept between calls: fresh pages cost more than the copy itself."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._buffers = [torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)]
+    def __init__(self, dtype: torch.dtype, device: torch.device | None = None) -> None:
+        self._buffers = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
 
     def gather(self, which: int, cache: Tensor, pages: Tensor) -> Tensor:
         """Rows ``pages`` of ``cache`` [num_pages, page_size, kv_heads, head_dim], in buffer ``which`` (0 or 1)."""
         flat = cache.flatten(1)  # [num_pages, page_size * kv_heads * head_dim]
         count = pages.shape[0] * flat.shape[1]
         if self._buffers[which].numel() < count:
-            self._buffers[which] = torch.empty(count + count // 4, dtype=cache.dtype)
+            self._buffers[which] = cache.new_empty(count + count // 4)
         target = self._buffers[which][:count].view(pages.shape[0], flat.shape[1])
         torch.index_select(flat, 0, pages, out=target)
         return target.view(-1, *cache.shape[1:])

@@ -14,7 +14,7 @@ Three things make a row's floating-point result depend on its neighbours, and ea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,11 @@ class ExactPlan:
     """How a batch attends under one window."""
 
     groups: tuple[RowGroup, ...]
+
+    def to(self, device: torch.device) -> ExactPlan:
+        """The same on another device."""
+        moved = [replace(group, slots=group.slots.to(device), unseen=group.unseen.to(device)) for group in self.groups]
+        return ExactPlan(tuple(moved))
 
 
 def pad_rows(rows: Tensor) -> Tensor:
@@ -134,7 +139,7 @@ def _unseen(queries: npt.NDArray[np.int64], blocks: int, window: int | None) -> 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, plan: ExactPlan) -> Tensor:
     """Attention of ``queries`` [padded rows, heads, head_dim]; padded rows give zeros: [rows, heads * head_dim]."""
-    out = torch.zeros(queries.shape, dtype=queries.dtype)
+    out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
     for group in plan.groups:
         rows = slice(group.first_row, group.first_row + group.unseen.shape[0])
         out[rows] = _attend_rows(queries[rows], keys, values, group)
@@ -147,7 +152,7 @@ def _attend_rows(queries: Tensor, keys: Tensor, values: Tensor, group: RowGroup)
     kv_heads, blocks = keys.shape[2], group.unseen.shape[1]
     folded = queries.view(rows, kv_heads, 1, heads // kv_heads, head_dim)
     gathered = keys.flatten(0, 1).index_select(0, group.slots)  # [(rows *) blocks * positions, kv_heads, head_dim]
-    scores = torch.empty(kv_heads, rows, blocks, heads // kv_heads, BLOCK_POSITIONS, dtype=queries.dtype)
+    scores = queries.new_empty(kv_heads, rows, blocks, heads // kv_heads, BLOCK_POSITIONS)
     for head in range(kv_heads):
         side = gathered[:, head].view(-1, BLOCK_POSITIONS, head_dim).transpose(1, 2)
         scores[head] = _products(folded[:, head].expand(-1, blocks, -1, -1), side, group.shared)
@@ -155,8 +160,8 @@ def _attend_rows(queries: Tensor, keys: Tensor, values: Tensor, group: RowGroup)
     weights = exp_(scores.sub_(scores.amax(dim=(2, 4), keepdim=True)))  # the maximum is finite: a row sees itself
     sums = weights.sum(-1)  # [kv_heads, rows, blocks, group]
     gathered = values.flatten(0, 1).index_select(0, group.slots)
-    total = torch.zeros(kv_heads, rows, heads // kv_heads, 1, dtype=queries.dtype)
-    out = torch.zeros(kv_heads, rows, heads // kv_heads, head_dim, dtype=queries.dtype)
+    total = queries.new_zeros(kv_heads, rows, heads // kv_heads, 1)
+    out = queries.new_zeros(kv_heads, rows, heads // kv_heads, head_dim)
     for head in range(kv_heads):
         side = gathered[:, head].view(-1, BLOCK_POSITIONS, head_dim)
         parts = _products(weights[head], side, group.shared)  # [rows, blocks, group, head_dim]
@@ -175,7 +180,7 @@ def _products(left: Tensor, right: Tensor, shared: bool) -> Tensor:
     rows, blocks, group, inner = left.shape
     if not shared:
         return torch.bmm(left.reshape(-1, group, inner), right).view(rows, blocks, group, -1)
-    out = torch.empty(rows, blocks, group, right.shape[2], dtype=left.dtype)
+    out = left.new_empty(rows, blocks, group, right.shape[2])
     for block in range(blocks):
         out[:, block] = torch.bmm(left[:, block], right[block].expand(rows, -1, -1))
     return out
@@ -189,15 +194,15 @@ def verify(model: Model) -> None:
     generator = torch.Generator().manual_seed(0)
     layer = model.layers[0]
     for weight in (layer.qkv, layer.out, layer.gate_up, layer.down, model.head):
-        rows = torch.empty(TILE_ROWS, weight.shape[1]).normal_(generator=generator).to(weight.dtype)
+        rows = torch.empty(TILE_ROWS, weight.shape[1]).normal_(generator=generator).to(weight)
         reference = F.linear(rows, weight)
         for shift in (1, 7, 16):
             moved = F.linear(rows.roll(shift, 0), weight).roll(-shift, 0)
             _require_equal(moved, reference, f"a product with a weight of shape {list(weight.shape)}")
     config = model.config
     group, head_dim = config.num_heads // config.num_kv_heads, config.head_dim
-    queries = torch.empty(48, group, head_dim).normal_(generator=generator).to(model.dtype)
-    keys = torch.empty(48, BLOCK_POSITIONS, head_dim).normal_(generator=generator).to(model.dtype)
+    queries = torch.empty(48, group, head_dim).normal_(generator=generator).to(model.head)
+    keys = torch.empty(48, BLOCK_POSITIONS, head_dim).normal_(generator=generator).to(model.head)
     scores, mixed = _both_products(queries, keys)
     for first, last in ((0, 1), (3, 5), (17, 48)):
         part_scores, part_mixed = _both_products(queries[first:last], keys[first:last])

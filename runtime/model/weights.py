@@ -7,11 +7,11 @@ either succeeds or fails with one error.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from caesura.runtime.errors import BrokenCheckpoint, ModelError, UnsupportedModel
@@ -69,23 +69,40 @@ def load(source: str | Path, *, dtype: str, load_format: str, seed: int, revisio
     config = read_config(path)
     if load_format == "dummy":
         return dummy_model(config, dtype=dtype, seed=seed)
+    with open_tensors(config, path) as read:
+        _require_memory(config, DTYPES[dtype])
+        return assemble(config, DTYPES[dtype], read)
+
+
+Ranges = tuple[slice, ...]  # a part of a tensor: a slice for each dimension
+
+
+class Read(Protocol):
+    """Reads a tensor, or a part of it, by the name that ``tensor_shapes`` gives it."""
+
+    def __call__(self, name: str, ranges: Ranges | None = None) -> Tensor: ...
+
+
+@contextmanager
+def open_tensors(config: ModelConfig, path: Path) -> Iterator[Read]:
+    """A checkpoint's tensors, after all checks but memory's. Raises BrokenCheckpoint, UnsupportedModel."""
     entries = _select(config, read_entries(path))
-    _require_memory(config, DTYPES[dtype])
+    rename = _prefixed(entries)
     with ExitStack() as stack:
         files: dict[Path, Any] = {}
 
-        def fetch(name: str) -> Tensor:
+        def read(name: str, ranges: Ranges | None = None) -> Tensor:
+            name = rename(name)
             file = entries[name].file
             if file not in files:
                 files[file] = stack.enter_context(safe_open(str(file), framework="pt"))
-            tensor: Tensor = files[file].get_tensor(name)
+            tensor: Tensor = files[file].get_tensor(name) if ranges is None else files[file].get_slice(name)[ranges]
             return tensor
 
-        rename = _prefixed(entries)
-        head, embeddings = "lm_head.weight", rename("model.embed_tokens.weight")
-        if config.tie_embeddings and head in entries and not torch.equal(fetch(head), fetch(embeddings)):
+        head = "lm_head.weight"
+        if config.tie_embeddings and head in entries and not torch.equal(read(head), read("model.embed_tokens.weight")):
             raise BrokenCheckpoint("tie_word_embeddings is true, but lm_head.weight differs from the embeddings")
-        return _assemble(config, DTYPES[dtype], fetch, rename)
+        yield read
 
 
 def dummy_model(config: ModelConfig, *, dtype: str = "float32", seed: int = 0) -> Model:
@@ -95,17 +112,24 @@ def dummy_model(config: ModelConfig, *, dtype: str = "float32", seed: int = 0) -
     prompt's last token. The same seed gives the same weights.
     """
     _require_memory(config, DTYPES[dtype])
-    generator = torch.Generator().manual_seed(seed)
+    return assemble(config, DTYPES[dtype], dummy_tensors(config, seed))
+
+
+def dummy_tensors(config: ModelConfig, seed: int, device: torch.device | None = None) -> Read:
+    """Draws the tensors of a dummy model, to be read in one order. Each device has its own numbers."""
+    generator = torch.Generator(device or "cpu").manual_seed(seed)
     shapes = tensor_shapes(config)
 
-    def fetch(name: str) -> Tensor:
+    def read(name: str, ranges: Ranges | None = None) -> Tensor:
         shape = shapes[name]
         if name.endswith("norm.weight"):
-            return torch.ones(shape)
-        scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.02
-        return torch.empty(shape).normal_(0.0, scale, generator=generator)
+            drawn = torch.ones(shape, device=device)
+        else:
+            scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.02
+            drawn = torch.empty(shape, device=device).normal_(0.0, scale, generator=generator)
+        return drawn if ranges is None else drawn[ranges]
 
-    return _assemble(config, DTYPES[dtype], fetch, lambda name: name)
+    return read
 
 
 def resolve_source(source: str | Path, revision: str | None = None) -> Path:
@@ -188,13 +212,16 @@ def _require_memory(config: ModelConfig, dtype: torch.dtype) -> None:
     )
 
 
-def _assemble(
-    config: ModelConfig, dtype: torch.dtype, fetch: Callable[[str], Tensor], rename: Callable[[str], str]
+def assemble(
+    config: ModelConfig, dtype: torch.dtype, read: Callable[[str], Tensor], device: torch.device | None = None
 ) -> Model:
+    """A model of the tensors that ``read`` gives, each asked for once."""
+
     def take(*names: str) -> Tensor:
         """The named tensors, one below the other, in one allocation of the target dtype."""
-        parts = [fetch(rename(name)) for name in names]
-        target = torch.empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), dtype=dtype)
+        parts = [read(name) for name in names]
+        rows = sum(part.shape[0] for part in parts)
+        target = torch.empty((rows, *parts[0].shape[1:]), dtype=dtype, device=device)
         row = 0
         for part in parts:
             target[row : row + part.shape[0]].copy_(part)

@@ -135,7 +135,7 @@ TABLE: dict[str, tuple[Callable[[Path], Any], type[ModelError], str]] = {
 def test_a_bad_checkpoint_gives_one_clear_error(folder: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     damage, error, says = TABLE[case]
     damage(folder)
-    monkeypatch.setattr(weights, "_assemble", lambda *_: pytest.fail("weights were touched before the checks"))
+    monkeypatch.setattr(weights, "assemble", lambda *_: pytest.fail("weights were touched before the checks"))
     with pytest.raises(error) as caught:
         load_model(folder)
     assert says in str(caught.value)
