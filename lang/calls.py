@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Literal
 
 from caesura.lang import ir
-from caesura.lang.backend import PendingCall, Session
-from caesura.lang.core import Core, Usage
-from caesura.lang.toolrun import call_deadline_s, expected_s, raised, run_tool, run_tools
-from caesura.lang.tools import ToolResult
+from caesura.lang.backend import PendingCall, Piece, Session
+from caesura.lang.core import Core, Segment, Usage
+from caesura.lang.spans import Span
+from caesura.lang.toolrun import call_deadline_s, call_text, expected_s, raised, run_tool, run_tools
+from caesura.lang.tools import ToolCall, ToolResult
 
 Wait = Literal["all", "any"]
 
@@ -24,12 +26,19 @@ def pending(name: str, calls: Sequence[ir.ToolInvocation]) -> list[PendingCall]:
     ]
 
 
-def count(core: Core, results: Sequence[ToolResult | None]) -> None:
-    """Add calls to the totals."""
-    done = [result for result in results if result is not None]
-    failed = sum(not result.ok for result in done)
+def note(core: Core, done: Sequence[tuple[ToolCall, ToolResult]]) -> None:
+    """Add calls to the totals and to the pause that they were made in."""
+    pause, now = core.spans.top, time.monotonic()
+    for call, result in done:
+        end_s = min(now, pause.start_s + result.elapsed_s)  # a replayed call took longer then than it does now
+        told = {"arguments": call.arguments, "result": result.text, "ok": result.ok, "attempts": result.attempts}
+        told |= {"elapsed_s": result.elapsed_s, "id": call.id}
+        error = "" if result.ok else result.error or "failed"
+        pause.children.append(Span("tool", call.tool, pause.start_s, end_s, told, error=error))
+    results = [result for _, result in done]
+    failed = sum(not result.ok for result in results)
     core.usage += Usage(
-        tool_calls=len(done), tool_errors=failed, tool_s=sum((result.elapsed_s for result in done), 0.0)
+        tool_calls=len(results), tool_errors=failed, tool_s=sum((result.elapsed_s for result in results), 0.0)
     )
 
 
@@ -40,32 +49,34 @@ def check_raise(call: ir.ToolInvocation, result: ToolResult) -> None:
 
 
 @contextlib.asynccontextmanager
-async def paused(session: Session, calls: Sequence[PendingCall], wait: Wait = "all") -> AsyncIterator[None]:
+async def paused(
+    core: Core, session: Session, name: str, calls: Sequence[PendingCall], wait: Wait = "all"
+) -> AsyncIterator[None]:
     """Signal the pause first; end it when the block ends, also by an error, but not when the program is cancelled:
     then the session is about to be closed."""
-    if calls:
-        await session.pause(calls, wait=wait)
-    try:
-        yield
-    except asyncio.CancelledError:
-        raise
-    except BaseException:
-        with contextlib.suppress(Exception):  # the block's own error is the one to tell
-            await session.resume()
-        raise
-    await session.resume()
+    with core.spans.within("pause", name, tools=[call.tool for call in calls]):
+        if calls:
+            await session.pause(calls, wait=wait)
+        try:
+            yield
+        except asyncio.CancelledError:
+            raise
+        except BaseException:
+            with contextlib.suppress(Exception):  # the block's own error is the one to tell
+                await session.resume()
+            raise
+        await session.resume()
 
 
 async def call_tool(core: Core, node: ir.CallTool) -> None:
     """Run a ``call_tool``."""
     name = node.name or core.auto_name("call")
     session = await core.flush()
-    async with paused(session, pending(name, (node.call,))):
+    async with paused(core, session, name, pending(name, (node.call,))):
         result = await run_tool(node.call, session)
-        count(core, (result,))
         core.values.tool_results[name] = [result]
+        _append(core, name, [(_told(node.call, name, 0), result)])
         check_raise(node.call, result)
-        core.add(result.text)
         await core.flush()
     core.set(name, result.text)
 
@@ -74,15 +85,25 @@ async def call_tools(core: Core, node: ir.CallTools) -> None:
     """Run a ``call_tools``. With ``wait="any"`` only finished calls have results, and only they are appended."""
     name = node.name or core.auto_name("calls")
     session = await core.flush()
-    async with paused(session, pending(name, node.calls), node.wait):
+    async with paused(core, session, name, pending(name, node.calls), node.wait):
         results = await run_tools(node.calls, node.wait, session)
-        count(core, results)
         done = [(call, result) for call, result in zip(node.calls, results, strict=True) if result is not None]
         texts = [result.text for _, result in done]
         core.values.tool_results[name] = [result for _, result in done]
+        _append(core, name, [(_told(call, name, i), result) for i, (call, result) in enumerate(done)])
         for call, result in done:
             if node.wait == "all" or not any(other.ok for _, other in done):
                 check_raise(call, result)
-        core.add("\n".join(texts))
         await core.flush()
     core.set(name, texts, text="\n".join(texts))
+
+
+def _append(core: Core, name: str, done: Sequence[tuple[ToolCall, ToolResult]]) -> None:
+    """Append the results, one a line."""
+    note(core, done)
+    if text := "\n".join(result.text for _, result in done):
+        core.add_segment(Segment((Piece(text),), source="tool", name=name, calls=tuple(done)))
+
+
+def _told(call: ir.ToolInvocation, name: str, number: int) -> ToolCall:
+    return ToolCall(call.tool.name, call_text(call), f"{name}-{number}")

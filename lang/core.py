@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from caesura.lang.backend import ChatFormat, Piece, Session, Tokens, ToolSpec
+from caesura.lang.backend import ChatFormat, Finish, Piece, Session, Tokens, ToolSpec
 from caesura.lang.errors import StateError, UnsupportedByBackend
+from caesura.lang.spans import Span, SpanStack
 
 if TYPE_CHECKING:
     from caesura.lang.execution import Execution
@@ -21,11 +22,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A part of the context; ``marker`` says that it opens or closes a turn of ``role``."""
+    """A part of the context; ``marker`` says that it opens or closes a turn of ``role``.
+
+    ``source`` says where it comes from: the program, the model (with ``finish``; ``constrained`` by a grammar), a
+    choice by score, or tools (with their ``calls``). ``name`` is the variable it belongs to.
+    """
 
     pieces: tuple[Piece | Tokens, ...]
     marker: Literal["open", "close"] | None = None
     role: str = ""
+    source: Literal["program", "model", "choice", "tool"] = "program"
+    name: str = ""
+    constrained: bool = False
+    finish: Finish | None = None
+    calls: tuple[tuple[ToolCall, ToolResult], ...] = ()
 
     @property
     def text(self) -> str:
@@ -116,8 +126,9 @@ class Saved:
 class Core:
     """One context. Touched on the loop's thread only (reads of finished values excepted)."""
 
-    def __init__(self, execution: Execution) -> None:
+    def __init__(self, execution: Execution, span: Span) -> None:
         self.execution = execution
+        self.spans = SpanStack(span)
         self.session: Session | None = None
         self.values = Values()
         self.log: list[Segment] = []
@@ -161,9 +172,11 @@ class Core:
         self.log.append(segment)
         self.emit(None, segment.text, {})
 
-    def add_generated(self, text: str, token_ids: tuple[int, ...] | None) -> None:
+    def add_generated(self, text: str, name: str, finish: Finish, *, constrained: bool) -> None:
         """Record what the session has appended by itself."""
-        self.log.append(Segment((Tokens(token_ids, text) if token_ids is not None else Piece(text),)))
+        kept = finish.kept_token_ids
+        piece = Piece(text) if kept is None else Tokens(kept, text)
+        self.log.append(Segment((piece,), source="model", name=name, constrained=constrained, finish=finish))
         self.num_sent = len(self.log)
 
     def emit(self, name: str | None, text: str, meta: dict[str, Any]) -> None:
@@ -225,7 +238,7 @@ class Core:
             {"role": "tool", "name": call.tool, "tool_call_id": call.id, "content": result.text}
             for call, result in results
         ]
-        self.add_segment(Segment(tuple(pieces), "open", "assistant"))
+        self.add_segment(Segment(tuple(pieces), "open", "assistant", source="tool", calls=tuple(results)))
         self.values.turn = Turn("assistant", len(self.log), turn.closing)
         self.values.num_turns += 1
 
@@ -277,9 +290,9 @@ class Core:
             self.num_sent = len(self.log)
         return session
 
-    def fork(self) -> Core:
+    def fork(self, name: str) -> Core:
         """A copy of everything but the session."""
-        child = Core(self.execution)
+        child = Core(self.execution, self.spans.top.add("branch", name))
         child.values = self.values.copy()
         child.log = list(self.log)
         child.num_sent = self.num_sent

@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import inspect
 import logging
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from caesura.lang.errors import DeadlineExceeded, LangError, ProgramCancelled, P
 from caesura.lang.fibers import drive, run_in_fiber
 from caesura.lang.ir import Sampling
 from caesura.lang.runner import runner
+from caesura.lang.spans import Span
 from caesura.lang.state import ProgramState
 
 if TYPE_CHECKING:
@@ -68,7 +70,9 @@ class Execution:
         self._stop: LangError | None = None
         self._begun = False
         self._ending = False
-        self.root = ProgramState(self, Core(self), has_body=True)
+        self.begun_at = time.time()
+        self.span = Span("program", program)
+        self.root = ProgramState(self, Core(self, self.span), has_body=True)
         self.root.core.values.tools = options.tools
 
     def start(self) -> ProgramState:
@@ -185,6 +189,7 @@ class Execution:
 
     def _finish(self, failure: ProgramError | None) -> None:
         self.failure = failure
+        self.span.end("" if failure is None else str(failure))
         self.done = True
         for state in self.states:
             state.finish(failure if state is self.root else None)

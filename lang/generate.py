@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from caesura.lang import ir
-from caesura.lang.backend import Finish, GenRequest, Piece, Session, TokenLogprob, ToolUse
+from caesura.lang.backend import Finish, GenChunk, GenRequest, Piece, Session, TokenLogprob, ToolUse
 from caesura.lang.choices import mean
 from caesura.lang.core import Core, Segment, Usage
 from caesura.lang.errors import OutputError, StateError
+from caesura.lang.spans import Span
 
 DEFAULTS = ir.Sampling(max_tokens=128, min_tokens=0, n=1, temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0)
 
@@ -79,26 +80,21 @@ async def generate(core: Core, node: ir.Gen) -> None:
 
 async def stream(core: Core, session: Session, request: GenRequest) -> Output:
     """Generate on the core's own session, telling streams as it goes."""
-    texts: list[str] = []
-    ids: list[int] = []
-    logprobs: list[TokenLogprob] = []
-    finish: Finish | None = None
-    async with contextlib.aclosing(session.generate(request)) as chunks:
-        async for chunk in chunks:
-            texts.append(chunk.text)
-            ids.extend(chunk.token_ids)
-            logprobs.extend(chunk.logprobs)
-            finish = chunk.finish or finish
-            if request.stream:
-                core.emit(request.name, chunk.text, _progress(request, len(ids), finish))
-    if finish is None:
-        raise StateError(f"backend {core.execution.backend.name!r} ended {request.name!r} without a finish reason")
-    text = "".join(texts)
+    num_told = 0
+
+    def tell(chunk: GenChunk) -> None:
+        nonlocal num_told
+        num_told += len(chunk.token_ids)
+        if request.stream:
+            core.emit(request.name, chunk.text, _progress(request, num_told, chunk.finish))
+
+    with core.spans.within("generate", request.name) as span:
+        output = await _collect(core, session, request, span, tell)
     if not request.stream:
-        core.emit(request.name, text, _progress(request, len(ids), finish))
-    core.add_generated(text, finish.kept_token_ids)
-    core.usage += Usage(1, finish.prompt_tokens, finish.completion_tokens, finish.cached_tokens)
-    return Output(text, tuple(ids), tuple(logprobs), finish)
+        core.emit(request.name, output.text, _progress(request, len(output.token_ids), output.finish))
+    core.add_generated(output.text, request.name, output.finish, constrained=request.constraint is not None)
+    core.usage += _usage(output)
+    return output
 
 
 async def _several(core: Core, session: Session, request: GenRequest, n: int) -> tuple[Output, list[Output]]:
@@ -109,7 +105,7 @@ async def _several(core: Core, session: Session, request: GenRequest, n: int) ->
         for i in range(1, n)
     ]
     tasks = [asyncio.ensure_future(stream(core, session, request))]
-    tasks += [asyncio.ensure_future(_aside(fork, one)) for fork, one in zip(forks, requests, strict=True)]
+    tasks += [asyncio.ensure_future(_aside(core, fork, one)) for fork, one in zip(forks, requests, strict=True)]
     try:
         first, *others = await asyncio.gather(*tasks)
     finally:
@@ -119,23 +115,54 @@ async def _several(core: Core, session: Session, request: GenRequest, n: int) ->
         for fork in forks:
             await core.execution.release(fork)
     for other in others:
-        finish = other.finish
-        core.usage += Usage(1, finish.prompt_tokens, finish.completion_tokens, finish.cached_tokens)
+        core.usage += _usage(other)
     return first, others
 
 
-async def _aside(session: Session, request: GenRequest) -> Output:
+async def _aside(core: Core, session: Session, request: GenRequest) -> Output:
+    span = core.spans.root.add("generate", request.name)
+    try:
+        return await _collect(core, session, request, span, lambda chunk: None)
+    finally:
+        span.end()
+
+
+async def _collect(
+    core: Core, session: Session, request: GenRequest, span: Span, tell: Callable[[GenChunk], None]
+) -> Output:
+    """A whole generation, piece by piece, noted in its span."""
     texts: list[str] = []
     ids: list[int] = []
     logprobs: list[TokenLogprob] = []
-    finish = Finish("abort")
+    finish: Finish | None = None
     async with contextlib.aclosing(session.generate(request)) as chunks:
         async for chunk in chunks:
+            if not texts:
+                span.attributes["first_token_s"] = span.duration_s
             texts.append(chunk.text)
             ids.extend(chunk.token_ids)
             logprobs.extend(chunk.logprobs)
             finish = chunk.finish or finish
-    return Output("".join(texts), tuple(ids), tuple(logprobs), finish)
+            tell(chunk)
+    if finish is None:
+        raise StateError(f"backend {core.execution.backend.name!r} ended {request.name!r} without a finish reason")
+    text = "".join(texts)
+    span.attributes.update(
+        prompt_tokens=finish.prompt_tokens,
+        cached_tokens=finish.cached_tokens,
+        completion_tokens=finish.completion_tokens,
+        finish=finish.reason,
+        constrained=request.constraint is not None,
+        temperature=request.temperature,
+        max_tokens=request.max_tokens,
+        text=text,
+    )
+    return Output(text, tuple(ids), tuple(logprobs), finish)
+
+
+def _usage(output: Output) -> Usage:
+    finish = output.finish
+    return Usage(1, finish.prompt_tokens, finish.completion_tokens, finish.cached_tokens)
 
 
 def _value(node: ir.Gen, output: Output) -> Any:
@@ -203,7 +230,8 @@ async def select(core: Core, node: ir.Select) -> None:
     name = node.name or core.auto_name("select")
     session = await core.flush()
     alone = node.method.requires_unconditional_logprobs
-    scores = await session.score(node.choices, unconditional=alone)
+    with core.spans.within("select", name, choices=list(node.choices)) as span:
+        scores = await session.score(node.choices, unconditional=alone)
     given = [[triple(item) for item in score.conditional] for score in scores]
     unconditional = [[triple(item) for item in score.unconditional or ()] for score in scores] if alone else None
     decision = node.method(
@@ -215,6 +243,7 @@ async def select(core: Core, node: ir.Select) -> None:
     )
     if decision.decision not in node.choices:
         raise StateError(f"the choices method chose {decision.decision!r}, which is none of {json.dumps(node.choices)}")
-    core.log.append(Segment((Piece(decision.decision),)))
+    span.attributes["choice"] = decision.decision
+    core.log.append(Segment((Piece(decision.decision),), source="choice", name=name))
     core.emit(name, decision.decision, dict(decision.meta_info or {}))
     core.set(name, decision.decision, meta=dict(decision.meta_info or {}))

@@ -151,7 +151,8 @@ async def _program(state: ProgramState, node: ir.ProgramCall, context: contextva
             raise inner.failure
 
     try:
-        await _in_context(state, context, run())
+        with state.core.spans.within("program", node.program.name):
+            await _in_context(state, context, run())
     except asyncio.CancelledError:
         raise
     except BaseException as error:
@@ -187,8 +188,8 @@ async def _fork(state: ProgramState, node: ir.ForkInto, _: contextvars.Context) 
     session = await core.flush()
     await session.prefill()
     sessions = await state.execution.fork_session(session, len(node.children))
-    for child, copy in zip(node.children, sessions, strict=True):
-        forked = core.fork()
+    for number, (child, copy) in enumerate(zip(node.children, sessions, strict=True)):
+        forked = core.fork(f"branch {number}")
         forked.session = copy
         child.adopt(forked)
 
@@ -211,6 +212,7 @@ async def _join(state: ProgramState, node: ir.JoinFrom, _: contextvars.Context) 
         for child in node.children:
             _append_child(core, child.core)
     for child in node.children:
+        child.core.spans.root.end()
         await child.keep_decisions()
         if child.core.session is not None:
             await state.execution.release(child.core.session)

@@ -101,6 +101,11 @@ class Program:
     def __repr__(self) -> str:
         return f"<Program {self.name}({', '.join(self.arg_names)})>"
 
+    def _repr_html_(self) -> str:
+        from caesura.lang.display.program import program_html
+
+        return program_html(self)
+
     def body(self, state: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call the function itself."""
         first = (state,) if self._instance is None else (self._instance, state)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from caesura.lang import ir
 from caesura.lang.core import Core, Saved, Usage
+from caesura.lang.decisions import Decisions, note_decisions
 from caesura.lang.drain import Drain
 from caesura.lang.errors import ProgramError, StateError, UnknownVariable
 from caesura.lang.group import ProgramStateGroup
@@ -23,6 +24,7 @@ from caesura.lang.runner import runner
 if TYPE_CHECKING:
     from caesura.lang.execution import Execution
     from caesura.lang.tools import ToolCall, ToolResult
+    from caesura.lang.traces import RunTrace
 
 
 class Snapshot:
@@ -40,7 +42,7 @@ class ProgramState:
         self._core = core
         self.drain = Drain(self._execute, self._node_failed, self.notify)
         self.drain.open = core is not None
-        self._decisions: tuple[Any, ...] | None = None
+        self._decisions: Decisions | None = None
         self._waiters: list[asyncio.Future[None]] = []
         self.body_running = has_body
         self.closed: str | None = None  # why nothing can be added any more
@@ -146,7 +148,8 @@ class ProgramState:
     async def keep_decisions(self) -> None:
         """Remember the backend's decisions before the session goes."""
         if self._decisions is None and self._core is not None and self._core.session is not None:
-            self._decisions = tuple(await self._core.session.decisions())
+            self._decisions = Decisions(await self._core.session.decisions())
+            note_decisions(self._core.spans.root, self._decisions)
 
     def _seen(self, failure: ProgramError) -> ProgramError:
         self.failure_seen = True
@@ -299,14 +302,21 @@ class ProgramState:
         """Token and tool totals of the whole program, forks included. Does not wait."""
         return self._execution.usage
 
-    def decisions(self) -> tuple[Any, ...]:
+    def decisions(self) -> Decisions:
         """The backend's pause decisions for this context, with their reasons."""
         return runner().wait(self._read_decisions())
 
-    async def _read_decisions(self) -> tuple[Any, ...]:
+    async def _read_decisions(self) -> Decisions:
         if self._decisions is not None or self._core is None or self._core.session is None:
-            return self._decisions or ()
-        return tuple(await self._core.session.decisions())
+            return self._decisions or Decisions()
+        return Decisions(await self._core.session.decisions())
+
+    def trace(self) -> RunTrace:
+        """What the whole program did when, forks included: to print, to save, to export. Does not wait."""
+        from caesura.lang.traces import RunTrace
+
+        execution = self._execution
+        return RunTrace(execution.span, execution.begun_at, execution.backend.name)
 
     def stop(self) -> None:
         """Interrupt what this state is doing and drop what is enqueued; the program goes on. Loop thread only.
@@ -315,6 +325,13 @@ class ProgramState:
         snapshot before and roll back to it.
         """
         self.drain.stop()
+
+    def watch(self) -> ProgramState:
+        """Show how the program goes on, in place, until it has ended: in a notebook or in a terminal."""
+        from caesura.lang.display import watch
+
+        watch(self)
+        return self
 
     def cancel(self) -> None:
         """End the program; its sessions go back. Reads raise ProgramCancelled."""
@@ -435,6 +452,6 @@ class ProgramState:
         return f"<ProgramState of {self._execution.program!r}: {phase}, variables {sorted(self.variables)}>"
 
     def _repr_html_(self) -> str:
-        from caesura.lang.display import state_html
+        from caesura.lang.display.state import state_html
 
         return state_html(self)

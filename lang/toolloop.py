@@ -6,7 +6,7 @@ import json
 
 from caesura.lang import ir
 from caesura.lang.backend import Session, ToolCallRequest, ToolUse
-from caesura.lang.calls import check_raise, count, paused, pending
+from caesura.lang.calls import check_raise, note, paused, pending
 from caesura.lang.core import Core
 from caesura.lang.errors import StateError
 from caesura.lang.generate import Output, meta_of, request_of, stream
@@ -52,11 +52,11 @@ async def _round(
     calls = [ToolCall(call.name, call.arguments, f"{label}-{i}") for i, call in enumerate(wanted)]
     prepared = [_prepare(tools, call) for call in wanted]
     runnable = [call for call in prepared if isinstance(call, ir.ToolInvocation)]
-    async with paused(session, pending(label, runnable)):
+    async with paused(core, session, label, pending(label, runnable)):
         ran = iter(await run_tools(runnable, session=session))
         results = [next(ran) if isinstance(call, ir.ToolInvocation) else call for call in prepared]
         done = [result for result in results if result is not None]
-        count(core, done)
+        note(core, list(zip(calls, done, strict=True)))
         for call, result in zip(prepared, done, strict=True):
             if isinstance(call, ir.ToolInvocation):
                 check_raise(call, result)

@@ -62,6 +62,11 @@ class Trace:
             write(text)
         return text
 
+    def _repr_html_(self) -> str:
+        from caesura.lang.display.program import trace_html
+
+        return trace_html(self)
+
 
 class Tracer:
     """Stands in for a ProgramState: collects nodes, and hands out symbols for variables."""

@@ -87,6 +87,10 @@ def run(
         Path | None,
         typer.Option(help="Go on with the run of this file, or begin it; run the same command again after a stop."),
     ] = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="What happened when: into a .html or .json (Perfetto) file, or -."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a program on the engine, or on a server, and print what it wrote."""
@@ -101,6 +105,7 @@ def run(
         temperature=temperature,
         stream=stream,
         tape=choose_tape(record=record, replay=replay, resume=resume),
+        trace=trace,
         as_json=as_json,
     )
 

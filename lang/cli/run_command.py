@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from caesura.lang.backend import Backend
-from caesura.lang.cli.output import USAGE, CliError, print_json, stdout
+from caesura.lang.cli.output import USAGE, CliError, print_json, stderr, stdout
 from caesura.lang.cli.program_file import (
     choose_program,
     load_programs,
@@ -49,9 +49,12 @@ def run_command(
     temperature: float | None,
     stream: bool,
     tape: TapeChoice | None = None,
+    trace: str | None = None,
     as_json: bool,
 ) -> None:
     """Find, run and show a program. Raises CliError; the engine's errors pass through."""
+    if trace is not None and trace != "-" and Path(trace).suffix not in (".html", ".json"):
+        raise CliError(f"--trace is {trace!r}; it must end in .html or .json, or be -", "caesura run --help", USAGE)
     path, name = split_target(target)
     program = choose_program(path, load_programs(path), name)
     values = parse_arguments(program, arguments, target)
@@ -68,10 +71,23 @@ def run_command(
             state.cancel()
             state.error()
             raise
+        finally:  # of a failed program above all
+            if trace is not None:
+                _show_trace(state, trace)
         if as_json:
             print_json(as_document(state))
         elif not stream:
             show(state, stdout())
+
+
+def _show_trace(state: ProgramState, where: str) -> None:
+    if where == "-":
+        stderr().print(state.trace().tree())
+        return
+    try:
+        state.trace().save(where)
+    except OSError as error:
+        raise CliError(f"{where} cannot be written: {error.strerror}", "caesura run ... --trace -") from None
 
 
 def start_engine(model: str | None, policy: str | None) -> Any:

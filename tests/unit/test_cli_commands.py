@@ -134,6 +134,15 @@ def test_a_run_is_recorded_replayed_and_resumed(programs: Path, tmp_path: Path) 
     assert "do not go together" in both.stderr
 
 
+def test_a_trace_is_saved_or_printed_also_of_a_failed_run(programs: Path, tmp_path: Path) -> None:
+    assert "call_tool" not in invoke("run", f"{programs}:plain", "--trace", str(tmp_path / "t.html")).stdout
+    assert "<svg" in (tmp_path / "t.html").read_text()
+    assert invoke("run", f"{programs}:broken", "--trace", str(tmp_path / "t.json")).exit_code == 1
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert "pause" in invoke("run", f"{programs}:plain", "--trace", "-").stderr
+    assert "must end in .html or .json" in invoke("run", f"{programs}:plain", "--trace", "t.txt").stderr
+
+
 def test_streaming_prints_the_text(programs: Path) -> None:
     result = invoke("run", f"{programs}:plain", "--stream")
     assert "Look up: fine = FINE" in result.stdout

@@ -1,0 +1,60 @@
+"""HTML by construction: whatever is not Markup already is escaped."""
+
+from __future__ import annotations
+
+import html
+
+MAX_CHARS = 20_000
+
+
+class Markup(str):
+    """Text that is HTML. Only this package makes it."""
+
+    __slots__ = ()
+
+
+def text(value: str) -> Markup:
+    """Escaped, with line breaks that survive without styles."""
+    clean = "".join(
+        char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in clip(value)
+    )
+    return Markup(html.escape(clean).replace("\n", "<br>"))
+
+
+def tag(name: str, *content: str, **attributes: str | None) -> Markup:
+    """An element. ``cls`` is its class; attributes that are None are left out."""
+    given = "".join(
+        f' {"class" if key == "cls" else key.replace("_", "-")}="{html.escape(value)}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    return Markup(f"<{name}{given}>{join(*content)}</{name}>")
+
+
+def join(*content: str) -> Markup:
+    """One after the other."""
+    return Markup("".join(item if isinstance(item, Markup) else text(item) for item in content))
+
+
+def table(rows: list[list[str]], *, cls: str, head: list[str] | None = None) -> Markup:
+    """A table; the first cell of a row is its heading."""
+    lines = [tag("tr", *(tag("th", cell) for cell in head))] if head else []
+    lines += [tag("tr", tag("th", first), *(tag("td", cell) for cell in rest)) for first, *rest in rows]
+    return tag("table", *lines, cls=cls)
+
+
+def folded(summary: str, *content: str, is_open: bool = False) -> Markup:
+    """Details that open on a click."""
+    return tag("details", tag("summary", summary), *content, open="" if is_open else None)
+
+
+def view(*content: str) -> Markup:
+    """The outermost element, with the styles."""
+    from caesura.lang.display.style import STYLE
+
+    return tag("div", Markup(f"<style>{STYLE}</style>"), *content, cls="cz")
+
+
+def clip(value: str) -> str:
+    """Cut what is too long for a page, and say so."""
+    return value if len(value) <= MAX_CHARS else f"{value[:MAX_CHARS]} [{len(value) - MAX_CHARS} more characters]"

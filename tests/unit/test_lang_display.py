@@ -1,0 +1,235 @@
+"""What notebooks show: colours by source, calls folded, nothing injected, everything readable without styles."""
+
+from __future__ import annotations
+
+import threading
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import pytest
+from caesura.lang import (
+    ScriptedBackend,
+    ScriptedReply,
+    assistant,
+    call_tool,
+    function,
+    gen,
+    select,
+    system,
+    tool,
+    user,
+)
+from caesura.lang.decisions import Decisions
+from caesura.lang.display import live
+from caesura.lang.display.decisions import bar, decision_html
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ALLOWED = {
+    "div", "style", "b", "span", "table", "tr", "th", "td", "strong", "em", "details", "summary", "code", "br", "svg",
+    "g", "rect", "line", "text", "title",
+}  # fmt: skip
+
+
+class Reader(HTMLParser):
+    """Elements with their attributes, and the texts inside."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.stack: list[tuple[str, str]] = []
+        self.by_class: dict[str, list[str]] = {}
+        self.text = ""
+        self.feed(page)
+        self.close()
+        assert not self.stack, f"not closed: {self.stack}"
+
+    def handle_starttag(self, name, attributes):
+        self.names.append(name)
+        self.attributes += attributes
+        if name == "br":
+            self.text += "\n"
+        else:
+            self.stack.append((name, dict(attributes).get("class") or ""))
+
+    def handle_endtag(self, name):
+        assert self.stack.pop()[0] == name
+
+    def handle_data(self, data):
+        if any(name == "style" for name, _ in self.stack):
+            return
+        self.text += data
+        for _, cls in self.stack:
+            self.by_class.setdefault(cls, []).append(data)
+
+
+@tool
+def search(query: str) -> str:
+    """Look <things> up."""
+    return query
+
+
+def show(program, replies, *args):
+    state = program.run(*args, backend=ScriptedBackend(replies))
+    state.error()
+    return Reader(state._repr_html_())
+
+
+@function
+def colours(s):
+    """Colours & sources."""
+    s += system("Be exact.")
+    s += user("Which?")
+    s += assistant(gen("free", tools=[search]))
+    s += user("And?")
+    s += assistant("It is " + select("which", ["this", "that"]) + gen("number", regex="[0-9]+"))
+
+
+def test_text_has_the_colour_of_its_source():
+    call = ScriptedReply("Let me see.", [("search", {"query": "found"})])
+    page = show(colours, {"free": [call, "An answer."], "number": ["42"]})
+    assert page.by_class["cz-g"][0].startswith("Let me see.")
+    assert "An answer." in page.by_class["cz-g"]
+    assert "42" in page.by_class["cz-k"]
+    assert {"this", "that"} & set(page.by_class["cz-x"])
+    assert "found" in page.by_class["cz-t"]
+    assert "search(query='found') → " in page.text
+    assert page.names.count("details") >= 2  # the call, the variables
+    for word in ("system", "user", "assistant", "Be exact.", "2 of"[:1], "1 tool calls"):
+        assert word in page.text
+
+
+def test_what_the_cache_held_is_marked():
+    @function
+    def twice(s):
+        s += "shared words at the beginning, and then some more"
+        for fork in (forks := s.fork(2)):
+            fork += " own words" + gen("x")
+        forks.join("concate_and_append")
+        s += gen("y")
+
+    page = show(twice, lambda prompt, request: "z")
+    cached = "".join(page.by_class["cz-c"])
+    assert cached.startswith("shared words at the beginning")
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</td></table><img src=x onerror=alert(1)>",
+    "\x1b[31m\x00&lt;",
+    "]]>--><!--",
+    "\"'`",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_nothing_can_be_injected_from_anywhere(text):
+    @tool(name="evil")
+    def evil(argument: str) -> str:
+        return text
+
+    @function
+    def program(s):
+        s += user(text) + assistant(text + gen("x"))
+        s += user(call_tool("y", evil, text))
+        s.set_var("z", [text, text])
+        raise ValueError(text)
+
+    state = program.run(backend=ScriptedBackend(lambda p, r: text))
+    assert state.error() is not None
+    for page in (state._repr_html_(), state.trace()._repr_html_(), state.trace().html(), program._repr_html_()):
+        body = Reader(page.replace("<!doctype html>", "").replace("<meta", "<br"))
+        assert set(body.names) <= ALLOWED | {"html", "head", "body"}
+        assert not any(name.startswith("on") or name in ("src", "href") for name, _ in body.attributes)
+    assert "\x1b" not in str(state.trace())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=60))
+def test_any_text_is_shown_as_it_is(text):
+    @function
+    def program(s):
+        s += "before|" + text + "|after"
+
+    page = show(program, [])
+    shown = page.text.partition("before|")[2].partition("|after")[0]
+    assert len(shown) == len(text.replace("\r\n", "\n")) or "\r" in text
+    assert "".join(c for c in shown if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}") == "".join(
+        c for c in text if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}"
+    )
+
+
+def test_long_texts_are_cut():
+    @function
+    def program(s):
+        s += "x" * 100_000
+
+    page = program.run(backend=ScriptedBackend([]))
+    page.sync()
+    assert len(page._repr_html_()) < 60_000
+
+
+def decision(action="swap", **costs):
+    costs = SimpleNamespace(**{"preserve_token_s": 400.0, "swap_token_s": 20.0, "discard_token_s": 100.0, **costs})
+    return SimpleNamespace(
+        action=SimpleNamespace(value=action), tool="search", reason="swap is cheapest <now>", policy="min_waste",
+        costs=costs, context_tokens=1200, affected_tokens=900, elapsed_s=0.1, expected_remaining_s=3.0,
+        batch_tokens=4000, free_pages=12, now=1.0,
+    )  # fmt: skip
+
+
+def test_a_decision_shows_its_three_costs_to_scale():
+    page = Reader(decision_html(decision()))
+    assert [page.by_class[f"cz-{name}"][-1].count("█") for name in ("preserve", "discard", "swap")] == [24, 6, 1]
+    assert "swap ✓" in page.text
+    assert "swap is cheapest <now>" in page.text
+    assert "400 token·s" in page.text
+    assert "impossible" in Reader(decision_html(decision(swap_token_s=float("inf")))).text
+    both = Decisions([decision(), decision("preserve")])
+    assert both._repr_html_().count("✓") == 2
+    assert "swap is cheapest" in repr(both)
+    assert "No pause" in Decisions()._repr_html_()
+    assert (bar(0.0), bar(1e-9), bar(1.0)) == ("", "▏", "█" * 24)
+
+
+def test_a_program_shows_what_it_will_do():
+    page = Reader(colours._repr_html_())
+    assert "Colours & sources." in page.text
+    assert "gen('free')" in page.by_class["cz-g"]
+    assert "select('which')" in page.by_class["cz-x"]
+    assert "Be exact." in Reader(colours.trace()._repr_html_()).text
+
+
+def test_a_view_changes_in_place_until_the_end(monkeypatch):
+    shown, go_on = [], threading.Event()
+
+    class Handle:
+        def update(self, html):
+            shown.append(html.data)
+            go_on.set()
+
+    def display(html, display_id):
+        shown.append(html.data)
+        return Handle()
+
+    import IPython.display
+
+    monkeypatch.setattr(IPython.display, "display", display)
+    monkeypatch.setattr(live, "_in_notebook", lambda: True)
+
+    @tool
+    def waits() -> str:
+        go_on.wait(30)
+        return "done"
+
+    @function
+    def program(s):
+        s += "Look: " + call_tool("x", waits)
+
+    state = program.run(backend=ScriptedBackend([])).watch()
+    assert state.done
+    assert "running" in Reader(shown[0]).text
+    last = Reader(shown[-1]).text
+    assert "done" in last
+    assert "Look: " in last
