@@ -71,8 +71,8 @@ class _Batch:
             try:
                 for i in range(len(self._items)):
                     outcome = runner().wait(self._outcome(i))
-                    advance()
                     error = outcome if isinstance(outcome, BaseException) else outcome.failure
+                    advance(error is not None)
                     states.append(outcome)
                     if error is not None:
                         errors[i] = error
@@ -130,10 +130,18 @@ class _Batch:
 @contextlib.contextmanager
 def _progress(wanted: bool, total: int, label: str) -> Iterator[Any]:
     if not wanted:
-        yield lambda: None
+        yield lambda failed: None
         return
     from rich.progress import Progress
 
     with Progress(transient=False) as progress:
         bar = progress.add_task(label, total=total)
-        yield lambda: progress.advance(bar)
+        failures = 0
+
+        def advance(failed: bool) -> None:
+            nonlocal failures
+            failures += failed
+            told = f"{label} [red]({failures} failed)[/red]" if failures else label
+            progress.update(bar, advance=1, description=told)
+
+        yield advance

@@ -163,6 +163,9 @@ def test_tuples_and_bad_items(backend):
 
 def test_a_progress_bar(backend, capsys):
     assert len(double.run_batch(ITEMS[:3], backend=backend, progress_bar=True)) == 3
+    assert "failed" not in capsys.readouterr().out
+    double.run_batch(ITEMS, backend=backend, progress_bar=True, return_exceptions=True)
+    assert "(2 failed)" in capsys.readouterr().out
 
 
 def test_batches_inside_programs(backend):
