@@ -18,6 +18,7 @@ SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
 TAG_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 FAILED_TEXT = "I have no answer: the tool failed."
+NO_TOOL_TEXT = "I have no tool for that."
 
 Message = Mapping[str, Any]
 

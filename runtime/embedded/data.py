@@ -7,12 +7,13 @@ prompt's words and length, the tools beside the calculator, how many questions c
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from caesura.runtime.embedded.chat import (
     FAILED_TEXT,
+    NO_TOOL_TEXT,
     SPECIAL_TOKENS,
     TAG_TOKENS,
     TURN_END,
@@ -22,19 +23,29 @@ from caesura.runtime.embedded.chat import (
     calls_message,
     render,
 )
-from caesura.runtime.embedded.tasks import CalculatorError, Kind, Split, Task, TaskMaker, calculate
+from caesura.runtime.embedded.skills.adventures import adventure
+from caesura.runtime.embedded.skills.chores import CHORES, UNLEARNED
+from caesura.runtime.embedded.skills.mixture import SKILLS
+from caesura.runtime.embedded.skills.offers import Offer, offer, toolset, usual
+from caesura.runtime.embedded.skills.services import NEAR, unanswerable
+from caesura.runtime.embedded.skills.task import Call, Task, careful
+from caesura.runtime.embedded.skills.world import World
+from caesura.runtime.embedded.tasks import CalculatorError, Kind, Split, calculate
+from caesura.runtime.embedded.tasks import Task as ArithmeticTask
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 1536
 # A digit is a token; braces never merge with neighbours, so that JSON tokenizes alike whole and in pieces.
 PRE_TOKENS = r"\p{N}| ?\p{L}+|[{}]| ?[^\s\p{L}\p{N}{}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 ODD_RESULT_SHARE = 0.12  # results that are wrong on purpose, so that the model copies and does not compute
-NO_TOOL_SHARE = 0.05
+FAULT_SHARE = 0.03
 ERROR_SHARE = 0.02
-OTHER_NAME_SHARE = 0.15  # the tool is called what the prompt calls it
-SMALL_TALK_SHARE = 0.03
+CHORE_SHARE = 0.12
+NO_TOOLS_SHARE = 0.03
+SMALL_TALK_SHARE = 0.02
+WITHHELD_SHARE = 0.06
 
 _RULES = (
     "You are a helpful assistant.",
@@ -60,23 +71,6 @@ _SYLLABLES = (
     *("ba", "ce", "di", "fo", "gu", "la", "me", "ni", "po", "ru", "sa", "te", "vi", "zo", "an", "er"),
     *("in", "or", "ul", "st", "tr", "ch", "sh", "ing", "tion", "ment", "ly"),
 )
-_DESCRIPTIONS = (
-    "Evaluate an arithmetic expression.",
-    "Evaluate an arithmetic expression.",
-    "Evaluates arithmetic.",
-    "Compute the value of an expression such as 2 + 3.",
-    "A calculator for + - * and /.",
-    "Work out a sum, exactly.",
-    "",
-)
-_CALCULATORS = (
-    ("calc", "expression"),
-    ("calculate", "expression"),
-    ("compute", "formula"),
-    ("evaluate", "text"),
-    ("slow_calculator", "expression"),
-    ("math", "query"),
-)
 _ERRORS = (
     "error: timed out",
     "error: the tool failed",
@@ -85,22 +79,15 @@ _ERRORS = (
     "error: expression: division by zero",
     "error: cancelled",
 )
-_OTHER_TOOLS = (
-    ("search", "query", "Look a topic up."),
-    ("weather", "city", "Current weather of a city."),
-    ("clock", "zone", "The time in a zone."),
-    ("translate", "text", "Translate a text."),
-    ("read_file", "path", "Read a file."),
-)
 _SMALL_TALK = (
-    ("Hello!", "Hello! Ask me a question about numbers."),
-    ("Hi", "Hello! Ask me a question about numbers."),
-    ("Hi there", "Hello! Ask me a question about numbers."),
-    ("Good morning", "Hello! Ask me a question about numbers."),
+    ("Hello!", "Hello! Ask me a question."),
+    ("Hi", "Hello! Ask me a question."),
+    ("Hi there", "Hello! Ask me a question."),
+    ("Good morning", "Hello! Ask me a question."),
     ("Thank you!", "You are welcome."),
     ("Thanks", "You are welcome."),
-    ("Who are you?", "I am a small model that answers questions about numbers with a calculator."),
-    ("What can you do?", "I am a small model that answers questions about numbers with a calculator."),
+    ("Who are you?", "I am a small model that answers questions with tools."),
+    ("What can you do?", "I am a small model that answers questions with tools."),
     ("Bye", "Goodbye!"),
 )
 
@@ -118,42 +105,111 @@ class ConversationMaker:
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
-        self._tasks = TaskMaker(rng, Split.TRAIN)
+        self._chores, self._chore_weights = zip(*CHORES, strict=True)
+        self._chained = [name for name in SKILLS if name not in ("adventure", "no_tool")]
+        self._weights = [SKILLS[name].share for name in self._chained]
 
     def make(self, progress: float) -> tuple[list[Message], list[Mapping[str, Any]]]:
-        """Messages and the tools on offer (none: the model has to guess)."""
+        """Messages and the tools on offer."""
         rng = self._rng
-        long = progress > 0.4 and rng.random() < 0.15
+        world = World(f"train/{rng.getrandbits(64)}", Split.TRAIN)
+        if rng.random() < CHORE_SHARE:
+            (chore,) = rng.choices(self._chores, self._chore_weights)
+            made: tuple[list[Message], list[Mapping[str, Any]]] = chore(world)
+            return made
         messages: list[Message] = []
-        system = system_prompt(rng, sentences=rng.randrange(6, 40) if long else rng.choice((0, 1, 1, 2, 3)))
+        long = progress > 0.4 and rng.random() < 0.1
+        system = system_prompt(rng, sentences=rng.randrange(6, 40) if long else rng.choice((0, 0, 1, 1, 2, 3)))
         if system or rng.random() < 0.1:
             messages.append({"role": "system", "content": system})
-        if rng.random() < NO_TOOL_SHARE:
-            # A few at a time: one alone would be so short that whole batches of like length were guesses.
-            for task in (self._tasks.make() for _ in range(rng.randint(2, 4))):
-                messages += [
-                    {"role": "user", "content": task.question},
-                    {"role": "assistant", "content": answer_text(task.answer.split(" and "))},
-                ]
-            return messages, []
-        name, argument = "calculator", "expression"
-        if rng.random() < OTHER_NAME_SHARE:
-            name, argument = rng.choice(_CALCULATORS)
-        most = 1 if progress < 0.15 else 3 if progress < 0.5 else 6
-        for _ in range(rng.randint(1, most)):
+        drawn = rng.random()
+        if drawn < SKILLS["adventure"].share / 100 * (1.0 if progress > 0.4 else 0.3):
+            return self._adventure(messages, world, progress)
+        if drawn < (SKILLS["adventure"].share + SKILLS["no_tool"].share) / 100:
+            return self._unanswerable(messages, world)
+        most = 1 if progress < 0.1 else 2 if progress < 0.4 else 4
+        return self._chain(messages, world, rng.randint(1, most))
+
+    def _adventure(
+        self, messages: list[Message], world: World, progress: float
+    ) -> tuple[list[Message], list[Mapping[str, Any]]]:
+        # Once the model gets on, most games are joined half-way: as many decisions, in fewer tokens.
+        task = adventure(world, begun=progress >= 0.75 and self._rng.random() < 0.65)
+        act = offer("act", self._rng, Split.TRAIN) if self._rng.random() < 0.3 else usual("act")
+        return [*messages, *played(task, world, {"act": act})], [act.spec]
+
+    def _unanswerable(self, messages: list[Message], world: World) -> tuple[list[Message], list[Mapping[str, Any]]]:
+        rng = self._rng
+        task, without = unanswerable(world)
+        offers = toolset((), rng, Split.TRAIN, distractors=rng.randint(1, 6), without=without)
+        return [*messages, *played(task, world, {})], [offer.spec for offer in offers]
+
+    def _chain(
+        self, messages: list[Message], world: World, count: int
+    ) -> tuple[list[Message], list[Mapping[str, Any]]]:
+        """Several questions in a row, one set of tools. A tool that is withheld makes its questions unanswerable."""
+        rng = self._rng
+        names = rng.choices(self._chained, self._weights, k=count)
+        world.odd_share = 1.0 if "surprise" in names else ODD_RESULT_SHARE
+        world.fault_share = 0.5 if "recovery" in names else FAULT_SHARE
+        bare = rng.random() < NO_TOOLS_SHARE
+        used: dict[str, None] = {}
+        withheld: set[str] = set()
+        solved: list[tuple[Task, list[Round], str]] = []
+        for name in names:
+            task = SKILLS[name].make(world)
+            if not used.keys() & task.needs and rng.random() < WITHHELD_SHARE:
+                withheld.update(task.needs)
+            if bare or withheld & set(task.needs):
+                solved.append((task, [], NO_TOOL_TEXT))
+                continue
+            used.update(dict.fromkeys(task.needs))
+            solved.append((task, *rounds_of(task, world)))
+        distractors = rng.choice((0, 0, 1, 2, 3, 4, 6)) if "choice" not in names else rng.randint(2, 7)
+        without = [*withheld, *(near for tool in withheld for near in NEAR.get(tool, ()))]
+        offers = [] if bare else toolset(tuple(used), rng, Split.TRAIN, distractors=distractors, without=without)
+        by_tool = {offer.tool: offer for offer in offers}
+        for task, rounds, answer in solved:
             if rng.random() < SMALL_TALK_SHARE:
                 asked, reply = rng.choice(_SMALL_TALK)
                 messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
-            else:
-                messages += solved_turns(self._tasks.make(), rng, tool=(name, argument))
-        return messages, self._toolset(name, argument)
+            messages += shown_turns(task.question, rounds, answer, by_tool)
+        return messages, [offer.spec for offer in offers]
 
-    def _toolset(self, name: str, argument: str) -> list[Mapping[str, Any]]:
-        rng = self._rng
-        tools = [_tool(name, argument, rng.choice(_DESCRIPTIONS))]
-        tools += [_tool(*other) for other in rng.sample(_OTHER_TOOLS, rng.choice((0, 0, 0, 1, 2)))]
-        rng.shuffle(tools)
-        return tools
+
+Round = tuple[list[Call], list[str]]
+
+
+def rounds_of(task: Task, world: World) -> tuple[list[Round], str]:
+    """The calls of a right solution with their results, and the answer."""
+    teacher = careful(task.solve())
+    rounds: list[Round] = []
+    try:
+        calls = next(teacher)
+        while True:
+            results = [world.run(call) for call in calls]
+            rounds.append((calls, list(results)))
+            calls = teacher.send(results)
+    except StopIteration as stop:
+        return rounds, str(stop.value)
+
+
+def shown_turns(question: str, rounds: Sequence[Round], answer: str, by_tool: Mapping[str, Offer]) -> list[Message]:
+    """A solution as the turns of a conversation, tools under the names they have there."""
+    messages: list[Message] = [{"role": "user", "content": question}]
+    for calls, results in rounds:
+        shown = [by_tool[call.tool].shown(call) for call in calls]
+        messages.append({"role": "assistant", "content": "", "tool_calls": shown})
+        messages += [
+            {"role": "tool", "name": by_tool[call.tool].name, "content": result}
+            for call, result in zip(calls, results, strict=True)
+        ]
+    return [*messages, {"role": "assistant", "content": answer}]
+
+
+def played(task: Task, world: World, by_tool: Mapping[str, Offer]) -> list[Message]:
+    """A task solved, as turns."""
+    return shown_turns(task.question, *rounds_of(task, world), by_tool)
 
 
 def system_prompt(rng: random.Random, *, sentences: int) -> str:
@@ -168,16 +224,8 @@ def system_prompt(rng: random.Random, *, sentences: int) -> str:
     return rng.choice((" ", " ", "\n")).join(parts)
 
 
-def _tool(name: str, argument: str, description: str) -> Mapping[str, Any]:
-    parameters = {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}
-    return {
-        "type": "function",
-        "function": {"name": name, "description": description, "parameters": parameters},
-    }
-
-
 def solved_turns(
-    task: Task,
+    task: ArithmeticTask,
     rng: random.Random,
     *,
     tool: tuple[str, str] = ("calculator", "expression"),
@@ -225,7 +273,7 @@ def train_tokenizer(seed: int, *, conversations: int = 4000) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    marks = [*SPECIAL_TOKENS, *TAG_TOKENS]
+    marks = [*SPECIAL_TOKENS, *TAG_TOKENS, *UNLEARNED]
     pieces = (_without(text, marks) for text in texts)
     trainer = BpeTrainer(
         vocab_size=VOCAB_SIZE - len(TAG_TOKENS),
@@ -253,8 +301,11 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
 
 
 def encode_example(tokenizer: Tokenizer, text: str) -> Example:
-    """Ids of a rendered conversation; learned are the assistant's turns up to and with their end."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    """Ids of a rendered conversation; learned are the assistant's turns up to and with their end, without what
+    stands between the UNLEARNED marks there (the marks themselves go)."""
+    plain, spans = _unmarked(text)
+    encoding = tokenizer.encode(plain, add_special_tokens=False)
+    ids: list[int] = encoding.ids
     start, end = token_id(tokenizer, TURN_START), token_id(tokenizer, TURN_END)
     header = tokenizer.encode(f"{TURN_START}assistant\n", add_special_tokens=False).ids
     learn = [False] * len(ids)
@@ -268,13 +319,37 @@ def encode_example(tokenizer: Tokenizer, text: str) -> Example:
                     break
                 position += 1
         position += 1
+    if spans:
+        for i, (begin, _) in enumerate(encoding.offsets):
+            learn[i] = learn[i] and not any(low <= begin < high for low, high in spans)
     return Example(ids, learn)
 
 
+def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without UNLEARNED marks, and what they enclosed as spans of it."""
+    if UNLEARNED[0] not in text:
+        return text, []
+    plain, spans = "", []
+    for part in text.split(UNLEARNED[0]):
+        hidden, mark, rest = part.partition(UNLEARNED[1])
+        if mark:
+            spans.append((len(plain), len(plain) + len(hidden)))
+        plain += hidden + rest
+    return plain, spans
+
+
 def batches(
-    tokenizer: Tokenizer, rng: random.Random, progress: float, *, batch_tokens: int, pool: int, max_tokens: int
-) -> Iterator[list[Example]]:
-    """A shuffled pool of conversations cut into batches of like length, each of at most ``batch_tokens``."""
+    tokenizer: Tokenizer,
+    rng: random.Random,
+    progress: float,
+    *,
+    batch_tokens: int,
+    pool: int,
+    max_tokens: int,
+    micro_tokens: int = 3072,
+) -> Iterator[list[list[Example]]]:
+    """A shuffled pool of conversations cut into micro-batches of like length, several of which make a batch of at
+    least ``batch_tokens``, short and long ones mixed."""
     maker = ConversationMaker(rng)
     texts = [render(*maker.make(progress)) for _ in range(pool)]
     examples = [encode_example(tokenizer, text) for text in texts]
@@ -282,8 +357,13 @@ def batches(
     examples.sort(key=lambda example: len(example.ids))
     cut: list[list[Example]] = [[]]
     for example in examples:
-        if cut[-1] and (len(cut[-1]) + 1) * len(example.ids) > batch_tokens:
+        if cut[-1] and (len(cut[-1]) + 1) * len(example.ids) > micro_tokens:
             cut.append([])
         cut[-1].append(example)
     rng.shuffle(cut)
-    yield from cut
+    batch: list[list[Example]] = []
+    for micro in cut:
+        batch.append(micro)
+        if sum(len(each) * len(each[-1].ids) for each in batch) >= batch_tokens * 0.9:
+            yield batch
+            batch = []
