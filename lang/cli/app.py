@@ -165,6 +165,21 @@ def simulate(
     simulate_command(workload, {**options, "kv_tokens": kv_tokens, "host_tokens": host_tokens}, as_json=as_json)
 
 
+@app.command(name="eval")
+@guarded
+def evaluate(
+    what: Annotated[str, typer.Argument(help="What to evaluate: embedded.")],
+    model: Annotated[str | None, typer.Option(help="A checkpoint folder in place of the embedded one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the tasks.")] = 0,
+    tasks: Annotated[int, typer.Option(min=1, max=100_000, help="Tasks, each with and without its tools.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """How many held-out tasks the embedded model solves, by skill, with its tools and without."""
+    from caesura.lang.cli.eval_command import eval_command
+
+    eval_command(what, model=model, seed=seed, tasks=tasks, as_json=as_json)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 @guarded
 def bench(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from caesura.runtime.embedded.attention import attend
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -19,12 +20,12 @@ INIT_STD = 0.02
 class Shape:
     """Sizes of the network."""
 
-    vocab: int = 1024
-    hidden: int = 128
+    vocab: int = 1536
+    hidden: int = 160
     layers: int = 6
-    heads: int = 4
-    kv_heads: int = 2
-    intermediate: int = 384
+    heads: int = 5
+    kv_heads: int = 5
+    intermediate: int = 448
     max_positions: int = 2048
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
@@ -108,6 +109,9 @@ class Attention(nn.Module):
             past = k.shape[2] - length
             mask = torch.ones(length, k.shape[2], dtype=torch.bool).tril(past)
         grouped = self.shape.heads != self.shape.kv_heads
+        if self.training and not grouped and mask is None:
+            attended = attend(q.contiguous(), k.contiguous(), v.contiguous())
+            return _project(self.o_proj, attended.transpose(1, 2).reshape(batch, length, -1))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return _project(self.o_proj, out.transpose(1, 2).reshape(batch, length, -1))
 

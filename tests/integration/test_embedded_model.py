@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from caesura.runtime.embedded import FILES, checkpoint_path
+from caesura.runtime.embedded.attention import attend
 from caesura.runtime.embedded.chat import CALCULATOR_TOOL, CHAT_TEMPLATE, calls_message, render
 from caesura.runtime.embedded.data import ConversationMaker, encode_example
 from caesura.runtime.embedded.evaluate import Chat, ask_each, ask_in_a_row, copies_results
 from caesura.runtime.embedded.net import Cache, Shape, TinyLlama, load_net
 from caesura.runtime.embedded.tasks import Split, make_tasks
-from caesura.runtime.embedded.train import Recipe, export, train
+from caesura.runtime.embedded.train import export
+from caesura.runtime.embedded.trainer import Recipe, Trainer
 from rich.console import Console
 from tokenizers import Tokenizer
 
@@ -115,18 +118,47 @@ def test_re_rendering_is_token_exact(model: TinyLlama, tokenizer: Tokenizer) -> 
     assert len(ids) - len(chat.token_ids) <= 3
 
 
-def test_training_is_reproducible_and_exports_what_it_trained(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    shape = Shape(vocab=tokenizer.get_vocab_size(), hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64)
+def test_training_is_reproducible_resumes_and_exports_what_it_trained(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    shape = Shape(vocab=tokenizer.get_vocab_size(), hidden=32, layers=2, heads=2, kv_heads=2, intermediate=64)
     console = Console(quiet=True)
-    models = [train(Recipe(seed=seed, steps=4, batch_tokens=512), shape, tokenizer, console) for seed in (1, 1, 2)]
-    first, again, other = (model.model.embed_tokens.weight for model in models)
+
+    def trainer(seed: int, steps: int) -> Trainer:
+        return Trainer(Recipe(seed=seed, steps=steps, decay_steps=2, batch_tokens=512), shape, tokenizer)
+
+    models = [trainer(seed, 4) for seed in (1, 1, 2)]
+    for each in models:
+        assert list(each.run(console)) == [1, 2, 3, 4]
+    first, again, other = (each.model.model.embed_tokens.weight for each in models)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    export(models[0], tokenizer, tmp_path / "out")
+
+    halted = trainer(1, 4)
+    for step in halted.run(console):
+        if step == 2:
+            halted.save(tmp_path / "state")
+            break
+    resumed = trainer(1, 4)
+    resumed.load(tmp_path / "state")
+    assert list(resumed.run(console)) == [3, 4]
+    assert torch.equal(resumed.model.model.embed_tokens.weight, first)
+
+    export(models[0].model, tokenizer, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(FILES)
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.inference_mode():
-        assert torch.equal(load_net(tmp_path / "out").hidden_states(ids), models[0].hidden_states(ids))
+        assert torch.equal(load_net(tmp_path / "out").hidden_states(ids), models[0].model.hidden_states(ids))
+
+
+def test_attention_for_training_is_attention() -> None:
+    """Over several blocks of queries, and its gradients."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(2, 3, 300, 16, generator=generator, requires_grad=True) for _ in range(3)]
+    wanted = F.scaled_dot_product_attention(*inputs, is_causal=True)
+    got = attend(*inputs)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    weights = torch.randn(wanted.shape, generator=generator)
+    expected = torch.autograd.grad((wanted * weights).sum(), inputs)
+    torch.testing.assert_close(torch.autograd.grad((got * weights).sum(), inputs), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_key_value_cache_changes_nothing(model: TinyLlama) -> None:

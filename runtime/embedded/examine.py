@@ -1,0 +1,145 @@
+"""Held-out tasks on a running engine: real tools, greedy, no grammar. What ``caesura eval embedded`` runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from caesura.runtime.api import PendingCall
+from caesura.runtime.embedded.chat import Message, render
+from caesura.runtime.embedded.skills.mixture import SKILLS, Exam, held_out_task
+from caesura.runtime.embedded.skills.offers import Offer
+from caesura.runtime.embedded.skills.task import Call
+from caesura.runtime.embedded.tools import ToolFault
+from caesura.runtime.errors import ContextTooLong
+from caesura.runtime.sampling import SamplingParams
+from caesura.runtime.service import ContextHandle, EngineService
+
+WINDOW = 2048  # positions of the embedded model
+MAX_ROUNDS = 32
+MAX_TURN_TOKENS = 256
+CONCURRENT = 32
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+
+
+@dataclass(slots=True)
+class Tally:
+    """How many tasks were right of how many."""
+
+    right: int = 0
+    total: int = 0
+
+    def add(self, right: bool) -> None:
+        self.right += right
+        self.total += 1
+
+
+@dataclass(slots=True)
+class Report:
+    """The outcome of an evaluation. ``malformed_calls`` of ``tool_calls`` were no call of a tool on offer."""
+
+    with_tools: Tally = field(default_factory=Tally)
+    without_tools: Tally = field(default_factory=Tally)
+    skills: dict[str, Tally] = field(default_factory=dict)
+    tool_calls: int = 0
+    malformed_calls: int = 0
+
+
+def exams(seed: int, count: int, skills: Sequence[str] = tuple(SKILLS)) -> list[Exam]:
+    """``count`` held-out tasks, the skills in turn; made anew, worlds included, with every call."""
+    return [held_out_task(seed, number // len(skills), skills[number % len(skills)]) for number in range(count)]
+
+
+async def examine(
+    service: EngineService,
+    seed: int,
+    count: int,
+    *,
+    skills: Sequence[str] = tuple(SKILLS),
+    progress: Callable[[], None] = lambda: None,
+) -> Report:
+    """Every task twice: with its tools and without any. ``progress`` is called after each of the 2 * count runs."""
+    report = Report(skills={skill: Tally() for skill in skills})
+    gate = asyncio.Semaphore(CONCURRENT)
+
+    async def one(exam: Exam, with_tools: bool) -> None:
+        async with gate:
+            answer = await Attempt(service, exam, exam.offers if with_tools else (), report).run()
+        right = exam.right(answer)
+        (report.with_tools if with_tools else report.without_tools).add(right)
+        if with_tools:
+            report.skills[exam.skill].add(right)
+        progress()
+
+    runs = [one(exam, with_tools) for with_tools in (True, False) for exam in exams(seed, count, skills)]
+    await asyncio.gather(*runs)
+    return report
+
+
+class Attempt:
+    """One task in one context of the engine: generate, call, append the results, until the model answers."""
+
+    def __init__(self, service: EngineService, exam: Exam, offers: Sequence[Offer], report: Report) -> None:
+        self._service, self._exam, self._report = service, exam, report
+        self._offers = {offer.name: offer for offer in offers}
+        self._specs = [offer.spec for offer in offers]
+        self.messages: list[Message] = [{"role": "user", "content": exam.task.question}]
+
+    async def run(self) -> str:
+        """The model's final answer; "" when it never gave one within MAX_ROUNDS turns or the window."""
+        context = await self._service.open()
+        try:
+            for _ in range(MAX_ROUNDS):
+                text = await self._turn(context)
+                if _OPEN not in text:
+                    return text
+                self.messages.append({"role": "assistant", "content": text})
+                await context.pause([PendingCall("tool")])
+                self.messages += [{"role": "tool", "content": self._result(body)} for body in text.split(_OPEN)[1:]]
+                await context.resume()
+            return ""
+        except ContextTooLong:
+            return ""
+        finally:
+            await context.close()
+
+    async def _turn(self, context: ContextHandle) -> str:
+        text = render(self.messages, self._specs, add_generation_prompt=True)
+        ids = self._service.tokenizer.encode(text, allow_special=True)
+        known = await context.token_ids()
+        shared = 0
+        while shared < min(len(ids), len(known)) and ids[shared] == known[shared]:
+            shared += 1
+        if shared < len(known):
+            await context.truncate(shared)
+        await context.append(ids[shared:])
+        params = SamplingParams(temperature=0.0, max_new_tokens=max(1, min(MAX_TURN_TOKENS, WINDOW - len(ids))))
+        return "".join([chunk.text async for chunk in context.generate(params)])
+
+    def _result(self, body: str) -> str:
+        self._report.tool_calls += 1
+        try:
+            call = self._parsed(body)
+        except ValueError as error:
+            self._report.malformed_calls += 1
+            return f"error: {error}"
+        try:
+            return self._exam.world.run(call)
+        except (ToolFault, TypeError, KeyError) as error:  # arguments of the wrong type
+            return f"error: {error}"
+
+    def _parsed(self, body: str) -> Call:
+        """The call between the tags, by the tool's own names. Raises ValueError unless it is one that was offered."""
+        inside, mark, rest = body.partition(_CLOSE)
+        value: Any = json.loads(inside)
+        offer = self._offers.get(value["name"]) if isinstance(value, dict) and "name" in value else None
+        if not mark or rest.strip() or offer is None:
+            raise ValueError("no call of a tool on offer")
+        own = {shown: name for name, shown in offer.arguments.items()}
+        arguments = value.get("arguments")
+        if not isinstance(arguments, dict) or set(arguments) != set(own):
+            raise ValueError(f"{offer.name} takes {', '.join(own) or 'no arguments'}")
+        return Call(offer.tool, {own[key]: argument for key, argument in arguments.items()})

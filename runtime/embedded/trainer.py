@@ -1,0 +1,179 @@
+"""One training run: bfloat16 arithmetic over float32 weights, a schedule with a plateau, and a state to resume from."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from caesura.runtime.embedded.chat import END_OF_TEXT
+from caesura.runtime.embedded.data import Example, batches, token_id
+from caesura.runtime.embedded.net import Shape, TinyLlama
+from rich.console import Console
+from safetensors.torch import load_file, save
+from tokenizers import Tokenizer
+from torch import Tensor
+
+WARMUP_STEPS = 60
+CURRICULUM_STEPS = 600  # conversations grow longer until then
+FINAL_LR_SHARE = 0.02
+POOL = 600  # conversations drawn and sorted by length at a time
+MAX_TOKENS = 1792
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to train. The rate warms up, stays, and falls linearly over the last ``decay_steps``."""
+
+    seed: int = 0
+    steps: int = 3400
+    decay_steps: int = 900
+    batch_tokens: int = 6144
+    lr: float = 3e-3
+    weight_decay: float = 0.05
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Warm-up, plateau, linear decay to a fiftieth."""
+    warm = min(1.0, (step + 1) / WARMUP_STEPS)
+    left = min(1.0, (recipe.steps - step) / max(1, recipe.decay_steps))
+    return recipe.lr * min(warm, FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * left)
+
+
+def collate(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
+    """ids [batch, length], right-padded, and the flat indices in [batch, length - 1] whose successor is learned."""
+    length = max(len(example.ids) for example in examples)
+    ids = torch.full((len(examples), length), pad_id, dtype=torch.long)
+    learn = torch.zeros((len(examples), length), dtype=torch.bool)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+        learn[row, : len(example.ids)] = torch.tensor(example.learn)
+    return ids, learn[:, 1:].flatten().nonzero().squeeze(1)
+
+
+class Trainer:
+    """The weights in float32, a working copy in bfloat16, and the optimizers: Muon for matrices, AdamW for the rest."""
+
+    def __init__(self, recipe: Recipe, shape: Shape, tokenizer: Tokenizer) -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.tokenizer = recipe, tokenizer
+        self.model = TinyLlama(shape)
+        self.step = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self._working = TinyLlama(shape).to(torch.bfloat16).train()
+        self._pad_id = token_id(tokenizer, END_OF_TEXT)
+        named = list(self.model.named_parameters())
+        matrices = [p for name, p in named if p.dim() == 2 and "embed" not in name]
+        others = [p for name, p in named if p.dim() != 2 or "embed" in name]
+        decay = recipe.weight_decay
+        self._optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        self._copy_weights()
+
+    def run(self, console: Console) -> Iterator[int]:
+        """Train to the end of the schedule; yields the number of steps done after each."""
+        for batch in self._batches():
+            started_s = time.monotonic()
+            loss, right = self.update(batch)
+            self.step += 1
+            self.seconds += time.monotonic() - started_s
+            if self.step % 20 == 0:
+                console.print(
+                    f"step {self.step:5d}  loss {loss:.4f}  tokens right {right:.2%}  "
+                    f"{self.tokens / self.seconds:,.0f} tokens/s  {self.seconds / 60:,.1f} min"
+                )
+            yield self.step
+            if self.step >= self.recipe.steps:
+                break
+        self.model.eval()
+
+    def update(self, batch: list[list[Example]]) -> tuple[float, float]:
+        """One step over several micro-batches; mean loss and share of right tokens."""
+        learned_tokens = sum(sum(example.learn[1:]) for examples in batch for example in examples)
+        loss_sum, right_sum = 0.0, 0
+        for examples in batch:
+            ids, learned = collate(examples, self._pad_id)
+            hidden = self._working.hidden_states(ids[:, :-1]).flatten(0, 1)  # [batch * (length - 1), hidden]
+            embedding = self._working.model.embed_tokens.weight.float()
+            logits = F.linear(hidden.index_select(0, learned).float(), embedding)
+            targets = ids[:, 1:].flatten().index_select(0, learned)
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+            (loss / learned_tokens).backward()  # type: ignore[no-untyped-call]
+            loss_sum += loss.item()
+            right_sum += int((logits.detach().argmax(-1) == targets).sum())
+            self.tokens += ids.numel()
+            self._collect_gradients()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        rate = learning_rate(self.step, self.recipe)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self._copy_weights()
+        return loss_sum / learned_tokens, right_sum / learned_tokens
+
+    def _collect_gradients(self) -> None:
+        """Add the working copy's gradients to the weights', in float32."""
+        for weight, working in zip(self.model.parameters(), self._working.parameters(), strict=True):
+            if working.grad is not None:
+                weight.grad = working.grad.float() if weight.grad is None else weight.grad.add_(working.grad)
+                working.grad = None
+
+    @torch.no_grad()
+    def _copy_weights(self) -> None:
+        for weight, working in zip(self.model.parameters(), self._working.parameters(), strict=True):
+            working.copy_(weight)
+
+    def _batches(self) -> Iterator[list[list[Example]]]:
+        """What each step from here on trains on. A pool's conversations follow from its number alone."""
+        number, done = 0, 0
+        while True:
+            rng = random.Random(f"{self.recipe.seed}/train/{number}")
+            progress = min(1.0, done / CURRICULUM_STEPS)
+            pool = batches(
+                self.tokenizer, rng, progress, batch_tokens=self.recipe.batch_tokens, pool=POOL, max_tokens=MAX_TOKENS
+            )
+            for batch in pool:
+                done += 1
+                if done > self.step:
+                    yield batch
+            number += 1
+
+    # -- state -----------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Write everything that `load` needs to go on as if nothing had been."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"weight.{name}": tensor.detach().contiguous() for name, tensor in self.model.named_parameters()}
+        for index, optimizer in enumerate(self._optimizers):
+            for number, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"state.{index}.{number}.{key}": torch.as_tensor(value) for key, value in state.items()}
+        counts = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        (folder / "state.json").write_text(json.dumps(counts))
+        (folder / "state.safetensors").write_bytes(save(tensors))
+
+    def load(self, folder: Path) -> None:
+        """Go on from a saved state."""
+        tensors = load_file(folder / "state.safetensors")
+        counts = json.loads((folder / "state.json").read_text())
+        self.step, self.tokens, self.seconds = counts["step"], counts["tokens"], counts["seconds"]
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors[f"weight.{name}"])
+        for index, optimizer in enumerate(self._optimizers):
+            whole = optimizer.state_dict()
+            for key, tensor in tensors.items():
+                kind, *rest = key.split(".")
+                if kind == "state" and rest[0] == str(index):
+                    whole["state"].setdefault(int(rest[1]), {})[rest[2]] = tensor
+            optimizer.load_state_dict(whole)
+        self._copy_weights()

@@ -1,0 +1,156 @@
+"""The embedded model's skills: teachers solve what is asked, tasks follow from their seed, splits are disjoint."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+
+import pytest
+from caesura.runtime.embedded.chat import FAILED_TEXT, NO_TOOL_TEXT, render
+from caesura.runtime.embedded.data import ConversationMaker, rounds_of, shown_turns
+from caesura.runtime.embedded.phrases import NAMES
+from caesura.runtime.embedded.skills.chores import CHORES
+from caesura.runtime.embedded.skills.mixture import SKILLS, held_out_task
+from caesura.runtime.embedded.skills.offers import KINDS, toolset, usual
+from caesura.runtime.embedded.skills.task import Call, Teacher, careful
+from caesura.runtime.embedded.skills.world import World, split_of_text
+from caesura.runtime.embedded.tasks import Split
+
+
+def answer_of(teacher: Teacher, results: list[list[str]]) -> tuple[str, list[list[Call]]]:
+    """A teacher's answer when its calls get these results, and the calls."""
+    calls = []
+    try:
+        calls.append(next(teacher))
+        for texts in results:
+            calls += [teacher.send(list(texts))]
+    except StopIteration as stop:
+        return str(stop.value), calls
+    raise AssertionError("the teacher wants more results")
+
+
+def two_calls() -> Teacher:
+    first, second = yield [Call("lookup", {"name": "Tolmenn", "field": "river"}), Call("weekday", {"date": "x"})]
+    return f"{first} {second}"
+
+
+@pytest.mark.parametrize("skill", list(SKILLS))
+def test_a_teacher_solves_its_task(skill: str) -> None:
+    answers: Counter[str] = Counter()
+    for number in range(40):
+        exam = held_out_task(7, number, skill)
+        rounds, answer = rounds_of(exam.task, exam.world)
+        assert answer == exam.answer
+        assert exam.right(answer)
+        assert not exam.right(answer + " Or so.")
+        offered = {offer.tool for offer in exam.offers}
+        assert {call.tool for calls, _ in rounds for call in calls} <= offered
+        assert len({offer.name for offer in exam.offers}) == len(exam.offers)
+        answers[answer] += 1
+    if skill == "no_tool":
+        assert set(answers) == {NO_TOOL_TEXT}
+    elif skill == "recovery":
+        assert 0 < answers[FAILED_TEXT] < 30
+    elif skill == "surprise":  # an odd name may have no entry to go on with
+        assert answers[FAILED_TEXT] < 10
+    else:
+        assert FAILED_TEXT not in answers
+
+
+def test_tasks_follow_from_their_seed() -> None:
+    for skill in SKILLS:
+        first, again, other = (held_out_task(seed, 3, skill) for seed in (1, 1, 2))
+        assert (first.task.question, first.answer, first.offers) == (again.task.question, again.answer, again.offers)
+        assert first.task.question != other.task.question or skill == "no_tool"
+
+
+def test_adventures_take_10_to_22_steps() -> None:
+    lengths = [
+        len(rounds_of(exam.task, exam.world)[0]) for exam in (held_out_task(5, n, "adventure") for n in range(30))
+    ]
+    assert 10 <= min(lengths) < max(lengths) <= 22
+
+
+def test_evaluation_shares_no_name_and_no_number_with_training() -> None:
+    trained = "\n".join(render(*make(seed)) for seed in range(300))
+    known = set(re.findall(r"[A-Za-z]+|\d{2,}", trained))
+    for skill in ("lookup", "calculator", "units", "notebook"):
+        for number in range(40):
+            exam = held_out_task(9, number, skill)
+            for word in re.findall(r"\d{3,}(?![.\d])", exam.task.question):
+                assert split_of_text(word) is Split.HELD_OUT, exam.task.question
+    for split in Split:
+        entries = World(f"entries of {split}", split).encyclopedia.entries
+        assert {split_of_text(name) for name in entries} == {split}
+        assert {split_of_text(entry["population"]) for entry in entries.values() if "population" in entry} == {split}
+    assert not known & set(NAMES["held_out"])
+
+
+def make(seed: int):  # type: ignore[no-untyped-def]
+    return ConversationMaker(random.Random(seed)).make(1.0)
+
+
+def test_a_careful_teacher_corrects_once() -> None:
+    suggestion = 'error: no entry "Tolmenn"; did you mean "Tolmen"?'
+    answer, calls = answer_of(careful(two_calls()), [[suggestion, "Monday"], ["Sil"]])
+    assert answer == "Sil Monday"
+    assert calls[1] == [Call("lookup", {"name": "Tolmen", "field": "river"})]
+    answer, calls = answer_of(careful(two_calls()), [["Sil", "Error: busy, try again"], ["Monday"]])
+    assert (answer, calls[1]) == ("Sil Monday", [calls[0][1]])
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        [["error: the tool failed", "Monday"]],
+        [["error: timed out, try again", "error: cancelled"]],
+        [["error: timed out, try again", "Monday"], ["error: timed out, try again"]],
+    ],
+)
+def test_a_careful_teacher_gives_up(results: list[list[str]]) -> None:
+    assert answer_of(careful(two_calls()), results)[0] == FAILED_TEXT
+
+
+def test_odd_results_and_faults_are_the_same_for_the_same_call() -> None:
+    call = Call("calculator", {"expression": "2 + 2"})
+    odd = [World("w", Split.TRAIN, odd_share=1.0).run(call) for _ in range(2)]
+    assert odd[0] == odd[1] != "4"
+    failing = World("w", Split.TRAIN, fault_share=1.0)
+    assert failing.run(call).lower().startswith("error: ")
+    assert World("w", Split.TRAIN).run(call) == "4"
+
+
+def test_offers_rename_tools_and_arguments_in_calls_and_declarations() -> None:
+    rng = random.Random(1)
+    renamed = 0
+    for _ in range(300):
+        offers = toolset(("convert", "lookup"), rng, Split.TRAIN, distractors=3, without=("search",))
+        assert len(offers) == 5
+        assert "search" not in {offer.tool for offer in offers}
+        (units,) = (offer for offer in offers if offer.tool == "convert")
+        shown = units.shown(Call("convert", {"value": 2, "from_unit": "km", "to_unit": "m"}))["function"]
+        assert shown["name"] == units.name == units.spec["function"]["name"]
+        assert list(shown["arguments"]) == list(units.spec["function"]["parameters"]["properties"])
+        renamed += units.name != "convert"
+    assert 50 < renamed < 200
+    assert usual("convert").name == "convert"
+    for kind in KINDS.values():
+        assert not set(kind.names) & set(kind.held_out_names)
+
+
+def test_every_chore_renders() -> None:
+    for chore, _ in CHORES:
+        for number in range(20):
+            messages, tools = chore(World(f"chore/{number}", Split.TRAIN))
+            assert messages[-1]["role"] == "assistant"
+            assert render(messages, tools).endswith("<|im_end|>\n")
+
+
+def test_shown_turns_hold_parallel_calls_in_one_turn() -> None:
+    exam = held_out_task(1, 0, "parallel")
+    rounds, answer = rounds_of(exam.task, exam.world)
+    messages = shown_turns(exam.task.question, rounds, answer, {offer.tool: offer for offer in exam.offers})
+    assert [message["role"] for message in messages[:2]] == ["user", "assistant"]
+    assert len(messages[1]["tool_calls"]) == len(rounds[0][0]) >= 2
+    assert messages[-1]["content"] == answer
