@@ -8,7 +8,6 @@ or ``caesura top``: every tool call is a pause, and its memory is preserved, swa
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -18,6 +17,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+import typer
 from caesura.runtime.embedded.calculator import CalculatorError, calculate
 from caesura.runtime.embedded.chat import CALCULATOR_TOOL
 from caesura.runtime.embedded.tasks import Split, make_tasks
@@ -29,7 +29,7 @@ NOTES = (
 )  # fmt: skip
 
 
-def ask(url: str, key: str | None, body: dict[str, Any]) -> dict[str, Any]:
+def ask(url: str, key: str, body: dict[str, Any]) -> dict[str, Any]:
     """One chat completion; returns the assistant's message."""
     headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
     request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
@@ -48,7 +48,7 @@ def use_tool(call: dict[str, Any], draw: random.Random, stop: threading.Event) -
         return f"error: {error}"
 
 
-def work(number: int, url: str, key: str | None, stop: threading.Event) -> None:
+def work(number: int, url: str, key: str, stop: threading.Event) -> None:
     """One agent: conversation after conversation, a few questions each, until it is told to stop."""
     draw = random.Random(number)
     name = sorted(TOOLS)[number % len(TOOLS)]
@@ -73,32 +73,26 @@ def work(number: int, url: str, key: str | None, stop: threading.Event) -> None:
             stop.wait(draw.uniform(0.1, 1.0))
 
 
-def main() -> None:
-    """Run the fleet."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--url", default="http://127.0.0.1:30000")
-    parser.add_argument("--key", help="an API key, where the server wants one")
-    parser.add_argument("--agents", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    options = parser.parse_args()
+def main(url: str = "http://127.0.0.1:30000", key: str = "", agents: int = 12, seconds: float = 60.0) -> None:
+    """Run the fleet against the server at --url; --key is an API key, where it wants one."""
     stop = threading.Event()
 
     def agent(number: int) -> None:
         try:
-            work(number, options.url.rstrip("/"), options.key, stop)
+            work(number, url.rstrip("/"), key, stop)
         except urllib.error.URLError as error:
             print(f"agent {number}: {error}")
             stop.set()
 
-    threads = [threading.Thread(target=agent, args=(number,), daemon=True) for number in range(options.agents)]
+    threads = [threading.Thread(target=agent, args=(number,), daemon=True) for number in range(agents)]
     for thread in threads:
         thread.start()
         time.sleep(0.1)
-    stop.wait(options.seconds)
+    stop.wait(seconds)
     stop.set()
     for thread in threads:
         thread.join(timeout=30)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
