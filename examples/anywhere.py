@@ -11,7 +11,7 @@ OpenAI endpoint gets the conversation again after every call.
 import sys
 
 from caesura.lang import Engine, assistant, connect, function, gen, tool, user
-from caesura.runtime.embedded.calculator import calculate
+from caesura.runtime.embedded.tools import calculate
 
 
 @tool(expected_s=0.01)

@@ -11,8 +11,8 @@ from collections import Counter
 
 import typer
 from caesura.lang import Engine, ProgramState, assistant, connect, function, gen, tool, user
-from caesura.runtime.embedded.calculator import calculate
 from caesura.runtime.embedded.tasks import Split, check, make_tasks
+from caesura.runtime.embedded.tools import calculate
 from rich import print
 from rich.markup import escape
 from rich.table import Table

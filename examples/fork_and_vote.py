@@ -10,7 +10,7 @@ from collections import Counter
 
 import typer
 from caesura.lang import Engine, assistant, call_tool, connect, function, gen, system, tool, user
-from caesura.runtime.embedded.calculator import calculate
+from caesura.runtime.embedded.tools import calculate
 from rich import print
 
 QUESTION = "A shop ordered 4816 lanterns and has sold 2957. How many lanterns remain?"

@@ -1,7 +1,7 @@
 """A program that pauses: the model writes an expression, a tool computes it, the model goes on from the result."""
 
 from caesura.lang import Engine, assistant, call_tool, function, gen, tool, user
-from caesura.runtime.embedded.calculator import calculate
+from caesura.runtime.embedded.tools import calculate
 
 CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "'
 

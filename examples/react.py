@@ -7,7 +7,7 @@ import json
 import sys
 
 from caesura.lang import Engine, assistant, call_tool, function, gen, tool, user
-from caesura.runtime.embedded.calculator import calculate
+from caesura.runtime.embedded.tools import calculate
 
 QUESTION = "Add 4821 and 977, then multiply the result by 36."
 

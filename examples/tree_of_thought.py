@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 from caesura.lang import Engine, assistant, call_tool, connect, function, select, system, tool, user
-from caesura.runtime.embedded.calculator import calculate
+from caesura.runtime.embedded.tools import calculate
 from rich import print
 from rich.tree import Tree
 

@@ -15,7 +15,7 @@ import caesura.lang
 import pytest
 from caesura.lang import Engine, ProgramState, get_server_info
 from caesura.lang.backends.engine import EngineBackend
-from caesura.runtime.embedded.calculator import calculate
+from caesura.runtime.embedded.tools import calculate
 
 from tests.integration.live_server import live_server
 
@@ -79,6 +79,21 @@ def test_an_example_says_what_it_shows_and_how_to_run_it(name: str) -> None:
     assert Path(name).stem in here
 
 
+def test_the_model_picks_its_tools(run: Callable[..., Any]) -> None:
+    sums, *others = run("model_tools.py")
+    assert calls(sums) == ["calculator", "calculator"] and "208728" in sums["answer"]
+    assert all(state["answer"] for state in others)
+
+
+def test_parallel_calls_overlap(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    state = run("parallel_tools.py")
+    assert len(state.tool_calls("answer")) >= 2
+    assert state.get_meta_info("answer")["tool_rounds"] == 1
+    assert state["race"] == ["42"]
+    printed = capsys.readouterr().out
+    assert "south(" in printed and "north(" not in printed
+
+
 def test_a_vote_takes_the_majority(run: Callable[..., Any]) -> None:
     state = run("fork_and_vote.py", branches=5)
     assert state["value"] == [calculate(expression) for expression in state["expression"]]
@@ -93,10 +108,30 @@ def test_thoughts_lead_to_the_answer(run: Callable[..., Any], capsys: pytest.Cap
     assert "9490" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_sub_agents_share_what_comes_first(run: Callable[..., Any]) -> None:
+    state = run("plan_and_execute.py")
+    questions, summary = state.ret_value
+    assert len(questions) == len(state["answer"]) >= 1 and summary
+    assert state.usage().cached_tokens > 0.4 * state.usage().prompt_tokens
+
+
+def test_an_adventure_is_many_short_pauses(run: Callable[..., Any]) -> None:
+    state, game = run("adventure.py")
+    assert state["end"] and state.usage().tool_calls == game.steps
+
+
+def test_answers_come_from_the_folder(run: Callable[..., Any]) -> None:
+    assert all(state["answer"] for state in run("retrieval.py"))
+    module = load("retrieval.py")
+    folder = module.Folder(module.TOWN)
+    assert folder.search("Fish Market built").splitlines()[0] == "Fish Market: Keiko built it in 1921."
+    assert folder.read[0] == "fish_market.md"
+    assert folder.search("xylophone").startswith("error")
+
+
 def test_letters_become_orders(run: Callable[..., Any]) -> None:
     states = run("extract.py")
-    orders = [state.ret_value for state in states]
-    assert all(1 <= order.quantity <= 100_000 for order in orders)
+    assert all(1 <= state.ret_value.quantity <= 100_000 for state in states)
     assert all("\n" not in state.text_of("order") for state in states)
 
 
@@ -106,6 +141,31 @@ def test_a_batch_keeps_failures_beside_their_rows(run: Callable[..., Any], capsy
     assert {"DefinitionError", "ContextTooLong", "ToolError"} == set(failed)
     assert sum(isinstance(one, ProgramState) for one in outcomes) == 40 - len(failed) >= 30
     assert "40 rows" in capsys.readouterr().out
+
+
+def test_mcp_tools_run_in_a_process_of_their_own(run: Callable[..., Any]) -> None:
+    sums, *_ = run("mcp_tools.py")
+    assert calls(sums) == ["desk__calculator"] and "1911492" in sums["answer"]
+
+
+def test_candidates_share_one_history(run: Callable[..., Any], engine: EngineBackend) -> None:
+    before = get_server_info(engine)["tokens_computed"]
+    state = run("recommend.py", items=64, candidates=32)
+    ranking = state.ret_value
+    assert len(ranking) == 32 and [score for score, _ in ranking] == sorted(
+        (score for score, _ in ranking), reverse=True
+    )
+    assert state["best"] == ranking[0][1]
+    history = len(engine.service.tokenizer.encode(state.messages()[0]["content"]))
+    assert get_server_info(engine)["tokens_computed"] - before < history + 32 * 12  # not once for each candidate
+
+
+def test_cards_come_while_the_call_goes_on(run: Callable[..., Any], engine: EngineBackend) -> None:
+    before = get_server_info(engine)["tokens_computed"]
+    state = run("support.py", pace=50.0)
+    module = load("support.py")
+    assert all(state[f"card{piece}"] in module.CARDS for piece in range(len(module.CALL)))
+    assert get_server_info(engine)["tokens_computed"] - before < 900  # each piece is computed once
 
 
 def test_a_fleet_that_speaks_openai_pauses_on_the_server(engine: EngineBackend) -> None:
