@@ -53,7 +53,8 @@ def build(config: EngineConfig) -> Runtime:
         executor, key = build_device(config, folder, tokenizer, _pool_pages, _disk_pages)
         overlapping = executor
     disk = executor.num_disk_pages and config.kv_disk
-    profile = config.profile or measured(executor, f"{key}|{bool(executor.num_host_pages)}|{disk}")
+    key += f"|{bool(executor.num_host_pages)}|{disk}"
+    profile = config.profile or measured(executor, key, wide=config.device != "cpu")
     if executor.num_disk_pages and not profile.disk_token_s:
         profile = with_disk(executor, profile)
     engine = Engine(

@@ -12,36 +12,60 @@ from functools import partial
 from pathlib import Path
 
 from caesura.runtime.executors.base import Executor, SliceInput
+from caesura.runtime.sampling import SamplerState, SamplingParams
 from caesura.scheduler.profile import CostProfile
 from caesura.scheduler.types import ContextId, Move, MoveId, MoveKind, PageId
 
 BUDGET_S = 2.0
 ROWS = (1, 4, 16, 64, 256)
+WIDE_ROWS = (*ROWS, 1024, 2048, 4096, 8192)
+WIDE_DEPTH = 16_384
 COPIED_BYTES = 64 << 20  # more than a last-level cache, or copies look cheaper than they are
 FORMAT = 4
 
+Timer = Callable[[], float]
 
-def measure(executor: Executor) -> CostProfile:
-    """Fit the affine cost model to a few timed iterations and copies. The pools must be idle: pages are written."""
+
+def measure(executor: Executor, *, wide: bool = False, clock: Timer = time.perf_counter) -> CostProfile:
+    """Fit the affine cost model to a few timed iterations and copies. The pools must be idle: pages are written.
+
+    ``wide``: the device computes many rows in the time of one, as GPUs do. Then the point from which on it does not is
+    looked for with more rows, and single rows sample, as they do in decode steps.
+    """
     size = executor.page_size
     room = min(executor.num_device_pages * size, executor.max_context_tokens)
-    rows = [count for count in ROWS if count <= room] or [room]
+    rows = [count for count in (WIDE_ROWS if wide else ROWS) if count <= room] or [room]
     times: dict[int, float] = {}
-    begun = time.perf_counter()
+    begun = clock()
     for count in rows:
-        if len(times) > 1 and time.perf_counter() - begun > BUDGET_S / 2:
+        if len(times) > 1 and clock() - begun > BUDGET_S / 2:
             break  # a model so slow that the smaller steps tell enough
-        times[count] = _timed(partial(_run, executor, 0, count), BUDGET_S / 2 / len(rows))
+        times[count] = _timed(partial(_run, executor, 0, count, samples=wide), BUDGET_S / 2 / len(rows), clock)
     step_s, token_s = _line(times)
-    depth = min(room - 1, 1024)
+    depth = min(room - 1, WIDE_DEPTH if wide else 1024)
     attention_s = 0.0
     if depth >= 64:
-        deep = _timed(partial(_run, executor, depth, 1), BUDGET_S / 8)
+        deep = _timed(partial(_run, executor, depth, 1, samples=wide), BUDGET_S / 8, clock)
         attention_s = max(0.0, (deep - times[rows[0]]) / depth)
     swap_base_s, swap_token_s = _copy_line(executor, 0, executor.num_host_pages)
-    saturation = next((n for n in times if n * token_s >= step_s), max(times))
+    if wide:
+        saturation = _knee(times)
+    else:
+        saturation = next((n for n in times if n * token_s >= step_s), max(times))
     profile = CostProfile(step_s, token_s, attention_s, swap_base_s, swap_token_s, max(16, saturation), "measured")
     return with_disk(executor, profile)
+
+
+def _knee(times: dict[int, float]) -> int:
+    """Rows at which the line through the two largest steps meets the time of the smallest one: from there on a row
+    costs its full price."""
+    if len(times) < 3:
+        return max(times)
+    *_, before, last = sorted(times)
+    slope = (times[last] - times[before]) / (last - before)
+    if slope <= 0:
+        return last
+    return max(1, min(last, round(last - (times[last] - times[min(times)]) / slope)))
 
 
 def with_disk(executor: Executor, profile: CostProfile) -> CostProfile:
@@ -57,14 +81,14 @@ def with_disk(executor: Executor, profile: CostProfile) -> CostProfile:
     return replace(profile, disk_base_s=base_s, disk_token_s=token_s)
 
 
-def measured(executor: Executor, key: str) -> CostProfile:
+def measured(executor: Executor, key: str, *, wide: bool = False) -> CostProfile:
     """``measure``, or what an earlier process measured for the same machine, model and settings."""
     path = _cache_dir() / f"{hashlib.sha256(f'{FORMAT}|{_machine()}|{key}'.encode()).hexdigest()[:24]}.json"
     try:
         return CostProfile(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         pass
-    profile = measure(executor)
+    profile = measure(executor, wide=wide)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.tmp")
@@ -75,24 +99,25 @@ def measured(executor: Executor, key: str) -> CostProfile:
     return profile
 
 
-def _run(executor: Executor, start: int, rows: int) -> None:
-    pages = range(-(-(start + rows) // executor.page_size))
-    executor.execute([SliceInput(ContextId(-1), [0] * rows, start, list(pages), None)], ())
+def _run(executor: Executor, start: int, rows: int, *, samples: bool) -> None:
+    pages = [PageId(page) for page in range(-(-(start + rows) // executor.page_size))]
+    sampler = SamplerState(SamplingParams(temperature=0.0), seed=0) if samples else None
+    executor.execute([SliceInput(ContextId(-1), [0] * rows, start, pages, sampler)], ())
 
 
-def _timed(action: Callable[[], None], budget_s: float) -> float:
+def _timed(action: Callable[[], None], budget_s: float, clock: Timer = time.perf_counter) -> float:
     """Least seconds of one call, from as many as fit the budget; the first only warms up, unless it took all of it."""
-    begun = time.perf_counter()
+    begun = clock()
     action()
-    samples = [time.perf_counter() - begun]
+    samples = [clock() - begun]
     if samples[0] > budget_s:
         return samples[0]
     samples.clear()
-    begun = time.perf_counter()
-    while len(samples) < 2 or (time.perf_counter() - begun < budget_s and len(samples) < 20):
-        before = time.perf_counter()
+    begun = clock()
+    while len(samples) < 2 or (clock() - begun < budget_s and len(samples) < 20):
+        before = clock()
         action()
-        samples.append(time.perf_counter() - before)
+        samples.append(clock() - before)
     return min(samples)  # other processes only ever add
 
 
