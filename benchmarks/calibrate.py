@@ -98,7 +98,7 @@ def calibrate(model: str, seconds: float, machine: Machine) -> tuple[Machine, fl
     """Run the mix on the real engine for a while and fit; returns the machine, the fit's error and the steps seen."""
     watch = StepWatch()
     with real_engine(model, "min_waste", machine) as engine:
-        copies = measure(engine.executor)  # pools are idle before the load
+        copies = measure(engine.executor, wide=machine.device != "cpu")  # pools are idle before the load
         engine.observers.append(watch)
         simulation = real_simulation(engine)
         for name, rate_rps in (("mix", 1.0), ("mix-512", 3.0), ("mix-4096", 2.0)):
@@ -111,14 +111,13 @@ def calibrate(model: str, seconds: float, machine: Machine) -> tuple[Machine, fl
     costs, error = fit(watch.samples)
     costs = replace(costs, copy_base_s=copies.swap_base_s, copy_token_s=copies.swap_token_s)
     saturation = min(machine.max_step_tokens, max(16, round(costs.step_s / max(costs.row_s, 1e-9))))
-    about = hardware()
     return (
         replace(
             machine,
             costs=costs,
             saturation_tokens=saturation,
             token_bytes=token_bytes,
-            given=f"measured on {about['cores']} cores of {about['cpu']}: {len(watch.samples)} steps of the engine, "
+            given=f"measured on {_place(machine)}: {len(watch.samples)} steps of the engine, "
             f"mean error of the fit {error:.1%}",
             assumed="copies run beside the iterations and cost them nothing",
         ),
@@ -127,13 +126,24 @@ def calibrate(model: str, seconds: float, machine: Machine) -> tuple[Machine, fl
     )
 
 
-def blank(name: str, kv_tokens: int, host_tokens: int, threads: int | None) -> Machine:
+def _place(machine: Machine) -> str:
+    about = hardware()
+    if machine.device == "cpu":
+        return f"{about['cores']} cores of {about['cpu']}"
+    import torch
+
+    return f"{torch.cuda.get_device_name()} in {machine.dtype}"
+
+
+def blank(
+    name: str, kv_tokens: int, host_tokens: int, threads: int | None, device: str = "cpu", dtype: str = "float32"
+) -> Machine:
     """A machine whose costs are still to be measured."""
     return Machine(
         name=name,
         costs=MachineCosts(5e-3, 1e-4, 0.0, 1e-6),
         saturation_tokens=64,
-        max_step_tokens=256,
+        max_step_tokens=256 if device == "cpu" else 2048,
         max_running=64,
         kv_tokens=kv_tokens,
         host_tokens=host_tokens,
@@ -142,6 +152,8 @@ def blank(name: str, kv_tokens: int, host_tokens: int, threads: int | None) -> M
         given="",
         assumed="",
         threads=threads,
+        device=device,
+        dtype=dtype,
     )
 
 
@@ -153,12 +165,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--kv-tokens", type=int, default=12_288)
     parser.add_argument("--host-tokens", type=int, default=49_152)
     parser.add_argument("--threads", type=int, help="threads of the engine")
-    parser.add_argument("--out", type=Path, help="file to write; cpu-MODEL.json among the machines by default")
+    parser.add_argument("--out", type=Path, help="file to write; DEVICE-MODEL.json among the machines by default")
+    parser.add_argument("--device", default="cpu", help="where the model computes: cpu or cuda")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     options = parser.parse_args(arguments)
-    name = f"cpu-{options.model.lower()}"
-    machine, error, steps = calibrate(
-        options.model, options.seconds, blank(name, options.kv_tokens, options.host_tokens, options.threads)
-    )
+    name = f"{options.device.split(':')[0]}-{options.model.lower()}"
+    start = blank(name, options.kv_tokens, options.host_tokens, options.threads, options.device, options.dtype)
+    machine, error, steps = calibrate(options.model, options.seconds, start)
     path = options.out or FOLDER / f"{name}.json"
     write_machine(machine, path)
     console = Console()

@@ -14,6 +14,7 @@ from caesura.runtime.embedded import checkpoint_path
 SHAPES = {  # hidden, layers, heads, KV heads, intermediate, vocabulary
     "15M": (288, 6, 6, 6, 768, 32000),
     "135M": (576, 30, 9, 3, 1536, 49152),
+    "8B": (4096, 32, 32, 8, 14336, 128256),  # Llama 3's; for a GPU
 }
 VOCAB = min(shape[-1] for shape in SHAPES.values())
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -35,7 +36,7 @@ def llama_config(name: str) -> dict[str, object]:
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": name != "8B",
     }
 
 

@@ -29,6 +29,8 @@ class Machine:
     given: str
     assumed: str
     threads: int | None = None  # of a measured machine: what the engine may use, None for its own choice
+    device: str = "cpu"  # of a measured machine: where the model computes
+    dtype: str = "float32"
 
     @property
     def profile(self) -> CostProfile:

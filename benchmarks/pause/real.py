@@ -33,6 +33,8 @@ def real_engine(model: str, policy: str, machine: Machine) -> Iterator[Engine]:
         config = EngineConfig(
             model=str(folder),
             load_format="dummy",
+            device=machine.device,
+            dtype=machine.dtype,
             policy=policy,
             page_size=machine.page_size,
             kv_tokens=machine.kv_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +229,7 @@ class ClockedExecutor(CudaExecutor):
         return ExecOutput(duration_s, output.outputs)
 
 
-def on_device(world: World) -> ClockedExecutor:
+def on_device(world: World, device: str = "cpu") -> ClockedExecutor:
     made = make_device_executor(
         tiny_model(),
         world.page_size,
@@ -237,13 +237,14 @@ def on_device(world: World) -> ClockedExecutor:
         num_host_pages=world.host_pages,
         eos_ids=(),
         deterministic=True,
+        device=device,
     )
     executor = ClockedExecutor(made.runner, eos_ids=())
     executor.world = world
     return executor
 
 
-def transcripts(policy: str, *, overlap: bool, ample: bool = False) -> dict[str, list[int]]:
+def transcripts(policy: str, *, overlap: bool, ample: bool = False, device: str = "cpu") -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     pressure = 0
     for number in range(2):
@@ -259,7 +260,7 @@ def transcripts(policy: str, *, overlap: bool, ample: bool = False) -> dict[str,
             max_running=1 if ample else 8,
             share=not ample,
             check_every=20,
-            make_executor=on_device,
+            make_executor=partial(on_device, device=device),
             overlap=overlap,
         )
         populate(world, 25, within_s=1.0)
