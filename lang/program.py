@@ -37,8 +37,9 @@ def set_default_backend(backend: Backend | str | None) -> None:
 
 
 def default_backend(backend: Backend | str | None = None) -> Backend:
-    """``backend``, or else the default one. Raises NoBackend."""
-    chosen = backend or _Default.backend
+    """``backend``, or else the one of the program that is asking, or else the default one. Raises NoBackend."""
+    outer = current_execution()
+    chosen = backend or (outer.backend if outer is not None else _Default.backend)
     if isinstance(chosen, str):
         from caesura.lang.backends.connect import shared
 

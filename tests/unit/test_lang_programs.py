@@ -206,6 +206,25 @@ def test_nested_run_stands_on_its_own(backend):
     assert outer.run(backend=backend).text() == "0<x>/1<x>/2<x>"
 
 
+def test_a_nested_run_is_on_the_backend_of_its_program():
+    @function
+    def inner(s):
+        s += gen("x")
+        return s["x"]
+
+    @function
+    def outer(s):
+        return [inner.run().ret_value, *(state["x"] for state in inner.run_batch([{}, {}]))]
+
+    here, elsewhere = ScriptedBackend({"x": "here"}), ScriptedBackend({"x": "elsewhere"})
+    set_default_backend(elsewhere)
+    try:
+        assert outer.run(backend=here).ret_value == ["here"] * 3
+    finally:
+        set_default_backend(None)
+    assert not elsewhere.requests
+
+
 def test_failure_in_a_nested_program_names_both():
     @function
     def inner(s):
