@@ -11,6 +11,7 @@ from benchmarks.gpu.common import report
 _USES = {  # what makes FlashInfer compile and load a module
     "attention of 128": "prefill(128)",
     "attention of 64": "prefill(64)",
+    "attention of 128, windowed": "prefill(128, 49)",
     "norms": "flashinfer.rmsnorm(rows(256), rows(256)[0])",
     "rotary": (
         "flashinfer.apply_rope_with_cos_sin_cache_inplace(torch.zeros(4, dtype=torch.int64, device='cuda'), "
@@ -25,12 +26,12 @@ import torch, flashinfer
 def rows(n): return torch.ones(4, n, dtype=torch.bfloat16, device="cuda")
 def heads(): return torch.ones(4, 8, 128, dtype=torch.bfloat16, device="cuda")
 def lse(): return torch.zeros(4, 8, dtype=torch.float32, device="cuda")
-def prefill(size):
+def prefill(size, window=-1):
     space = torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(space, "NHD", backend="fa2")
     ends = torch.tensor([0, 1], dtype=torch.int32)
     pages = torch.zeros(1, dtype=torch.int32, device="cuda")
-    wrapper.plan(ends, ends, pages, ends[1:], 8, 2, size, 16, causal=True,
+    wrapper.plan(ends, ends, pages, ends[1:], 8, 2, size, 16, causal=True, window_left=window,
                  q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16)
     cache = torch.zeros(1, 16, 2, size, dtype=torch.bfloat16, device="cuda")
     wrapper.run(torch.ones(1, 8, size, dtype=torch.bfloat16, device="cuda"), (cache, cache))

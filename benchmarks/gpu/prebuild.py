@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-HEAD_SIZES = (128, 64)
+ATTENTION = ((128, False), (64, False), (128, True))  # head size, sliding window
 
 
 def main(target: Path, arch: str) -> int:
@@ -43,12 +43,12 @@ def _modules() -> list[Callable[[], Any]]:
 
     kind = torch.bfloat16
 
-    def attention(size: int) -> Callable[[], Any]:
-        shape = (kind, kind, kind, torch.int32, size, size, 0, False, False, False)
+    def attention(size: int, window: bool) -> Callable[[], Any]:
+        shape = (kind, kind, kind, torch.int32, size, size, 0, window, False, False)
         return lambda: gen_batch_prefill_module("fa2", *shape)
 
     small = [lambda: gen_act_and_mul_module("silu"), gen_norm_module, gen_rope_module, gen_cascade_module]
-    return [*(attention(size) for size in HEAD_SIZES), gen_sampling_module, *small]
+    return [*(attention(*one) for one in ATTENTION), gen_sampling_module, *small]
 
 
 def _build(make: Callable[[], Any], target: Path) -> tuple[str, str | None]:

@@ -88,7 +88,10 @@ class CudaExecutor:
 
     def begin(self, moves: Sequence[Move]) -> None:
         """See the protocol."""
-        if moves and self._crew is not None:
+        if not moves:
+            return
+        self._device.bind()
+        if self._crew is not None:
             self._crew.begin(moves)
         self.runner.arena.begin(moves)
 
@@ -120,6 +123,7 @@ class CudaExecutor:
     def launch(self, slices: Sequence[SliceInput], copies: Sequence[Move]) -> Ticket:
         """See the protocol. Raises BrokenInvariant for page tables or token ids out of range."""
         begun = time.perf_counter()
+        self._device.bind()
         self._number += 1
         ticket = Ticket(self._number)
         layout = self._layouts.build(slices, self._before) if slices else None
@@ -148,6 +152,7 @@ class CudaExecutor:
             self._launched.popleft()  # its owner gave up on it
         if not self._launched or self._launched[0].ticket != ticket:
             raise BrokenInvariant(f"step {ticket.number} is collected, but it is not under way")
+        self._device.bind()
         step = self._launched.popleft()
         step.arrived.synchronize()
         outputs = self._outputs(step) if step.layout is not None else ()

@@ -93,14 +93,16 @@ def test_every_architecture_in_float32_yields_the_cpu_tokens(tmp_path: Path) -> 
 
 
 def test_same_tokens_under_every_policy_in_float32() -> None:
+    deterministic = True
     try:
         reference = transcripts("preserve", overlap=False, ample=True, device=CUDA)
-    except UnsupportedModel as error:
-        figure("float32, policies", "NOT DETERMINISTIC", str(error)[:80])
-        pytest.fail(str(error))
+    except UnsupportedModel as error:  # then rounding may decide a close choice, and how often it does is worth knowing
+        figure("float32: deterministic mode", "REFUSED", str(error)[:100])
+        deterministic = False
+        reference = transcripts("preserve", overlap=False, ample=True, device=CUDA, deterministic=False)
     wrong = {}
     for policy in POLICIES:
-        found = transcripts(policy, overlap=True, device=CUDA)
+        found = transcripts(policy, overlap=True, device=CUDA, deterministic=deterministic)
         wrong[policy] = sum(found[name] != reference[name] for name in reference)
     total = sum(wrong.values())
     figure(

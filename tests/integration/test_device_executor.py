@@ -229,14 +229,14 @@ class ClockedExecutor(CudaExecutor):
         return ExecOutput(duration_s, output.outputs)
 
 
-def on_device(world: World, device: str = "cpu") -> ClockedExecutor:
+def on_device(world: World, device: str = "cpu", deterministic: bool = True) -> ClockedExecutor:
     made = make_device_executor(
         tiny_model(),
         world.page_size,
         num_device_pages=world.device_pages,
         num_host_pages=world.host_pages,
         eos_ids=(),
-        deterministic=True,
+        deterministic=deterministic,
         device=device,
     )
     executor = ClockedExecutor(made.runner, eos_ids=())
@@ -244,7 +244,9 @@ def on_device(world: World, device: str = "cpu") -> ClockedExecutor:
     return executor
 
 
-def transcripts(policy: str, *, overlap: bool, ample: bool = False, device: str = "cpu") -> dict[str, list[int]]:
+def transcripts(
+    policy: str, *, overlap: bool, ample: bool = False, device: str = "cpu", deterministic: bool = True
+) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     pressure = 0
     for number in range(2):
@@ -260,7 +262,7 @@ def transcripts(policy: str, *, overlap: bool, ample: bool = False, device: str 
             max_running=1 if ample else 8,
             share=not ample,
             check_every=20,
-            make_executor=partial(on_device, device=device),
+            make_executor=partial(on_device, device=device, deterministic=deterministic),
             overlap=overlap,
         )
         populate(world, 25, within_s=1.0)

@@ -55,7 +55,7 @@ class Device:
         return torch.cuda.get_device_name(self.torch) if self.is_cuda else "cpu"
 
     def bind(self) -> None:
-        """Make it this thread's device."""
+        """Make it the calling thread's device: the thread that builds an engine is seldom the one that runs it."""
         if self.is_cuda:
             torch.cuda.set_device(self.torch)
 
