@@ -93,11 +93,12 @@ class Engine:
 
     def num_tokens(self, context: ContextId) -> int:
         self._record(context)
-        return self.scheduler.contexts[context].num_tokens
+        state = self.scheduler.contexts[context]
+        return state.num_tokens - state.pending
 
     def tokens(self, context: ContextId) -> list[int]:
-        self._record(context)
-        return list(self.scheduler.contexts[context].tokens)
+        """The context's tokens; one that is still being sampled is none yet."""
+        return self.scheduler.contexts[context].tokens[: self.num_tokens(context)]
 
     def generate(self, context: ContextId, generation: Generation) -> None:
         """Generate from the end of the context; chunks go to the generation's sink."""

@@ -110,6 +110,7 @@ class CudaExecutor:
         """See the protocol."""
         self._launched.clear()
         if self._crew is not None:
+            self._device.synchronize()  # sums under way need the others
             self._crew.close()
         self.runner.close()
 

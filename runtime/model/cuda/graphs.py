@@ -86,8 +86,8 @@ class DecodeGraphs:
         size = self.sizes[bisect_left(self.sizes, layout.num_rows)]
         return size if len(layout.pages) + size <= self.most_pages else None
 
-    def replay(self, layout: Layout, size: int) -> Captured:
-        """Run a decode batch; the first rows of the outputs are the batch's."""
+    def prepare(self, layout: Layout, size: int) -> Captured:
+        """Send a decode batch's inputs; ``replay`` of what is returned runs it. The first rows are the batch's."""
         captured = self._captured[size]
         rows, padding = layout.num_rows, size - layout.num_rows
         scratch = self._cache.scratch_page
@@ -102,7 +102,6 @@ class DecodeGraphs:
         ends = np.concatenate((layout.page_ends, layout.page_ends[-1] + 1 + np.arange(padding))).astype(np.int32)
         last = np.concatenate((layout.last_page_tokens, np.ones(padding, np.int64))).astype(np.int32)
         captured.attention.plan(ends, self._device.send(pages), last)
-        captured.replay()
         self.replays += 1
         return captured
 

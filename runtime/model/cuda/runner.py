@@ -119,8 +119,9 @@ class Runner:
         self.arena.copy_within(copies)
         size = self.graphs.size_for(layout) if self.graphs is not None else None
         if self.graphs is not None and size is not None:
-            captured = self.graphs.replay(layout, size)
-            self._taken = self.device.record()
+            captured = self.graphs.prepare(layout, size)
+            self._taken = self.device.record()  # before the replay: the next step must not wait for this one's end
+            captured.replay()
             rows = layout.num_rows
             return Rows(captured.logits[:rows], captured.finite[:rows], None)
         return self._run_plainly(layout)
