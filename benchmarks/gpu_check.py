@@ -16,6 +16,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def stages(mix_seconds: float, mix_rate: float, results: Path) -> list[Stage]:
     mix = ("-m", "benchmarks.gpu.mix", str(mix_seconds), str(mix_rate), str(results / "mix.json"))
     return [
         Stage("machine", 60, ("-m", "benchmarks.gpu.machine")),
-        Stage("build", 200, ("-m", "benchmarks.gpu.build")),
+        Stage("build", 240, ("-m", "benchmarks.gpu.build")),
         Stage("tests", 170, tests),
         Stage("speed", 130, ("-m", "benchmarks.gpu.speed")),
         Stage("swap", 60, ("-m", "benchmarks.gpu.swap")),
@@ -103,12 +104,19 @@ def environment_for(folder: Path, kernels: Path | None = None) -> dict[str, str]
 
 
 def toolchain(folder: Path) -> dict[str, str]:
-    """What compiling FlashInfer's kernels may lack beside nvcc: cuBLAS's headers, which pip's packages have, and a
-    ``libcuda.so`` to link with, which a driver has under another name."""
+    """What compiling FlashInfer's kernels may lack beside nvcc: the place of CUDA; headers of
+    cuBLAS and cuRAND, which pip's packages have; a ``libcuda.so`` to link with, which a driver has by another name."""
     found: dict[str, str] = {}
+    compilers = filter(None, ("/usr/local/cuda/bin/nvcc", shutil.which("nvcc")))
+    nvcc = next((Path(one).resolve() for one in compilers if Path(one).exists()), None)
+    if nvcc is not None and "CUDA_HOME" not in os.environ:
+        found["CUDA_HOME"] = str(nvcc.parent.parent)
     spec = importlib.util.find_spec("nvidia")
-    places = list(spec.submodule_search_locations or ()) if spec is not None else []
-    headers = sorted({str(file.parent) for place in places for file in Path(place).glob("*/include/cublasLt.h")})
+    places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec is not None else []
+    wanted = ("cublasLt.h", "curand_kernel.h")
+    headers = sorted(
+        {str(file.parent) for place in places for name in wanted for file in place.glob(f"*/include/{name}")}
+    )
     if headers:
         found["CPLUS_INCLUDE_PATH"] = os.pathsep.join([*headers, os.environ.get("CPLUS_INCLUDE_PATH", "")]).strip(":")
     drivers = (

@@ -1,7 +1,7 @@
 """Compile FlashInfer's kernels without a GPU: ``python -m benchmarks.gpu.prebuild DIR [ARCH]`` (ARCH 9.0a for Hopper).
 
-Needs nvcc, ninja, torch of any kind and flashinfer-python. What the compiler lacks of CUDA but the kernels do not use
-(the driver to link with, cuBLAS's headers) is stood in for.
+Needs nvcc, ninja, torch of any kind, flashinfer-python and, for the thresholds of sampling, cuRAND's headers
+(nvidia-curand). What else the compiler lacks of CUDA but the kernels do not use is stood in for.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_check import toolchain
+
 ATTENTION = ((128, False), (64, False), (128, True))  # head size, sliding window
 
 
 def main(target: Path, arch: str) -> int:
     """Leave ``target/NAME/NAME.so`` for every module; 1 when one could not be compiled."""
     with tempfile.TemporaryDirectory() as folder:
-        _stand_in(Path(folder))
+        os.environ |= toolchain(Path(folder))
+        _stand_in(Path(folder) / "stand-ins")
         os.environ |= {"FLASHINFER_CUDA_ARCH_LIST": arch, "FLASHINFER_WORKSPACE_BASE": folder}
         failed = 0
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -65,9 +68,9 @@ def _build(make: Callable[[], Any], target: Path) -> tuple[str, str | None]:
 def _stand_in(folder: Path) -> None:
     """An empty driver library and empty headers, each behind the real one if there is one."""
     headers, libraries = folder / "include", folder / "lib"
-    headers.mkdir()
+    headers.mkdir(parents=True)
     libraries.mkdir()
-    for name in ("cublasLt.h", "cublas_v2.h"):
+    for name in ("cublasLt.h", "cublas_v2.h", "curand_kernel.h"):
         (headers / name).touch()
     command = [
         "cc",

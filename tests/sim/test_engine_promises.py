@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -60,16 +61,21 @@ def test_a_recorded_run_replays_to_identical_plans(policy: str) -> None:
     world.engine.scheduler = recorder  # type: ignore[assignment]
     populate(world, 12, faults=0.1)
     world.sim.run()
-    host_pages = world.host_pages if make_policy(policy).uses_host else 0
-    ledger = KVLedger(world.page_size, world.device_pages, host_pages)
-    again = Scheduler(ledger, make_policy(policy), PROFILE, SchedulerConfig(world.max_step_tokens, world.max_running))
-    plans = 0
+    assert replay(world, recorder)["plan"] > 50
+
+
+def replay(world: World, recorder: Recorder) -> Counter[str]:
+    """Play the tape to a new scheduler, which has to plan the same; how often each call stands on it."""
+    policy = make_policy(world.policy)
+    ledger = KVLedger(world.page_size, world.device_pages, world.host_pages if policy.uses_host else 0)
+    again = Scheduler(ledger, policy, PROFILE, SchedulerConfig(world.max_step_tokens, world.max_running))
+    calls: Counter[str] = Counter()
     for name, args, kwargs, result in recorder.tape:
         replayed = getattr(again, name)(*args, **kwargs)
         if name == "plan":
             assert replayed == result
-            plans += 1
-    assert plans > 50
+        calls[name] += 1
+    return calls
 
 
 def run_until(world: World, condition: Callable[[], bool], steps: int = 5000) -> None:

@@ -8,16 +8,14 @@ from typing import Any
 import pytest
 from caesura.runtime.executors.sim import SimExecutor, expected_token
 from caesura.runtime.generation import TokenChunk
-from caesura.runtime.kv.ledger import KVLedger
 from caesura.runtime.sim import generation
 from caesura.scheduler.context import Call
-from caesura.scheduler.policies import POLICIES, make_policy
-from caesura.scheduler.scheduler import Scheduler, SchedulerConfig
+from caesura.scheduler.policies import POLICIES
 from caesura.scheduler.types import TOKEN_TO_COME, ContextId, Phase
 
-from tests.sim.agents import PROFILE, VOCAB, World, populate
+from tests.sim.agents import VOCAB, World, populate
 from tests.sim.late import LateExecutor
-from tests.sim.test_engine_promises import Recorder
+from tests.sim.test_engine_promises import Recorder, replay
 
 
 def late(world: World, seed: int = 0) -> LateExecutor:
@@ -76,16 +74,7 @@ def test_a_recorded_run_replays_to_identical_plans(policy: str) -> None:
     world.engine.scheduler = recorder  # type: ignore[assignment]
     populate(world, 12, faults=0.1)
     world.sim.run()
-    host_pages = world.host_pages if make_policy(policy).uses_host else 0
-    ledger = KVLedger(world.page_size, world.device_pages, host_pages)
-    again = Scheduler(ledger, make_policy(policy), PROFILE, SchedulerConfig(world.max_step_tokens, world.max_running))
-    settled = 0
-    for name, args, kwargs, result in recorder.tape:
-        replayed = getattr(again, name)(*args, **kwargs)
-        settled += name == "settle"
-        if name == "plan":
-            assert replayed == result
-    assert settled > 50
+    assert replay(world, recorder)["settle"] > 50
 
 
 def begin(world: World, prompt: list[int], count: int) -> tuple[ContextId, list[TokenChunk]]:
