@@ -1,6 +1,7 @@
 """The model that ships with the package: reads an arithmetic question, calls a calculator, answers from its result.
 
-Light on purpose: importing this (and :mod:`tasks`, :mod:`calculator`, :mod:`chat`) loads no torch.
+``tools`` are functions that models can call; ``skills`` draws tasks for them, on which ``train`` makes a larger model.
+Light on purpose: importing this, ``tools``, ``skills``, ``tasks`` or ``chat`` loads no torch.
 """
 
 from __future__ import annotations

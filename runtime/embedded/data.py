@@ -101,7 +101,7 @@ class Example:
 
 
 class ConversationMaker:
-    """Draws conversations. ``progress`` in [0, 1] is the training's: contexts grow longer with it."""
+    """Draws conversations. ``progress`` is the training's: contexts grow longer until 1."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -128,7 +128,7 @@ class ConversationMaker:
         if drawn < (SKILLS["adventure"].share + SKILLS["no_tool"].share) / 100:
             return self._unanswerable(messages, world)
         most = 1 if progress < 0.1 else 2 if progress < 0.4 else 4
-        return self._chain(messages, world, rng.randint(1, most))
+        return self._chain(messages, world, rng.choices(self._chained, self._weights, k=rng.randint(1, most)))
 
     def _adventure(
         self, messages: list[Message], world: World, progress: float
@@ -145,11 +145,10 @@ class ConversationMaker:
         return [*messages, *played(task, world, {})], [offer.spec for offer in offers]
 
     def _chain(
-        self, messages: list[Message], world: World, count: int
+        self, messages: list[Message], world: World, names: Sequence[str]
     ) -> tuple[list[Message], list[Mapping[str, Any]]]:
         """Several questions in a row, one set of tools. A tool that is withheld makes its questions unanswerable."""
         rng = self._rng
-        names = rng.choices(self._chained, self._weights, k=count)
         world.odd_share = 1.0 if "surprise" in names else ODD_RESULT_SHARE
         world.fault_share = 0.5 if "recovery" in names else FAULT_SHARE
         bare = rng.random() < NO_TOOLS_SHARE

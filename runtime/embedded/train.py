@@ -1,8 +1,8 @@
-"""Train the embedded model from nothing: ``python -m caesura.runtime.embedded.train --out FOLDER --seed 0``.
+"""Train a model on all skills from nothing: ``python -m caesura.runtime.embedded.train --out FOLDER --seed 0``.
 
 On CPUs, bfloat16 arithmetic over float32 weights. The schedule is counted in steps, so that a seed and a thread count
 give the same model on the same kind of machine. The state is saved with every evaluation; ``--resume`` goes on from it,
-also with another ``--steps``.
+also with other ``--rates``. ``caesura eval embedded --model FOLDER`` asks the result through the engine.
 """
 
 from __future__ import annotations
@@ -60,17 +60,25 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and eval.json")
     parser.add_argument("--seed", type=int, default=recipe.seed)
-    parser.add_argument("--steps", type=int, default=recipe.steps)
     parser.add_argument(
-        "--decay-steps", type=int, default=recipe.decay_steps, help="the last ones, with a falling rate"
+        "--rates",
+        type=_rates,
+        default=recipe.rates,
+        metavar="STEP:SHARE,...",
+        help="points of the learning rate's curve",
     )
     parser.add_argument("--lr", type=float, default=recipe.lr)
     parser.add_argument("--batch-tokens", type=int, default=recipe.batch_tokens)
-    parser.add_argument("--threads", type=int, default=1, help="the shipped model was trained with 1")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--eval-every", type=int, default=200, help="steps between evaluations")
     parser.add_argument("--eval-tasks", type=int, default=300, help="held-out tasks per skill at the end")
     parser.add_argument("--resume", action="store_true", help="go on from the state in OUT/state")
     return parser.parse_args()
+
+
+def _rates(text: str) -> tuple[tuple[int, float], ...]:
+    pairs = (point.split(":") for point in text.split(","))
+    return tuple((int(step), float(share)) for step, share in pairs)
 
 
 def main() -> None:
@@ -80,8 +88,7 @@ def main() -> None:
     console = Console()
     recipe = Recipe(
         seed=arguments.seed,
-        steps=arguments.steps,
-        decay_steps=arguments.decay_steps,
+        rates=arguments.rates,
         batch_tokens=arguments.batch_tokens,
         lr=arguments.lr,
     )

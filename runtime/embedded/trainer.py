@@ -1,4 +1,4 @@
-"""One training run: bfloat16 arithmetic over float32 weights, a schedule with a plateau, and a state to resume from."""
+"""One training run: bfloat16 arithmetic over float32 weights, a schedule, and a state to resume from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -19,30 +20,33 @@ from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from torch import Tensor
 
-WARMUP_STEPS = 60
 CURRICULUM_STEPS = 600  # conversations grow longer until then
-FINAL_LR_SHARE = 0.02
 POOL = 600  # conversations drawn and sorted by length at a time
 MAX_TOKENS = 1792
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How to train. The rate warms up, stays, and falls linearly over the last ``decay_steps``."""
+    """How to train. The learning rate follows straight lines between ``rates``, pairs of a step and a share of
+    ``lr``; the last step ends the training."""
 
     seed: int = 0
-    steps: int = 3400
-    decay_steps: int = 900
+    rates: tuple[tuple[int, float], ...] = ((0, 0.0), (60, 1.0), (2400, 1.0), (4800, 0.02))
     batch_tokens: int = 6144
     lr: float = 3e-3
     weight_decay: float = 0.05
 
+    @property
+    def steps(self) -> int:
+        return self.rates[-1][0]
+
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Warm-up, plateau, linear decay to a fiftieth."""
-    warm = min(1.0, (step + 1) / WARMUP_STEPS)
-    left = min(1.0, (recipe.steps - step) / max(1, recipe.decay_steps))
-    return recipe.lr * min(warm, FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * left)
+    """The rate of the update that follows ``step`` updates."""
+    for (start, low), (end, high) in pairwise(recipe.rates):
+        if step < end:
+            return recipe.lr * (low + (high - low) * (step + 1 - start) / (end - start))
+    return recipe.lr * recipe.rates[-1][1]
 
 
 def collate(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -66,6 +70,7 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
+        self._pool = (0, 0)  # the number of the pool in use, and the steps done before it
         self._working = TinyLlama(shape).to(torch.bfloat16).train()
         self._pad_id = token_id(tokenizer, END_OF_TEXT)
         named = list(self.model.named_parameters())
@@ -135,10 +140,11 @@ class Trainer:
 
     def _batches(self) -> Iterator[list[list[Example]]]:
         """What each step from here on trains on. A pool's conversations follow from its number alone."""
-        number, done = 0, 0
+        number, done = self._pool
         while True:
+            self._pool = (number, done)
             rng = random.Random(f"{self.recipe.seed}/train/{number}")
-            progress = min(1.0, done / CURRICULUM_STEPS)
+            progress = done / CURRICULUM_STEPS
             pool = batches(
                 self.tokenizer, rng, progress, batch_tokens=self.recipe.batch_tokens, pool=POOL, max_tokens=MAX_TOKENS
             )
@@ -157,7 +163,7 @@ class Trainer:
         for index, optimizer in enumerate(self._optimizers):
             for number, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"state.{index}.{number}.{key}": torch.as_tensor(value) for key, value in state.items()}
-        counts = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        counts = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "pool": self._pool}
         (folder / "state.json").write_text(json.dumps(counts))
         (folder / "state.safetensors").write_bytes(save(tensors))
 
@@ -166,6 +172,7 @@ class Trainer:
         tensors = load_file(folder / "state.safetensors")
         counts = json.loads((folder / "state.json").read_text())
         self.step, self.tokens, self.seconds = counts["step"], counts["tokens"], counts["seconds"]
+        self._pool = counts["pool"][0], counts["pool"][1]
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"weight.{name}"])

@@ -122,22 +122,22 @@ def test_training_is_reproducible_resumes_and_exports_what_it_trained(tokenizer:
     shape = Shape(vocab=tokenizer.get_vocab_size(), hidden=32, layers=2, heads=2, kv_heads=2, intermediate=64)
     console = Console(quiet=True)
 
-    def trainer(seed: int, steps: int) -> Trainer:
-        return Trainer(Recipe(seed=seed, steps=steps, decay_steps=2, batch_tokens=512), shape, tokenizer)
+    def trainer(seed: int) -> Trainer:
+        return Trainer(Recipe(seed=seed, rates=((0, 0.0), (2, 1.0), (4, 0.1)), batch_tokens=512), shape, tokenizer)
 
-    models = [trainer(seed, 4) for seed in (1, 1, 2)]
+    models = [trainer(seed) for seed in (1, 1, 2)]
     for each in models:
         assert list(each.run(console)) == [1, 2, 3, 4]
     first, again, other = (each.model.model.embed_tokens.weight for each in models)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
-    halted = trainer(1, 4)
+    halted = trainer(1)
     for step in halted.run(console):
         if step == 2:
             halted.save(tmp_path / "state")
             break
-    resumed = trainer(1, 4)
+    resumed = trainer(1)
     resumed.load(tmp_path / "state")
     assert list(resumed.run(console)) == [3, 4]
     assert torch.equal(resumed.model.model.embed_tokens.weight, first)

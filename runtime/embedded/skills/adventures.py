@@ -12,6 +12,7 @@ from caesura.runtime.embedded.tools import Adventure
 from caesura.runtime.embedded.tools.adventure import DECOYS, MAX_STEPS, METALS, ROOMS, TREASURES, Words
 
 STEPS = range(10, 23)
+MADE_UP_SHARE = 0.75  # of the words in training: with 0.3, words never seen before were copied badly
 SIZES = ((5, 1), (6, 1), (7, 1), (6, 2), (7, 2))  # rooms, locked doors
 HELD_OUT = Words(
     rooms=("vault", "bakery", "cabin", "porch", "dungeon", "terrace", "crypt", "nursery", "shed", "parlor", "barn"),
@@ -85,7 +86,10 @@ def _words(world: World) -> Words:
 
     def mixed(known: Sequence[str]) -> tuple[str, ...]:
         """Known words, some replaced by invented ones, so that words are read and not known."""
-        made = (world.word(world.rng.choice((1, 2))).lower() if world.rng.random() < 0.3 else word for word in known)
+        made = (
+            world.word(world.rng.choice((1, 2))).lower() if world.rng.random() < MADE_UP_SHARE else word
+            for word in known
+        )
         return tuple(dict.fromkeys(made))
 
     return Words(mixed(ROOMS), mixed(TREASURES), mixed(METALS), mixed(DECOYS))

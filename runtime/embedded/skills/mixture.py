@@ -59,18 +59,18 @@ def misspelled(world: World) -> Task:
 
 
 SKILLS: dict[str, Skill] = {
-    "calculator": Skill(arithmetic, 14),
-    "lookup": Skill(fact, 8),
-    "calendar": Skill(calendar, 9),
-    "units": Skill(units, 8),
+    "calculator": Skill(arithmetic, 12),
+    "lookup": Skill(fact, 6),
+    "calendar": Skill(calendar, 6),
+    "units": Skill(units, 7),
     "notebook": Skill(notes, 7),
     "choice": Skill(choice, 9, distractors=(3, 4, 5, 6, 7)),
-    "no_tool": Skill(lambda world: unanswerable(world)[0], 6, distractors=(1, 2, 3, 4)),
-    "multi_hop": Skill(hop, 14),
-    "parallel": Skill(at_once, 8),
-    "surprise": Skill(any_single, 5, odd_share=1.0),
+    "no_tool": Skill(lambda world: unanswerable(world)[0], 5, distractors=(1, 2, 3, 4)),
+    "multi_hop": Skill(hop, 15),
+    "parallel": Skill(at_once, 11),
+    "surprise": Skill(any_single, 4, odd_share=1.0),
     "recovery": Skill(misspelled, 8, fault_share=0.4),
-    "adventure": Skill(adventure, 12, distractors=(0,)),
+    "adventure": Skill(adventure, 20, distractors=(0,)),
 }
 
 

@@ -8,10 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from caesura.runtime.embedded.skills.task import Call
+from caesura.runtime.embedded.skills.world import wild_word
 from caesura.runtime.embedded.tasks import Split
+from caesura.runtime.embedded.tools.encyclopedia import made_up_word
 
 OTHER_NAME_SHARE = 0.3
+MADE_UP_SHARE = 0.8  # of the other names in training, so that a name is read off the prompt and not known
 _JSON_TYPES = {"value": "number", "days": "integer"}
+
+
+_PARTS = (
+    *("do", "ask", "quick", "item", "data", "info", "page", "table", "show", "base", "core", "box", "view", "make"),
+    *("seek", "old", "new", "big", "book", "line", "map", "card", "desk", "tool", "help", "point", "up", "of", "to"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,13 +212,22 @@ def offer(tool: str, rng: random.Random, split: Split, taken: Sequence[str] = ()
 def _name(kind: Kind, rng: random.Random, split: Split) -> str:
     if split is Split.HELD_OUT:
         return rng.choice(kind.held_out_names)
-    if rng.random() < 0.25:  # any word, so that the name is read off the prompt
-        return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
-    return rng.choice(kind.names)
+    if rng.random() >= MADE_UP_SHARE:
+        return rng.choice(kind.names)
+    words = rng.choices(_PARTS, k=rng.randint(1, 3)) if rng.random() < 0.4 else []
+    for _ in range(rng.randint(not words, 1)):
+        words.append(wild_word(rng) if rng.random() < 0.4 else made_up_word(rng, syllables=rng.randint(1, 3)).lower())
+    rng.shuffle(words)
+    return "_".join(words)
 
 
 def toolset(
-    needs: Sequence[str], rng: random.Random, split: Split, *, distractors: int, without: Sequence[str] = ()
+    needs: Sequence[str],
+    rng: random.Random,
+    split: Split,
+    *,
+    distractors: int,
+    without: Sequence[str] = (),
 ) -> list[Offer]:
     """Offers for the tools needed and some others, in any order; never one of ``without``."""
     spare = [tool for tool in DISTRACTORS if tool not in needs and tool not in without and tool != "act"]
@@ -217,5 +235,6 @@ def toolset(
     rng.shuffle(chosen)
     offers: list[Offer] = []
     for tool in chosen:
-        offers.append(offer(tool, rng, split, [other.name for other in offers]))
+        taken = [other.name for other in offers]
+        offers.append(offer(tool, rng, split, taken))
     return offers

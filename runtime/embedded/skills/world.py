@@ -29,6 +29,7 @@ FATAL = (
     "timed out", "the tool failed", "no answer after {n} seconds", "connection lost", "cancelled",
     "ConnectionError: no route to host", "permission denied",
 )  # fmt: skip
+WILD_SHARE = 0.4  # of the invented words in training, how many are any letters, so that all of them are copied well
 STATEFUL = frozenset({"put_note", "list_notes"})  # results that are never replaced by odd ones
 
 
@@ -75,6 +76,8 @@ class World:
 
     def word(self, syllables: int = 2) -> str:
         """An invented word."""
+        if self.split is Split.TRAIN and self.rng.random() < WILD_SHARE:
+            return self.draw(lambda: wild_word(self.rng).capitalize())
         return self.draw(lambda: made_up_word(self.rng, syllables=syllables))
 
     def integer(self, low: int, high: int) -> int:
@@ -113,6 +116,12 @@ class World:
             **self.extra,
         }
         return self.encyclopedia.lookup if tool == "lookup" else known[tool]
+
+
+def wild_word(rng: random.Random) -> str:
+    """Two to nine letters, as frequent as in English, that need not be speakable."""
+    letters = "eeeeeetttttaaaaoooiiinnnsssrrrhhlllddcccuummwwffggyyppbbvkkjxqz"
+    return "".join(rng.choices(letters, k=rng.randint(2, 9)))
 
 
 def odd_result(rng: random.Random, result: str) -> str:
