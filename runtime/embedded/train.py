@@ -92,7 +92,8 @@ def main() -> None:
         batch_tokens=arguments.batch_tokens,
         lr=arguments.lr,
     )
-    tokenizer = train_tokenizer(recipe.seed)
+    known = arguments.out / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(known)) if arguments.resume else train_tokenizer(recipe.seed)
     trainer = Trainer(recipe, Shape(vocab=tokenizer.get_vocab_size()), tokenizer)
     state = arguments.out / "state"
     if arguments.resume:
