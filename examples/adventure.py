@@ -26,7 +26,8 @@ def narrated(game: Adventure) -> Tool:
         seen = game.act(command)
         place, _, rest = seen.partition(" Exits")
         here = rest.partition("Here: ")[2].partition(".")[0]
-        print(f"{game.steps:>3}. [bold cyan]{command:<14}[/] {place:<12} [dim]{here and f'here: {here}'}[/]")
+        found = f"here: {here}" if here not in ("", "nothing") else ""
+        print(f"{game.steps:>3}. [bold cyan]{command:<20}[/] {place:<22} [dim]{found}[/]")
         return seen
 
     return Tool(act)

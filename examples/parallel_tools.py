@@ -1,6 +1,6 @@
 """Parallel tools: several calls in one turn run at once, and the pause lasts as long as the slowest.
 
-First the model calls three tools in one breath (`gen(tools=)`). Then the program asks two mirrors of a service and
+First the model calls twice in one breath (`gen(tools=)`). Then the program asks two mirrors of a service and
 takes whichever answers first (`call_tools(wait="any")`); the other call is cancelled. The trace shows who ran when.
 
     python examples/parallel_tools.py
@@ -15,7 +15,7 @@ from caesura.lang import Engine, Tool, assistant, call_tools, connect, function,
 from caesura.runtime.embedded.tools import calculate, convert, weekday
 from rich import print
 
-QUESTION = "What is 4827 * 396, what is 12.5 km in miles, and what day of the week is 2031-04-17?"
+QUESTION = "What is 4827 * 396 and what is 51 + 1818?"
 
 
 def far_away(function: Callable, seconds: float, **options) -> Tool:

@@ -6,6 +6,7 @@ engine. `select` gives the scores, so the ranking is as long as one likes.
     python examples/recommend.py --items 96 --candidates 64
 """
 
+import math
 import random
 import time
 from collections import Counter
@@ -54,7 +55,9 @@ def main(seed: int = 1, items: int = 96, candidates: int = 64, top: int = 10, ur
     table = Table("", "item", "score", "", box=None, header_style="dim")
     for place, (score, item) in enumerate(ranking[:top], 1):
         colour = "green" if item.split("-")[0] in liked else "white"
-        table.add_row(str(place), f"[{colour}]{item}[/]", f"{score:.2f}", f"[{colour}]{'█' * round(30 * 2**score)}[/]")
+        table.add_row(
+            str(place), f"[{colour}]{item}[/]", f"{score:.2f}", f"[{colour}]{'█' * round(40 * math.exp(score))}[/]"
+        )
     print(table)
     hits = sum(item.split("-")[0] in liked for _, item in ranking[:top])
     print(f"{hits} of the first {top} are of a kind the user likes; {top / 4:.1f} would be by chance")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import itertools
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,10 +111,24 @@ def test_thoughts_lead_to_the_answer(run: Callable[..., Any], capsys: pytest.Cap
 
 
 def test_sub_agents_share_what_comes_first(run: Callable[..., Any]) -> None:
-    state = run("plan_and_execute.py")
-    questions, summary = state.ret_value
-    assert len(questions) == len(state["answer"]) >= 1 and summary
-    assert state.usage().cached_tokens > 0.4 * state.usage().prompt_tokens
+    questions, agents = run("plan_and_execute.py").ret_value
+    answers = dict(zip(questions, agents["answer"], strict=True))
+    assert len(answers) == 4
+    assert "1911492" in answers["What is 4827 * 396?"] and "1869" in answers["What is 51 + 1818?"]
+    assert agents.usage().cached_tokens > 0.5 * agents.usage().prompt_tokens
+
+
+def test_a_person_may_answer_after_the_process_has_died(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "human_in_the_loop.py"), "--folder", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        said = list(itertools.takewhile(lambda line: "816. Refund" not in line, first.stdout))
+        first.kill()
+    assert any("the calculator runs: 48 * 17" in line for line in said)
+    (tmp_path / "refund.answer").write_text("no: they came back broken\n")
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert again.stdout.splitlines()[-1] == "Not refunded: they came back broken."
+    assert "the calculator runs" not in again.stdout  # it is on the tape, as is what the model said
 
 
 def test_an_adventure_is_many_short_pauses(run: Callable[..., Any]) -> None:
