@@ -10,8 +10,7 @@
    - a segment whose pages several decoding contexts share is read once for all of them,
    - the segments of one long context can be worked on by several threads. */
 #pragma once
-#include "pool.h"
-#include "vector.h"
+#include "tiles.h"
 
 #define BLOCK 64
 #define SEGMENT 256
@@ -203,9 +202,9 @@ INLINE void take_query(const Cache *cache, const float *queries, long row, long 
     }
 }
 
-/* Rows [item->offset, + item->count) of a chunk, over all segments: written to `out` [rows, heads * head_dim]. */
+/* Rows [item->offset, + item->count) of a chunk, over all segments. */
 static void attend_chunk(const Cache *cache, const Piece *piece, const Item *item, long head, const float *queries,
-                         float *out, Scratch *scratch) {
+                         const Operand *out, Scratch *scratch) {
     long group = cache->heads / cache->kv_heads, head_dim = cache->head_dim, count = item->count * group;
     for (long i = 0; i < item->count; i++)
         take_query(cache, queries, piece->first_row + item->offset + i, piece->start + item->offset + i, head, i * group, scratch);
@@ -224,8 +223,9 @@ static void attend_chunk(const Cache *cache, const Piece *piece, const Item *ite
     for (long i = 0; i < item->count; i++)
         for (long g = 0; g < group; g++) {
             long row = i * group + g;
-            float *to = out + ((piece->first_row + item->offset + i) * cache->heads + head * group + g) * head_dim;
-            for (long d = 0; d < head_dim; d += LANES) store(to + d, load(scratch->total[row] + d) / scratch->total_sum[row]);
+            for (long d = 0; d < head_dim; d += LANES)
+                put(out, piece->first_row + item->offset + i, (head * group + g) * head_dim + d,
+                    load(scratch->total[row] + d) / scratch->total_sum[row]);
         }
 }
 
@@ -257,7 +257,8 @@ static void attend_decodes(const Cache *cache, const Piece *pieces, const int32_
 }
 
 /* All segments of one decode, merged first to last. */
-static void merge_decode(const Cache *cache, const Piece *pieces, long piece, float *partials, const long *offsets, float *out) {
+static void merge_decode(const Cache *cache, const Piece *pieces, long piece, float *partials, const long *offsets,
+                         const Operand *out) {
     long end = pieces[piece].start + 1;
     long begin = cache->window && end > cache->window ? end - cache->window : 0;
     for (long head = 0; head < cache->heads; head++) {
@@ -266,7 +267,7 @@ static void merge_decode(const Cache *cache, const Piece *pieces, long piece, fl
             const float *part = partial(partials, offsets, piece, segment, cache, head);
             merge(&top, &sum, total, part[0], part[1], part + LANES, cache->head_dim);
         }
-        float *to = out + (pieces[piece].first_row * cache->heads + head) * cache->head_dim;
-        for (long d = 0; d < cache->head_dim; d += LANES) store(to + d, load(total + d) / sum);
+        for (long d = 0; d < cache->head_dim; d += LANES)
+            put(out, pieces[piece].first_row, head * cache->head_dim + d, load(total + d) / sum);
     }
 }

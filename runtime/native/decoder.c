@@ -3,9 +3,8 @@
    All threads walk through the same phases with a barrier between them, so a step costs one call. No result depends on
    the number of threads, on the batch around a row or on how a prompt was cut into chunks. */
 #include "attention.h"
-#include "linear_int8.h"
 
-#define ABI 2 /* of the structures below; checked when the library is loaded */
+#define ABI 3 /* of the structures below; checked when the library is loaded */
 
 typedef struct {
     const float *input_norm, *qk_norm, *mlp_norm; /* qk_norm [heads + kv_heads, head_dim] or NULL */
@@ -31,7 +30,8 @@ typedef struct {
     const int32_t *members; /* of decode items: indices of pieces */
     const int32_t *decodes; /* pieces of one row */
     const long *offsets;    /* per piece: its first segment's place in `partials` */
-    float *hidden, *normed, *qkv, *mixed, *inner, *partials;
+    float *hidden, *output, *qkv, *partials;
+    Operand normed, mixed, inner; /* what products take */
     Scratch *scratch; /* one per thread */
     CodedRows coded;  /* the rows that the next product takes, where weights are coded */
 } Step;
@@ -41,18 +41,34 @@ typedef struct {
     const Step *step;
 } Run;
 
-INLINE void rms_norm(const float *x, const float *weight, long size, float epsilon, float *y) {
+INLINE float norm_scale(const float *x, long size, float epsilon) {
     vec squares = splat(0.0f);
     for (long i = 0; i < size; i += LANES) squares += load(x + i) * load(x + i);
-    float scale = 1.0f / sqrtf(vec_sum(squares) / (float)size + epsilon);
-    for (long i = 0; i < size; i += LANES) store(y + i, load(x + i) * scale * load(weight + i));
+    return 1.0f / sqrtf(vec_sum(squares) / (float)size + epsilon);
 }
 
-static void norm_rows(const Pool *pool, int thread, const float *x, const float *weight, long rows, long size,
-                      float epsilon, float *y) {
-    long first, last;
-    share(pool, thread, rows, &first, &last);
-    for (long row = first; row < last; row++) rms_norm(x + row * size, weight, size, epsilon, y + row * size);
+INLINE void norm_head(float *x, const float *weight, long size, float epsilon) {
+    float scale = norm_scale(x, size, epsilon);
+    for (long i = 0; i < size; i += LANES) store(x + i, load(x + i) * scale * load(weight + i));
+}
+
+static void code_rows(const Operand *x, long first, long last, const CodedRows *to) {
+    long padded = (x->width + CODED_STEP - 1) / CODED_STEP * CODED_STEP;
+    for (long row = first; row < last; row++)
+        code_row(x->rows + row * x->width, x->width, padded, to->codes + row * to->stride, to->scale + row, to->zero + row);
+}
+
+/* Normed rows for the product `next` (NULL: none). */
+static void norm_rows(Pool *pool, const float *weight, float epsilon, const Step *step, const Linear *next, const Operand *to) {
+    long size = to->width;
+    for (long first, last; take(pool, step->rows, piece_size(pool, step->rows), &first, &last);) {
+        for (long row = first; row < last; row++) {
+            const float *x = step->hidden + row * size;
+            float scale = norm_scale(x, size, epsilon);
+            for (long i = 0; i < size; i += LANES) put(to, row, i, load(x + i) * scale * load(weight + i));
+        }
+        if (next && next->codes) code_rows(to, first, last, &step->coded);
+    }
 }
 
 /* Halves of a head are rotated against each other, as Hugging Face lays them out. */
@@ -77,130 +93,150 @@ INLINE void keep_row(const Decoder *decoder, const Layer *layer, long slot, long
     memcpy(layer->values + base + within * decoder->head_dim, value, decoder->head_dim * sizeof(float));
 }
 
-static void place_rows(const Pool *pool, int thread, const Decoder *decoder, const Layer *layer, const Step *step) {
-    long first, last, turning = decoder->heads + decoder->kv_heads, head_dim = decoder->head_dim;
-    share(pool, thread, step->rows, &first, &last);
-    for (long row = first; row < last; row++) {
-        float *qkv = step->qkv + row * (turning + decoder->kv_heads) * head_dim;
-        const float *cos = step->cos + step->positions[row] * (head_dim / 2);
-        const float *sin = step->sin + step->positions[row] * (head_dim / 2);
-        for (long head = 0; head < turning; head++) {
-            float *at = qkv + head * head_dim;
-            if (layer->qk_norm) rms_norm(at, layer->qk_norm + head * head_dim, head_dim, decoder->epsilon, at);
-            rotate(at, head_dim / 2, cos, sin);
-        }
-        for (long head = 0; head < decoder->kv_heads; head++)
-            keep_row(decoder, layer, step->slots[row], head, qkv + (decoder->heads + head) * head_dim,
-                     qkv + (turning + head) * head_dim);
+static void place_row(const Decoder *decoder, const Layer *layer, const Step *step, long row) {
+    long turning = decoder->heads + decoder->kv_heads, head_dim = decoder->head_dim;
+    float *qkv = step->qkv + row * (turning + decoder->kv_heads) * head_dim;
+    const float *cos = step->cos + step->positions[row] * (head_dim / 2);
+    const float *sin = step->sin + step->positions[row] * (head_dim / 2);
+    for (long head = 0; head < turning; head++) {
+        float *at = qkv + head * head_dim;
+        if (layer->qk_norm) norm_head(at, layer->qk_norm + head * head_dim, head_dim, decoder->epsilon);
+        rotate(at, head_dim / 2, cos, sin);
     }
+    for (long head = 0; head < decoder->kv_heads; head++)
+        keep_row(decoder, layer, step->slots[row], head, qkv + (decoder->heads + head) * head_dim,
+                 qkv + (turning + head) * head_dim);
 }
 
-/* Items are given out one by one, since they differ in length. */
+static void place_rows(Pool *pool, const Decoder *decoder, const Layer *layer, const Step *step) {
+    for (long first, last; take(pool, step->rows, piece_size(pool, step->rows), &first, &last);)
+        for (long row = first; row < last; row++) place_row(decoder, layer, step, row);
+}
+
 static void attend_rows(Pool *pool, int thread, const Decoder *decoder, const Layer *layer, const Step *step) {
     Cache cache = {layer->keys,      layer->values,     decoder->page_size, decoder->heads,
                    decoder->kv_heads, decoder->head_dim, layer->window};
     Scratch *scratch = step->scratch + thread;
-    long work = step->num_items * decoder->kv_heads;
-    for (long turn; (turn = atomic_fetch_add(&pool->next, 1)) < work;) {
+    for (long turn, end; take(pool, step->num_items * decoder->kv_heads, 1, &turn, &end);) {
         const Item *item = step->items + turn / decoder->kv_heads;
         long head = turn % decoder->kv_heads;
         if (item->segment < 0)
-            attend_chunk(&cache, step->pieces + item->piece, item, head, step->qkv, step->mixed, scratch);
+            attend_chunk(&cache, step->pieces + item->piece, item, head, step->qkv, &step->mixed, scratch);
         else
             attend_decodes(&cache, step->pieces, step->members, item, head, step->qkv, step->partials, step->offsets, scratch);
     }
     if (!step->num_decodes) return;
     barrier(pool);
-    long first, last;
-    share(pool, thread, step->num_decodes, &first, &last);
-    for (long i = first; i < last; i++)
-        merge_decode(&cache, step->pieces, step->decodes[i], step->partials, step->offsets, step->mixed);
+    for (long i, end; take(pool, step->num_decodes, 1, &i, &end);)
+        merge_decode(&cache, step->pieces, step->decodes[i], step->partials, step->offsets, &step->mixed);
 }
 
-/* Code the rows that `linear` takes, each by the thread that has it in `share`. */
-static void code_input(const Pool *pool, int thread, const Linear *linear, const float *x, const Step *step) {
-    if (linear->codes) code_rows(pool, thread, x, step->rows, linear->inner, &step->coded);
+/* Where weights are coded, a phase that codes the rows of `x` before them. */
+static void code_phase(Pool *pool, const Linear *linear, const Operand *x, const Step *step) {
+    if (!linear->codes) return;
+    for (long first, last; take(pool, step->rows, piece_size(pool, step->rows), &first, &last);)
+        code_rows(x, first, last, &step->coded);
+    barrier(pool);
 }
 
-static void product(const Pool *pool, int thread, const Linear *linear, Epilogue epilogue, const float *x,
-                    const Step *step, float *y, long y_stride) {
-    if (linear->codes)
-        coded_share(pool, thread, linear, epilogue, &step->coded, step->rows, y, y_stride);
+static void multiply_rows(Pool *pool, const Linear *linear, Epilogue epilogue, const Operand *x, const CodedRows *coded,
+                          long rows, const Operand *to) {
+    if (linear->codes && pool->tiles && rows >= CODED_ROWS_AT_LEAST)
+        multiply_coded_in_tiles(pool, linear, epilogue, coded, rows, to->rows, to->width);
+    else if (linear->codes)
+        multiply_coded(pool, linear, epilogue, coded, rows, to->rows, to->width);
+    else if (x->parts)
+        multiply_cut(pool, linear, epilogue, x, rows, to);
     else
-        linear_share(pool, thread, linear, epilogue, x, linear->inner, step->rows, y, y_stride);
+        multiply_floats(pool, linear, epilogue, x->rows, x->width, rows, to->rows, to->width);
+}
+
+static void product(Pool *pool, const Linear *linear, Epilogue epilogue, const Operand *x, const Step *step,
+                    const Operand *to) {
+    multiply_rows(pool, linear, epilogue, x, &step->coded, step->rows, to);
+    barrier(pool);
 }
 
 static void forward(Pool *pool, void *argument, int thread) {
     const Decoder *decoder = ((Run *)argument)->decoder;
     const Step *step = ((Run *)argument)->step;
-    long hidden = decoder->hidden, q_floats = decoder->heads * decoder->head_dim;
-    long qkv_floats = q_floats + 2 * decoder->kv_heads * decoder->head_dim, first, last;
-    share(pool, thread, step->rows, &first, &last);
-    for (long row = first; row < last; row++)
-        memcpy(step->hidden + row * hidden, decoder->embeddings + step->tokens[row] * hidden, hidden * sizeof(float));
+    const Operand hidden = {step->hidden, NULL, decoder->hidden};
+    const Operand qkv = {step->qkv, NULL, (decoder->heads + 2 * decoder->kv_heads) * decoder->head_dim};
+    const Operand *normed = &step->normed, *mixed = &step->mixed, *inner = &step->inner;
+    for (long first, last; take(pool, step->rows, piece_size(pool, step->rows), &first, &last);)
+        for (long row = first; row < last; row++)
+            memcpy(step->hidden + row * decoder->hidden, decoder->embeddings + step->tokens[row] * decoder->hidden,
+                   decoder->hidden * sizeof(float));
+    barrier(pool);
     for (const Layer *layer = decoder->layer; layer < decoder->layer + decoder->layers; layer++) {
-        norm_rows(pool, thread, step->hidden, layer->input_norm, step->rows, hidden, decoder->epsilon, step->normed);
-        code_input(pool, thread, &layer->qkv, step->normed, step);
+        norm_rows(pool, layer->input_norm, decoder->epsilon, step, &layer->qkv, normed);
         barrier(pool);
-        product(pool, thread, &layer->qkv, STORE, step->normed, step, step->qkv, qkv_floats);
-        barrier(pool);
-        if (thread == 0) atomic_store(&pool->next, 0);
-        place_rows(pool, thread, decoder, layer, step);
+        product(pool, &layer->qkv, STORE, normed, step, &qkv);
+        place_rows(pool, decoder, layer, step);
         barrier(pool);
         attend_rows(pool, thread, decoder, layer, step);
         barrier(pool);
-        if (layer->out.codes) {
-            code_input(pool, thread, &layer->out, step->mixed, step);
-            barrier(pool);
-        }
-        product(pool, thread, &layer->out, ADD, step->mixed, step, step->hidden, hidden);
+        code_phase(pool, &layer->out, mixed, step);
+        product(pool, &layer->out, ADD, mixed, step, &hidden);
+        norm_rows(pool, layer->mlp_norm, decoder->epsilon, step, &layer->gate_up, normed);
         barrier(pool);
-        norm_rows(pool, thread, step->hidden, layer->mlp_norm, step->rows, hidden, decoder->epsilon, step->normed);
-        code_input(pool, thread, &layer->gate_up, step->normed, step);
-        barrier(pool);
-        product(pool, thread, &layer->gate_up, SWIGLU, step->normed, step, step->inner, decoder->inner);
-        barrier(pool);
-        if (layer->down.codes) {
-            code_input(pool, thread, &layer->down, step->inner, step);
-            barrier(pool);
-        }
-        product(pool, thread, &layer->down, ADD, step->inner, step, step->hidden, hidden);
-        barrier(pool);
+        product(pool, &layer->gate_up, SWIGLU, normed, step, inner);
+        code_phase(pool, &layer->down, inner, step);
+        product(pool, &layer->down, ADD, inner, step, &hidden);
     }
-    norm_rows(pool, thread, step->hidden, decoder->norm, step->rows, hidden, decoder->epsilon, step->normed);
+    const Operand last = {step->output, NULL, decoder->hidden};
+    norm_rows(pool, decoder->norm, decoder->epsilon, step, NULL, &last);
+    release_tiles(pool);
 }
 
 typedef struct {
     const Linear *linear;
-    const float *x;
-    float *y;
+    Operand x, y;
+    char *parts; /* where the rows go that are cut */
     long rows;
     CodedRows coded;
 } Product;
 
-static void multiply_rows(Pool *pool, void *argument, int thread) {
+static void multiply_alone(Pool *pool, void *argument, int thread) {
     const Product *one = argument;
-    if (one->linear->codes) {
-        code_rows(pool, thread, one->x, one->rows, one->linear->inner, &one->coded);
+    Operand x = one->x;
+    (void)thread;
+    if (one->linear->codes || one->parts) {
+        Operand cut = {NULL, one->parts, x.width};
+        for (long first, last; take(pool, one->rows, piece_size(pool, one->rows), &first, &last);)
+            if (one->linear->codes) code_rows(&x, first, last, &one->coded);
+            else for (long row = first; row < last; row++)
+                for (long i = 0; i < x.width; i += LANES) put(&cut, row, i, load_some(x.rows + row * x.width + i, x.width - i));
         barrier(pool);
-        coded_share(pool, thread, one->linear, STORE, &one->coded, one->rows, one->y, one->linear->outer);
-        return;
+        if (one->parts) x = cut;
     }
-    linear_share(pool, thread, one->linear, STORE, one->x, one->linear->inner, one->rows, one->y, one->linear->outer);
+    multiply_rows(pool, one->linear, STORE, &x, &one->coded, one->rows, &one->y);
+    release_tiles(pool);
 }
 
 long caesura_abi(void) { return ABI; }
 
 long caesura_scratch_bytes(void) { return sizeof(Scratch); }
 
-/* Hidden states after the last norm are left in step->normed. */
+/* Hidden states after the last norm are left in step->output. */
 void caesura_forward(Pool *pool, const Decoder *decoder, const Step *step) {
     Run run = {decoder, step};
     run_task(pool, forward, &run);
 }
 
-/* y [rows, outer] = x [rows, inner] W^T; `coded` is where the rows' codes go, if the weights are coded. */
-void caesura_linear(Pool *pool, const Linear *linear, const float *x, float *y, long rows, const CodedRows *coded) {
-    Product one = {linear, x, y, rows, *coded};
-    run_task(pool, multiply_rows, &one);
+/* y [rows, outer] = x [rows, inner] W^T. Rows go to `coded` if the weights are coded, to `parts` if that is not NULL. */
+void caesura_linear(Pool *pool, const Linear *linear, float *x, float *y, long rows, const CodedRows *coded, char *parts) {
+    Product one = {linear, {x, NULL, linear->inner}, {y, NULL, linear->outer}, parts, rows, *coded};
+    run_task(pool, multiply_alone, &one);
+}
+
+Pool *caesura_open(int threads) {
+    Pool *pool = open_pool(threads);
+    if (pool) pool->tiles = ask_for_tiles();
+    return pool;
+}
+
+/* Bytes that `rows` rows of that width take when they are cut; 0 when products take them as they are. */
+long caesura_cut_bytes(const Pool *pool, long rows, long width) {
+    return pool->tiles ? (rows + PAIR_ROWS - 1) / PAIR_ROWS * 2 * num_steps(width) * STEP_BYTES : 0;
 }

@@ -17,7 +17,7 @@ from caesura.runtime.model.batch import Batch
 from caesura.runtime.model.rotary import RotaryTable
 from caesura.runtime.model.weights import LayerWeights, Model
 from caesura.runtime.native.library import NoNativeLibrary, native_library
-from caesura.runtime.native.packing import CodedRows, Linear, RowCodes, Weights
+from caesura.runtime.native.packing import INT8, CodedRows, CutRows, Linear, Operand, RowCodes, Weights
 from caesura.runtime.native.plan import MAX_QUERIES, plan_attention
 from torch import Tensor
 
@@ -49,7 +49,9 @@ _Step = _structure(
     **dict.fromkeys(("rows", "num_pieces", "num_items", "num_decodes"), _Long),
     **dict.fromkeys(("tokens", "positions", "slots", "cos", "sin"), _Pointer),
     **dict.fromkeys(("pieces", "items", "members", "decodes", "offsets"), _Pointer),
-    **dict.fromkeys(("hidden_rows", "normed", "qkv", "mixed", "inner", "partials", "scratch"), _Pointer),
+    **dict.fromkeys(("hidden_rows", "output", "qkv", "partials"), _Pointer),
+    **dict.fromkeys(("normed", "mixed", "inner"), Operand),
+    scratch=_Pointer,
     coded=CodedRows,
 )
 
@@ -85,7 +87,7 @@ class NativeDecoder:
         self.config = model.config
         self._library = _declared(native_library())
         self._num_threads = num_threads or torch.get_num_threads()
-        self._pool = self._library.caesura_pool_open(self._num_threads)
+        self._pool = self._library.caesura_open(self._num_threads)
         if not self._pool:
             raise NoNativeLibrary("the threads of the C decoder could not be started")
         weakref.finalize(self, self._library.caesura_pool_close, self._pool)
@@ -98,7 +100,18 @@ class NativeDecoder:
         self._cache: Sequence[Tensor] | None = None  # what _decoder points to
         self._buffers: dict[str, Tensor] = {}
         config = model.config
-        self._codes = RowCodes(max(config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size))
+        widths = {
+            "normed": config.hidden_size,
+            "mixed": config.num_heads * config.head_dim,
+            "inner": config.intermediate_size,
+        }
+        self._codes = RowCodes(max(widths.values()))
+        self._widths = widths
+        self._cuts = (
+            {name: CutRows(self._library, self._pool, width) for name, width in widths.items()}
+            if quantization != INT8
+            else {}
+        )
 
     def forward(self, batch: Batch, cache: Sequence[Tensor]) -> Tensor:
         """Hidden states after the last norm: [rows, hidden], good until the next call.
@@ -112,7 +125,7 @@ class NativeDecoder:
         plan = plan_attention(batch, config.num_heads // config.num_kv_heads)
         cos, sin = self._rotary.tables(batch.max_position)
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        normed = self._buffer("normed", rows * config.hidden_size)
+        output = self._buffer("output", rows * config.hidden_size)
         step = _Step(
             rows=rows,
             num_pieces=len(plan.pieces),
@@ -129,26 +142,26 @@ class NativeDecoder:
             decodes=_address(plan.decodes),
             offsets=_address(plan.offsets),
             hidden_rows=self._buffer("hidden", rows * config.hidden_size).data_ptr(),
-            normed=normed.data_ptr(),
+            output=output.data_ptr(),
             qkv=self._buffer("qkv", rows * (q_size + 2 * kv_size)).data_ptr(),
-            mixed=self._buffer("mixed", rows * q_size).data_ptr(),
-            inner=self._buffer("inner", rows * config.intermediate_size).data_ptr(),
             partials=self._buffer(
                 "partials", plan.num_partials * config.num_heads * (config.head_dim + LANES)
             ).data_ptr(),
+            **{name: self._operand(name, rows) for name in self._widths},
             scratch=self._scratch().data_ptr(),
             coded=self._codes.for_rows(rows),
         )
         self._library.caesura_forward(self._pool, ctypes.byref(self._decoder), ctypes.byref(step))
-        return normed[: rows * config.hidden_size].view(rows, config.hidden_size)
+        return output[: rows * config.hidden_size].view(rows, config.hidden_size)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits of ``hidden`` [n, hidden]: [n, vocab]."""
         rows = hidden.contiguous()
         out = torch.empty(rows.shape[0], self.config.vocab_size)
-        count, coded = rows.shape[0], self._codes.for_rows(rows.shape[0])
+        count = rows.shape[0]
+        coded, parts = self._codes.for_rows(count), self._cuts["normed"].for_rows(count) if self._cuts else None
         self._library.caesura_linear(
-            self._pool, ctypes.byref(self._head), rows.data_ptr(), out.data_ptr(), count, ctypes.byref(coded)
+            self._pool, ctypes.byref(self._head), rows.data_ptr(), out.data_ptr(), count, ctypes.byref(coded), parts
         )
         return out
 
@@ -200,6 +213,11 @@ class NativeDecoder:
             found = self._buffers[name] = torch.empty(size + size // 4 + LANES)
         return found
 
+    def _operand(self, name: str, rows: int) -> Operand:
+        width = self._widths[name]
+        parts = self._cuts[name].for_rows(rows) if self._cuts else None
+        return Operand(None if parts else self._buffer(name, rows * width).data_ptr(), parts, width)
+
     def _scratch(self) -> Tensor:
         return self._buffer("scratch", self._library.caesura_scratch_bytes() * self._num_threads // 4)
 
@@ -210,13 +228,15 @@ def _address(array: npt.NDArray[Any]) -> int:
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """Argument types, without which addresses would be cut to 32 bits."""
-    library.caesura_pool_open.restype = _Pointer
-    library.caesura_pool_open.argtypes = [ctypes.c_int]
+    library.caesura_open.restype = _Pointer
+    library.caesura_open.argtypes = [ctypes.c_int]
+    library.caesura_cut_bytes.restype = _Long
+    library.caesura_cut_bytes.argtypes = [_Pointer, _Long, _Long]
     library.caesura_pool_close.argtypes = [_Pointer]
     library.caesura_pool_close.restype = None
     library.caesura_scratch_bytes.restype = _Long
     library.caesura_forward.argtypes = [_Pointer, _Pointer, _Pointer]
     library.caesura_forward.restype = None
-    library.caesura_linear.argtypes = [_Pointer, _Pointer, _Pointer, _Pointer, _Long, _Pointer]
+    library.caesura_linear.argtypes = [_Pointer, _Pointer, _Pointer, _Pointer, _Long, _Pointer, _Pointer]
     library.caesura_linear.restype = None
     return library

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from caesura.runtime.errors import ModelError
 
-ABI = 2
+ABI = 3
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared")
 LIBRARIES = ("-lm", "-lpthread")
 COMPILE_TIMEOUT_S = 120
 _SOURCE = Path(__file__).parent
-_FILES = ("vector.h", "pool.h", "linear.h", "linear_int8.h", "attention.h", "decoder.c")
+_FILES = ("vector.h", "pool.h", "linear.h", "linear_int8.h", "tiles.h", "attention.h", "decoder.c")
 
 
 class NoNativeLibrary(ModelError):

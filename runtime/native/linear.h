@@ -147,23 +147,23 @@ INLINE void tile(long rows, int alone, const float *x, long stride, const float 
 
 INLINE long tile_rows(long rows, long turn, long turns) { return rows * (turn + 1) / turns - rows * turn / turns; }
 
-/* This thread's share of y = x W^T (+ bias), y += ..., or silu(gate) * up. */
-static void linear_share(const Pool *pool, int thread, const Linear *linear, Epilogue epilogue, const float *x,
-                         long x_stride, long rows, float *y, long y_stride) {
-    long first, last, turns = (rows + MAX_ROWS - 1) / MAX_ROWS, inner = linear->inner;
+/* What this thread takes of y = x W^T (+ bias), y += ..., or silu(gate) * up. */
+static void multiply_floats(Pool *pool, const Linear *linear, Epilogue epilogue, const float *x, long x_stride, long rows,
+                            float *y, long y_stride) {
+    long turns = (rows + MAX_ROWS - 1) / MAX_ROWS, inner = linear->inner, blocks = linear_blocks(linear, epilogue);
     float sums[MAX_ROWS][COLUMNS];
-    share(pool, thread, linear_blocks(linear, epilogue), &first, &last);
-    for (long block = first; block < last; block++) {
-        const float *w = linear->packed + block * inner * COLUMNS;
-        const char *next = (const char *)(w + inner * COLUMNS);
-        for (long row = 0, turn = 0; turn < turns; turn++) {
-            long count = tile_rows(rows, turn, turns);
-            const char *half = next + turn % 2 * inner * LINE;
-            tile(count, turns == 1, x + row * x_stride, x_stride, w, half, inner, sums);
-            finish_rows(count, sums, linear, block, epilogue, y + row * y_stride, y_stride);
-            row += count;
+    for (long first, last; take(pool, blocks, piece_size(pool, blocks), &first, &last);)
+        for (long block = first; block < last; block++) {
+            const float *w = linear->packed + block * inner * COLUMNS;
+            const char *next = (const char *)(w + inner * COLUMNS);
+            for (long row = 0, turn = 0; turn < turns; turn++) {
+                long count = tile_rows(rows, turn, turns);
+                const char *half = next + turn % 2 * inner * LINE;
+                tile(count, turns == 1, x + row * x_stride, x_stride, w, half, inner, sums);
+                finish_rows(count, sums, linear, block, epilogue, y + row * y_stride, y_stride);
+                row += count;
+            }
         }
-    }
 }
 
 /* weights [outer, inner] -> packed [blocks][inner][32], missing columns zero. */

@@ -19,7 +19,7 @@
 #define MAX_CODED_INNER 65536 /* 65536 * 255 * 127 < 2^31 */
 
 typedef struct {
-    uint8_t *codes; /* [rows][stride] */
+    uint8_t *codes; /* [rows][stride]; 32 rows at a time may be read */
     float *scale;   /* [rows] */
     int32_t *zero;  /* [rows] */
     long stride;    /* bytes */
@@ -44,9 +44,9 @@ INLINE vec load_some(const float *x, long left) {
     return load(some);
 }
 
-/* Code one row. Zero is always a code of its own. A row with infinities or NaN gets NaN as its scale, so that they
+/* Code one row, with zeros up to `padded` (a multiple of 16). Zero is always a code of its own. A row with infinities or NaN gets NaN as its scale, so that they
    are seen in the result as they would be without codes. Not inlined: one chain of operations for every row. */
-static __attribute__((noinline)) void code_row(const float *x, long size, long stride, uint8_t *codes, float *scale,
+static __attribute__((noinline)) void code_row(const float *x, long size, long padded, uint8_t *codes, float *scale,
                                                int32_t *zero) {
     vec low = splat(0.0f), high = splat(0.0f), broken = splat(0.0f);
     for (long i = 0; i < size; i += LANES) {
@@ -59,7 +59,7 @@ static __attribute__((noinline)) void code_row(const float *x, long size, long s
     if (vec_sum(broken) != 0.0f || !(step < INFINITY)) {
         *scale = NAN;
         *zero = 0;
-        memset(codes, 0, stride);
+        memset(codes, 0, padded);
         return;
     }
     float inverse = step > 1e-30f ? 1.0f / step : 0.0f;
@@ -67,20 +67,13 @@ static __attribute__((noinline)) void code_row(const float *x, long size, long s
     float from_zero = (-least * inverse + magic) - magic;
     *scale = inverse > 0.0f ? step : 0.0f;
     *zero = (int32_t)from_zero;
-    for (long i = 0; i < stride; i += LANES) {
-        vec part = i < size ? load_some(x + i, size - i) : splat(0.0f);
+    for (long i = 0; i < size; i += LANES) {
+        vec part = load_some(x + i, size - i);
         vec code = ((part * inverse + magic) - magic) + from_zero;
         code = choose(code > splat(255.0f), splat(255.0f), larger(code, splat(0.0f)));
         *(bytes16 *)(codes + i) = __builtin_convertvector(__builtin_convertvector(code, ivec), bytes16);
     }
-}
-
-/* This thread's share of the rows [rows, size]. */
-static void code_rows(const Pool *pool, int thread, const float *x, long rows, long size, const CodedRows *to) {
-    long first, last, stride = (size + LANES - 1) / LANES * LANES;
-    share(pool, thread, rows, &first, &last);
-    for (long row = first; row < last; row++)
-        code_row(x + row * size, size, stride, to->codes + row * to->stride, to->scale + row, to->zero + row);
+    memset(codes + size, 0, padded - size);
 }
 
 /* sums[row][column] of a block's 32 columns. */
@@ -219,25 +212,26 @@ INLINE void coded_tile(long rows, int alone, const uint8_t *x, long stride, cons
         switch (rows) { MANY_ROWS(CODED_TILE) }
 }
 
-/* As linear_share, of rows that have been coded. */
-static void coded_share(const Pool *pool, int thread, const Linear *linear, Epilogue epilogue, const CodedRows *x,
-                        long rows, float *y, long y_stride) {
-    long first, last, turns = (rows + MAX_ROWS - 1) / MAX_ROWS, groups = num_groups(linear->inner);
+/* As multiply_floats, of rows that have been coded. */
+static void multiply_coded(Pool *pool, const Linear *linear, Epilogue epilogue, const CodedRows *x, long rows, float *y,
+                           long y_stride) {
+    long turns = (rows + MAX_ROWS - 1) / MAX_ROWS, groups = num_groups(linear->inner);
+    long blocks = linear_blocks(linear, epilogue);
     int32_t sums[MAX_ROWS][COLUMNS];
     float values[MAX_ROWS][COLUMNS];
-    share(pool, thread, linear_blocks(linear, epilogue), &first, &last);
-    for (long block = first; block < last; block++) {
-        const int8_t *w = linear->codes + block * groups * COLUMNS * GROUP;
-        const char *next = (const char *)(w + groups * COLUMNS * GROUP);
-        for (long row = 0, turn = 0; turn < turns; turn++) {
-            long count = tile_rows(rows, turn, turns);
-            const char *half = next + turn % 2 * groups * LINE;
-            coded_tile(count, turns == 1, x->codes + row * x->stride, x->stride, w, half, groups, sums);
-            scale_sums(count, sums, linear, block, x, row, values);
-            finish_rows(count, values, linear, block, epilogue, y + row * y_stride, y_stride);
-            row += count;
+    for (long first, last; take(pool, blocks, piece_size(pool, blocks), &first, &last);)
+        for (long block = first; block < last; block++) {
+            const int8_t *w = linear->codes + block * groups * COLUMNS * GROUP;
+            const char *next = (const char *)(w + groups * COLUMNS * GROUP);
+            for (long row = 0, turn = 0; turn < turns; turn++) {
+                long count = tile_rows(rows, turn, turns);
+                const char *half = next + turn % 2 * groups * LINE;
+                coded_tile(count, turns == 1, x->codes + row * x->stride, x->stride, w, half, groups, sums);
+                scale_sums(count, sums, linear, block, x, row, values);
+                finish_rows(count, values, linear, block, epilogue, y + row * y_stride, y_stride);
+                row += count;
+            }
         }
-    }
 }
 
 /* Code one column. The scale is NaN when a weight is. */

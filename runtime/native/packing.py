@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import mmap
 
 import torch
@@ -18,6 +19,8 @@ MAX_CODED_INNER = 65536  # as in linear_int8.h
 _LANES = 16
 _COLUMNS = 32  # output columns of a packed block
 _GROUP, _PAIRED = 4, 8  # as in linear_int8.h
+_STEP_BYTES = 2048  # tiles.h reads a last step in full
+_TILE_ROWS = 32  # read together by tiles.h
 _CHUNK_BYTES = 32 << 20
 _LINE_BYTES = 64
 
@@ -82,7 +85,7 @@ class Weights:
                 f"run this model without it"
             )
         columns = _num_blocks(outer, gated) * _COLUMNS
-        codes = self._arena.take(columns * -(-inner // _PAIRED) * _PAIRED)
+        codes = self._arena.take(columns * -(-inner // _PAIRED) * _PAIRED + _STEP_BYTES)
         scales, totals = torch.empty(columns), torch.empty(columns, dtype=torch.int32)
         source = weights.contiguous()
         self._library.caesura_pack_int8(
@@ -142,8 +145,8 @@ class RowCodes:
     def for_rows(self, rows: int) -> CodedRows:
         """Good until the next call."""
         if rows > self._rows:
-            self._rows = rows + rows // 4
-            self._codes = torch.empty(self._rows * self._stride, dtype=torch.uint8)
+            self._rows = -(-(rows + rows // 4) // _TILE_ROWS) * _TILE_ROWS
+            self._codes = torch.zeros(self._rows * self._stride, dtype=torch.uint8)
             self._scale, self._zero = torch.empty(self._rows), torch.empty(self._rows, dtype=torch.int32)
         return CodedRows(
             codes=self._codes.data_ptr(),
@@ -151,3 +154,25 @@ class RowCodes:
             zero=self._zero.data_ptr(),
             stride=self._stride,
         )
+
+
+class Operand(ctypes.Structure):
+    """As in tiles.h."""
+
+    _fields_ = [("rows", _Pointer), ("parts", _Pointer), ("width", _Long)]
+
+
+class CutRows:
+    """Where rows of ``width`` floats are cut for the tiles of tiles.h, kept between calls."""
+
+    def __init__(self, library: ctypes.CDLL, pool: int, width: int) -> None:
+        self._bytes = functools.partial(library.caesura_cut_bytes, pool)
+        self._width = width
+        self._parts = torch.empty(0)
+
+    def for_rows(self, rows: int) -> int | None:
+        """The address; None where products take floats as they are. Good until the next call."""
+        size_bytes = self._bytes(rows, self._width)
+        if size_bytes > self._parts.numel():
+            self._parts = _mapped(size_bytes + size_bytes // 4)
+        return self._parts.data_ptr() if size_bytes else None

@@ -19,7 +19,8 @@ struct Pool {
     atomic_uint epoch;     /* grows with every task */
     atomic_int unfinished; /* workers still in the task */
     atomic_uint arrived, passed; /* the barrier */
-    atomic_long next;      /* shared counter for items given out one by one */
+    atomic_long next;      /* pieces of this phase's work that have been taken */
+    int tiles;             /* products may use the matrix tiles of tiles.h */
     atomic_int sleeping, stopping;
     pthread_mutex_t lock;
     pthread_cond_t wake;
@@ -37,22 +38,31 @@ static inline void relax(int spins) {
     if (spins > SPINS_BEFORE_YIELD) sched_yield(); /* somebody else may need the core we wait for */
 }
 
-/* Nobody goes on before all have arrived. */
+/* The end of a phase: nobody goes on before all have arrived. */
 static inline void barrier(Pool *pool) {
-    if (pool->threads == 1) return;
     unsigned turn = atomic_load(&pool->passed);
     if (atomic_fetch_add(&pool->arrived, 1) == (unsigned)pool->threads - 1) {
         atomic_store(&pool->arrived, 0);
+        atomic_store(&pool->next, 0);
         atomic_fetch_add(&pool->passed, 1);
         return;
     }
     for (int spins = 0; atomic_load_explicit(&pool->passed, memory_order_acquire) == turn; spins++) relax(spins);
 }
 
-/* A thread's share of `count` units: [*first, *last). */
-static inline void share(const Pool *pool, int thread, long count, long *first, long *last) {
-    *first = count * thread / pool->threads;
-    *last = count * (thread + 1) / pool->threads;
+/* Takes the next `each` of this phase's `count` units: [*first, *last). 0 when none are left. Pieces go to whoever comes
+   for them, so a thread that has lost its core for a while holds up one piece and not its share of the phase. */
+static inline int take(Pool *pool, long count, long each, long *first, long *last) {
+    *first = atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed) * each;
+    *last = *first + each < count ? *first + each : count;
+    return *first < count;
+}
+
+#define PIECES_EACH 4 /* of a phase, for every thread: enough to even out, few enough to be read as a stream */
+
+static inline long piece_size(const Pool *pool, long count) {
+    long size = count / (pool->threads * PIECES_EACH);
+    return size ? size : 1;
 }
 
 /* Sleeps until a task newer than `seen` is there; returns its epoch. */
@@ -111,7 +121,7 @@ void caesura_pool_close(Pool *pool) {
 }
 
 /* NULL when threads or memory cannot be had. */
-Pool *caesura_pool_open(int threads) {
+static Pool *open_pool(int threads) {
     Pool *pool = calloc(1, sizeof *pool);
     if (!pool) return NULL;
     pthread_mutex_init(&pool->lock, NULL);

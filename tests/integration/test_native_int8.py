@@ -40,9 +40,9 @@ class Products:
     def of(self, rows: torch.Tensor, threads: int = 1) -> torch.Tensor:
         out = torch.empty(rows.shape[0], self._linear.outer)
         coded = self._codes.for_rows(rows.shape[0])
-        pool = self._library.caesura_pool_open(threads)
+        pool = self._library.caesura_open(threads)
         self._library.caesura_linear(
-            pool, ctypes.byref(self._linear), rows.data_ptr(), out.data_ptr(), rows.shape[0], ctypes.byref(coded)
+            pool, ctypes.byref(self._linear), rows.data_ptr(), out.data_ptr(), rows.shape[0], ctypes.byref(coded), None
         )
         self._library.caesura_pool_close(pool)
         return out
