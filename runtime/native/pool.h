@@ -5,8 +5,10 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-#define SPINS_BEFORE_SLEEP 20000
-#define SPINS_BEFORE_YIELD 4000
+/* A pause is 20 to 60 ns. Who waits longer sleeps: to a core that idles the kernel brings the thread that is waited for,
+   if it has lost its own to somebody else. */
+#define SPINS_IN_TASK 1000
+#define SPINS_BETWEEN_TASKS 5000
 
 typedef struct Pool Pool;
 typedef void (*Task)(Pool *pool, void *argument, int thread);
@@ -16,11 +18,10 @@ struct Pool {
     pthread_t *workers;
     Task task;
     void *argument;
-    atomic_uint epoch;     /* grows with every task */
-    atomic_int unfinished; /* workers still in the task */
+    atomic_uint epoch;           /* grows with every task */
     atomic_uint arrived, passed; /* the barrier */
-    atomic_long next;      /* pieces of this phase's work that have been taken */
-    int tiles;             /* products may use the matrix tiles of tiles.h */
+    atomic_long next;            /* pieces of this phase's work that have been taken */
+    int tiles;                   /* products may use the matrix tiles of tiles.h */
     atomic_int sleeping, stopping;
     pthread_mutex_t lock;
     pthread_cond_t wake;
@@ -31,23 +32,44 @@ typedef struct {
     int thread;
 } Worker;
 
-static inline void relax(int spins) {
+static inline void pause_briefly(void) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
-    if (spins > SPINS_BEFORE_YIELD) sched_yield(); /* somebody else may need the core we wait for */
+}
+
+/* Until `word` is not `seen` any more. */
+static void await(Pool *pool, atomic_uint *word, unsigned seen, int spins) {
+    while (spins--) {
+        if (atomic_load_explicit(word, memory_order_acquire) != seen) return;
+        pause_briefly();
+    }
+    pthread_mutex_lock(&pool->lock);
+    atomic_fetch_add(&pool->sleeping, 1);
+    while (atomic_load(word) == seen) pthread_cond_wait(&pool->wake, &pool->lock);
+    atomic_fetch_sub(&pool->sleeping, 1);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+/* Lets those go on who await `word`. */
+static void advance(Pool *pool, atomic_uint *word) {
+    atomic_fetch_add(word, 1);
+    if (!atomic_load(&pool->sleeping)) return;
+    pthread_mutex_lock(&pool->lock);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->lock);
 }
 
 /* The end of a phase: nobody goes on before all have arrived. */
-static inline void barrier(Pool *pool) {
+static void barrier(Pool *pool) {
     unsigned turn = atomic_load(&pool->passed);
-    if (atomic_fetch_add(&pool->arrived, 1) == (unsigned)pool->threads - 1) {
-        atomic_store(&pool->arrived, 0);
-        atomic_store(&pool->next, 0);
-        atomic_fetch_add(&pool->passed, 1);
+    if (atomic_fetch_add(&pool->arrived, 1) < (unsigned)pool->threads - 1) {
+        await(pool, &pool->passed, turn, SPINS_IN_TASK);
         return;
     }
-    for (int spins = 0; atomic_load_explicit(&pool->passed, memory_order_acquire) == turn; spins++) relax(spins);
+    atomic_store(&pool->arrived, 0);
+    atomic_store(&pool->next, 0);
+    advance(pool, &pool->passed);
 }
 
 /* Takes the next `each` of this phase's `count` units: [*first, *last). 0 when none are left. Pieces go to whoever comes
@@ -65,39 +87,14 @@ static inline long piece_size(const Pool *pool, long count) {
     return size ? size : 1;
 }
 
-/* Sleeps until a task newer than `seen` is there; returns its epoch. */
-static unsigned await_task(Pool *pool, unsigned seen) {
-    for (int spins = 0; spins < SPINS_BEFORE_SLEEP; spins++) {
-        unsigned epoch = atomic_load_explicit(&pool->epoch, memory_order_acquire);
-        if (epoch != seen) return epoch;
-        relax(spins);
-    }
-    pthread_mutex_lock(&pool->lock);
-    atomic_fetch_add(&pool->sleeping, 1);
-    while (atomic_load(&pool->epoch) == seen) pthread_cond_wait(&pool->wake, &pool->lock);
-    atomic_fetch_sub(&pool->sleeping, 1);
-    pthread_mutex_unlock(&pool->lock);
-    return atomic_load(&pool->epoch);
-}
-
 static void *work(void *argument) {
     Worker self = *(Worker *)argument;
     free(argument);
-    unsigned seen = 0;
-    for (;;) {
-        seen = await_task(self.pool, seen);
+    for (unsigned seen = 0;; seen++) {
+        await(self.pool, &self.pool->epoch, seen, SPINS_BETWEEN_TASKS);
         if (atomic_load(&self.pool->stopping)) return NULL;
         self.pool->task(self.pool, self.pool->argument, self.thread);
-        atomic_fetch_sub(&self.pool->unfinished, 1);
-    }
-}
-
-static void announce(Pool *pool) {
-    atomic_fetch_add(&pool->epoch, 1);
-    if (atomic_load(&pool->sleeping)) {
-        pthread_mutex_lock(&pool->lock);
-        pthread_cond_broadcast(&pool->wake);
-        pthread_mutex_unlock(&pool->lock);
+        barrier(self.pool);
     }
 }
 
@@ -105,16 +102,14 @@ static void announce(Pool *pool) {
 static void run_task(Pool *pool, Task task, void *argument) {
     pool->task = task;
     pool->argument = argument;
-    atomic_store(&pool->next, 0);
-    atomic_store(&pool->unfinished, pool->threads - 1);
-    if (pool->threads > 1) announce(pool);
+    advance(pool, &pool->epoch);
     task(pool, argument, 0);
-    for (int spins = 0; atomic_load_explicit(&pool->unfinished, memory_order_acquire); spins++) relax(spins);
+    barrier(pool);
 }
 
 void caesura_pool_close(Pool *pool) {
     atomic_store(&pool->stopping, 1);
-    announce(pool);
+    advance(pool, &pool->epoch);
     for (int i = 0; i < pool->threads - 1; i++) pthread_join(pool->workers[i], NULL);
     free(pool->workers);
     free(pool);
