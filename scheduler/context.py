@@ -88,6 +88,7 @@ class Context:
     decided: Action | None = None  # the last decision of this pause
     pending: bool = False  # the last token is TOKEN_TO_COME
     ending: bool = False  # and the one that comes is the last of this generation
+    namespace: str = ""  # contexts of one namespace share prefixes
     program: ContextId = NO_PROGRAM  # the context it was forked from, at the root; its own id without a fork
 
     def __post_init__(self) -> None:

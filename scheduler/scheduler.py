@@ -52,7 +52,7 @@ class Scheduler:
     def open(self, context: ContextId, namespace: str, now: float, deadline_at: float | None = None) -> None:
         """A new context, empty and idle."""
         self.ledger.open(context, namespace)
-        self.contexts.add(Context(context, now, pause=Pause(now), deadline_at=deadline_at))
+        self.contexts.add(Context(context, now, pause=Pause(now), deadline_at=deadline_at, namespace=namespace))
 
     def append(self, context: ContextId, tokens: Sequence[int]) -> None:
         """Tokens to catch up with; nothing is computed before a ``submit``."""
@@ -114,7 +114,7 @@ class Scheduler:
     def fork(self, parent: ContextId, child: ContextId, now: float) -> None:
         """A child with the parent's tokens, sharing its KV (an unfinished page by copy-on-write)."""
         source = self.contexts[parent]
-        self.open(child, "", now, source.deadline_at)
+        self.open(child, source.namespace, now, source.deadline_at)
         self.ledger.fork(parent, child)
         state = self.contexts[child]
         state.arrival, state.program = source.arrival, source.program  # a branch keeps the program's place
@@ -279,6 +279,9 @@ class Scheduler:
                 break
             if residents_only and not self._is_resident(state):
                 continue
+            if self._is_under_way(state, draft):
+                count += 1  # it will run with the others, and there is no use in looking at more than can
+                continue
             admitted = self._admit(state)
             if admitted is None:
                 if not self.policy.lets_pass(state, self._memory.now):
@@ -293,6 +296,24 @@ class Scheduler:
         """Nothing that it has computed before would have to be computed or copied again."""
         kept = self.ledger.computed(state.id)
         return kept > 0 and kept + self.ledger.page_size > state.high_water_tokens
+
+    def _is_under_way(self, state: Context, draft: dict[ContextId, Slice]) -> bool:
+        """This very step computes, for another context, whole pages that this one would compute first: a step later
+        it has them for nothing. The other one is ahead of it and gets on with every step that it is waited for."""
+        size = self.ledger.page_size
+        for piece in draft.values():
+            if piece.num_tokens < size:
+                continue
+            end = min(piece.start + piece.num_tokens, state.reuse_limit) // size * size
+            other = self.contexts[piece.context_id]
+            if end < piece.start + size or other.namespace != state.namespace or other.recompute_from is not None:
+                continue
+            fresh = slice(piece.start, end)
+            if state.tokens[fresh][:size] != other.tokens[fresh][:size]:  # most differ here
+                continue
+            if self.ledger.computed(state.id) <= piece.start and state.tokens[: piece.start] == other.tokens[: piece.start]:
+                return True
+        return False
 
     def _unpin_loaded(self) -> None:
         """What was copied in for a queued context stays revocable until it is admitted: it may be behind others."""
