@@ -48,15 +48,16 @@ typedef struct {
     uint8_t rows[16];
 } TileShapes;
 
-/* Tiles 0 1 and 2 3: sums of two times 16 rows with the left and the right 16 columns; 4 and 5: the rows; 6 and 7: the
-   weights. Rows that are not there cost nothing. */
+/* Tiles 0 1 and 2 3: sums of two times 16 rows with the left and the right 16 columns, or of up to 16 rows with those of
+   two blocks; 4 and 5: the rows; 6 and 7: the weights. Rows that are not there cost nothing. */
 static void shape_tiles(long rows) {
     TileShapes shapes = {.palette = 1};
     int upper = rows < TILE_ROWS ? rows : TILE_ROWS, lower = rows - upper < TILE_ROWS ? rows - upper : TILE_ROWS;
-    int of[8] = {upper, upper, lower, lower, upper, lower, TILE_ROWS, TILE_ROWS};
+    int second = rows <= TILE_ROWS ? upper : lower; /* of two blocks */
+    int of[8] = {upper, upper, second, second, upper, second, TILE_ROWS, TILE_ROWS};
     for (int tile = 0; tile < 8; tile++) {
         shapes.row_bytes[tile] = 64;
-        shapes.rows[tile] = of[tile] ? of[tile] : 1;
+        shapes.rows[tile] = of[tile];
     }
     _tile_loadconfig(&shapes);
 }
@@ -83,6 +84,11 @@ INLINE void store_sums(int two, void *to) {
     if (!two) return;
     _tile_stored(2, (char *)to + TILE_ROWS * SUM_STRIDE, SUM_STRIDE);
     _tile_stored(3, (char *)to + TILE_ROWS * SUM_STRIDE + 64, SUM_STRIDE);
+}
+
+INLINE void store_right_sums(void *to) {
+    _tile_stored(2, to, SUM_STRIDE);
+    _tile_stored(3, (char *)to + 64, SUM_STRIDE);
 }
 
 /* -- cutting floats ------------------------------------------------------------------------------------------------ */
@@ -189,8 +195,8 @@ INLINE void add_step(int two, const char *rows, long apart, const char *columns,
     cut_some(w, to, 14, 16);
 }
 
-/* Up to 16 (two: 32) rows: sums stay in their tiles while the weights stream by, one step cut ahead. */
-INLINE void add_few(int two, const char *rows, const float *w, long inner, float sums[][COLUMNS]) {
+/* 17 to 32 rows: sums stay in their tiles while the weights stream by, one step cut ahead. */
+static void add_few(const char *rows, const float *w, long inner, float sums[][COLUMNS]) {
     long steps = num_steps(inner), whole = inner / STEP, apart = steps * STEP_BYTES;
     char cuts[2][2 * STEP_BYTES] __attribute__((aligned(64)));
     zero_sums();
@@ -198,13 +204,63 @@ INLINE void add_few(int two, const char *rows, const float *w, long inner, float
     for (long step = 0; step < steps; step++, rows += STEP_BYTES) {
         char *next = cuts[(step + 1) % 2];
         if (step + 1 < whole) {
-            add_step(two, rows, apart, cuts[step % 2], w + (step + 1) * STEP * COLUMNS, next);
+            add_step(1, rows, apart, cuts[step % 2], w + (step + 1) * STEP * COLUMNS, next);
             continue;
         }
         if (step + 1 < steps) cut_step(w, step + 1, inner, next);
-        add_step(two, rows, apart, cuts[step % 2], NULL, NULL);
+        add_step(1, rows, apart, cuts[step % 2], NULL, NULL);
     }
-    store_sums(two, sums);
+    store_sums(1, sums);
+}
+
+/* One of the six products of 16 rows with two blocks. */
+INLINE void add_wide(const char *left, const char *right, int part) {
+    load_columns(left + 2 * part * TILE_BYTES);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    load_columns(right + 2 * part * TILE_BYTES);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_dpbf16ps(3, 4, 7);
+}
+
+/* Up to 16 rows and two blocks, whose sums do not wait for one another; the products in the order of add_step. */
+static void add_blocks(const char *rows, const float *left, const float *right, long inner, float sums[][COLUMNS],
+                       float right_sums[][COLUMNS]) {
+    long steps = num_steps(inner), whole = inner / STEP;
+    char cuts[2][2][2 * STEP_BYTES] __attribute__((aligned(64)));
+    zero_sums();
+    cut_step(left, 0, inner, cuts[0][0]);
+    cut_step(right, 0, inner, cuts[0][1]);
+    for (long step = 0; step < steps; step++, rows += STEP_BYTES) {
+        char *a = cuts[step % 2][0], *b = cuts[step % 2][1], *next_a = cuts[(step + 1) % 2][0], *next_b = next_a + 2 * STEP_BYTES;
+        const float *w = left + (step + 1) * STEP * COLUMNS, *v = right + (step + 1) * STEP * COLUMNS;
+        if (step + 1 >= whole) {
+            w = v = NULL;
+            if (step + 1 < steps) {
+                cut_step(left, step + 1, inner, next_a);
+                cut_step(right, step + 1, inner, next_b);
+            }
+        }
+        load_rows(0, rows, 0);
+        add_wide(a, b, 2);
+        cut_some(w, next_a, 0, 6);
+        add_wide(a, b, 1);
+        cut_some(w, next_a, 6, 12);
+        load_rows(0, rows + TILE_BYTES, 0);
+        add_wide(a, b, 1);
+        cut_some(w, next_a, 12, 16);
+        cut_some(v, next_b, 0, 2);
+        add_wide(a, b, 0);
+        cut_some(v, next_b, 2, 8);
+        load_rows(0, rows, 0);
+        add_wide(a, b, 0);
+        cut_some(v, next_b, 8, 12);
+        load_rows(0, rows + 2 * TILE_BYTES, 0);
+        add_wide(a, b, 0);
+        cut_some(v, next_b, 12, 16);
+    }
+    store_sums(0, sums);
+    store_right_sums(right_sums);
 }
 
 #define ROWS_FOR_MANY 96 /* fewer pass in pairs of tiles, each of which hides the cutting: measured */
@@ -235,6 +291,12 @@ static void finish_cut(long count, const float sums[][COLUMNS], const Linear *li
     for (long row = 0; row < count; row++) cut_columns(load(gated[row]), to->parts, steps, first + row, column);
 }
 
+INLINE void finish_block(long count, const float sums[][COLUMNS], const Linear *linear, long block, Epilogue epilogue,
+                         long first, const Operand *to) {
+    if (to->parts) finish_cut(count, sums, linear, block, first, to);
+    else finish_rows(count, sums, linear, block, epilogue, to->rows + first * to->width, to->width);
+}
+
 static long panel_rows(long inner) {
     long rows = PANEL_BYTES / (num_steps(inner) * STEP_BYTES / TILE_ROWS) / PAIR_ROWS * PAIR_ROWS;
     return rows < PAIR_ROWS ? PAIR_ROWS : rows < PANEL_ROWS ? rows : PANEL_ROWS;
@@ -244,21 +306,28 @@ static long panel_rows(long inner) {
 static void multiply_cut(Pool *pool, const Linear *linear, Epilogue epilogue, const Operand *x, long rows,
                          const Operand *to) {
     long inner = linear->inner, blocks = linear_blocks(linear, epilogue), each = piece_size(pool, blocks);
+    if (rows <= TILE_ROWS) each = (each + 1) / 2 * 2;
     long pieces = (blocks + each - 1) / each, panel = panel_rows(inner), panels = (rows + panel - 1) / panel;
     float sums[PANEL_ROWS][COLUMNS] __attribute__((aligned(64)));
     shape_tiles(rows);
     for (long piece, end; take(pool, pieces * panels, 1, &piece, &end);) {
         long row = piece / pieces * panel, count = rows - row < panel ? rows - row : panel;
         const char *from = x->parts + row / TILE_ROWS * num_steps(inner) * STEP_BYTES;
-        for (long block = piece % pieces * each; block < blocks && block < (piece % pieces + 1) * each; block++) {
+        long block = piece % pieces * each, last = block + each < blocks ? block + each : blocks;
+        for (; block < last; block++) {
             const float *w = linear->packed + block * inner * COLUMNS;
-            if (rows <= TILE_ROWS) add_few(0, from, w, inner, sums);
-            else if (count >= ROWS_FOR_MANY) add_many(count, from, w, inner, sums);
+            if (rows <= TILE_ROWS) {
+                int pair = block + 1 < last;
+                add_blocks(from, w, pair ? w + inner * COLUMNS : w, inner, sums, sums + TILE_ROWS);
+                finish_block(count, sums, linear, block, epilogue, row, to);
+                if (pair) finish_block(count, sums + TILE_ROWS, linear, ++block, epilogue, row, to);
+                continue;
+            }
+            if (count >= ROWS_FOR_MANY) add_many(count, from, w, inner, sums);
             else
-                for (long pair = 0; pair < count; pair += PAIR_ROWS)
-                    add_few(1, from + pair / TILE_ROWS * num_steps(inner) * STEP_BYTES, w, inner, sums + pair);
-            if (to->parts) finish_cut(count, sums, linear, block, row, to);
-            else finish_rows(count, sums, linear, block, epilogue, to->rows + row * to->width, to->width);
+                for (long at = 0; at < count; at += PAIR_ROWS)
+                    add_few(from + at / TILE_ROWS * num_steps(inner) * STEP_BYTES, w, inner, sums + at);
+            finish_block(count, sums, linear, block, epilogue, row, to);
         }
     }
 }
