@@ -113,8 +113,9 @@ INLINE void cut_weights(vec even, vec odd, char *to) {
 
 #define AHEAD_FLOATS (AHEAD_BYTES / 4)
 
-INLINE void cut_positions(const float *w, char *to) {
-    for (int line = 0; line < 2 * COLUMNS; line += LANES) __builtin_prefetch(w + AHEAD_FLOATS + line);
+/* `ahead`: how many floats further on memory is asked for what comes later. */
+INLINE void cut_positions(const float *w, long ahead, char *to) {
+    for (int line = 0; line < 2 * COLUMNS; line += LANES) __builtin_prefetch(w + ahead + line);
     cut_weights(load(w), load(w + COLUMNS), to);
     cut_weights(load(w + LANES), load(w + COLUMNS + LANES), to + TILE_BYTES);
 }
@@ -124,7 +125,7 @@ INLINE void cut_step(const float *w, long step, long inner, char *to) {
     long left = inner - step * STEP;
     w += step * STEP * COLUMNS;
     if (left >= STEP) {
-        for (int row = 0; row < TILE_ROWS; row++) cut_positions(w + 2 * row * COLUMNS, to + row * 64);
+        for (int row = 0; row < TILE_ROWS; row++) cut_positions(w + 2 * row * COLUMNS, AHEAD_FLOATS, to + row * 64);
         return;
     }
     for (int row = 0; row < TILE_ROWS; row++)
@@ -165,10 +166,10 @@ INLINE void add_products(int two) {
 }
 
 /* Cuts rows [first, last) of the six tiles of a step; nothing where `w` is NULL. */
-INLINE void cut_some(const float *w, char *to, int first, int last) {
+INLINE void cut_some(const float *w, long ahead, char *to, int first, int last) {
     if (!w) return;
 #pragma GCC unroll 16
-    for (int row = first; row < last; row++) cut_positions(w + 2 * row * COLUMNS, to + row * 64);
+    for (int row = first; row < last; row++) cut_positions(w + 2 * row * COLUMNS, ahead, to + row * 64);
 }
 
 /* 32 inner positions of 16 (two: 32) rows and 32 columns: six products in the order that loads the fewest tiles. The
@@ -177,22 +178,22 @@ INLINE void add_step(int two, const char *rows, long apart, const char *columns,
     load_rows(two, rows, apart);
     load_columns(columns + 4 * TILE_BYTES);
     add_products(two);
-    cut_some(w, to, 0, 3);
+    cut_some(w, AHEAD_FLOATS, to, 0, 3);
     load_columns(columns + 2 * TILE_BYTES);
     add_products(two);
-    cut_some(w, to, 3, 6);
+    cut_some(w, AHEAD_FLOATS, to, 3, 6);
     load_rows(two, rows + TILE_BYTES, apart);
     add_products(two);
-    cut_some(w, to, 6, 9);
+    cut_some(w, AHEAD_FLOATS, to, 6, 9);
     load_columns(columns);
     add_products(two);
-    cut_some(w, to, 9, 12);
+    cut_some(w, AHEAD_FLOATS, to, 9, 12);
     load_rows(two, rows, apart);
     add_products(two);
-    cut_some(w, to, 12, 14);
+    cut_some(w, AHEAD_FLOATS, to, 12, 14);
     load_rows(two, rows + 2 * TILE_BYTES, apart);
     add_products(two);
-    cut_some(w, to, 14, 16);
+    cut_some(w, AHEAD_FLOATS, to, 14, 16);
 }
 
 /* 17 to 32 rows: sums stay in their tiles while the weights stream by, one step cut ahead. */
@@ -234,6 +235,8 @@ static void add_blocks(const char *rows, const float *left, const float *right, 
     for (long step = 0; step < steps; step++, rows += STEP_BYTES) {
         char *a = cuts[step % 2][0], *b = cuts[step % 2][1], *next_a = cuts[(step + 1) % 2][0], *next_b = next_a + 2 * STEP_BYTES;
         const float *w = left + (step + 1) * STEP * COLUMNS, *v = right + (step + 1) * STEP * COLUMNS;
+        long ahead = AHEAD_FLOATS;
+        if ((step + 1) * STEP * COLUMNS + ahead >= inner * COLUMNS) ahead += inner * COLUMNS; /* the next two blocks */
         if (step + 1 >= whole) {
             w = v = NULL;
             if (step + 1 < steps) {
@@ -243,21 +246,21 @@ static void add_blocks(const char *rows, const float *left, const float *right, 
         }
         load_rows(0, rows, 0);
         add_wide(a, b, 2);
-        cut_some(w, next_a, 0, 6);
+        cut_some(w, ahead, next_a, 0, 6);
         add_wide(a, b, 1);
-        cut_some(w, next_a, 6, 12);
+        cut_some(w, ahead, next_a, 6, 12);
         load_rows(0, rows + TILE_BYTES, 0);
         add_wide(a, b, 1);
-        cut_some(w, next_a, 12, 16);
-        cut_some(v, next_b, 0, 2);
+        cut_some(w, ahead, next_a, 12, 16);
+        cut_some(v, ahead, next_b, 0, 2);
         add_wide(a, b, 0);
-        cut_some(v, next_b, 2, 8);
+        cut_some(v, ahead, next_b, 2, 8);
         load_rows(0, rows, 0);
         add_wide(a, b, 0);
-        cut_some(v, next_b, 8, 12);
+        cut_some(v, ahead, next_b, 8, 12);
         load_rows(0, rows + 2 * TILE_BYTES, 0);
         add_wide(a, b, 0);
-        cut_some(v, next_b, 12, 16);
+        cut_some(v, ahead, next_b, 12, 16);
     }
     store_sums(0, sums);
     store_right_sums(right_sums);
