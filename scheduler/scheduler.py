@@ -311,7 +311,10 @@ class Scheduler:
             fresh = slice(piece.start, end)
             if state.tokens[fresh][:size] != other.tokens[fresh][:size]:  # most differ here
                 continue
-            if self.ledger.computed(state.id) <= piece.start and state.tokens[: piece.start] == other.tokens[: piece.start]:
+            if (
+                self.ledger.computed(state.id) <= piece.start
+                and state.tokens[: piece.start] == other.tokens[: piece.start]
+            ):
                 return True
         return False
 

@@ -206,6 +206,23 @@ def test_generation_goes_on_after_a_swap_into_other_pages() -> None:
     assert tokens == expected
 
 
+@needs_compiler
+def test_products_of_floats_are_as_exact_as_float32_allows() -> None:
+    """Against float64, for values of very different sizes; on matrix tiles each float is three smaller numbers."""
+    draw = torch.Generator().manual_seed(4)
+    model = make_model(hidden_size=1040, vocab_size=77)
+    model.head.copy_(torch.randn(model.head.shape, generator=draw) * torch.logspace(-6, 6, 77)[:, None])
+    decoder = NativeDecoder(model, num_threads=2)
+    for count in (1, 16, 17, 33, 100, 300):
+        rows = torch.randn(count, 1040, generator=draw) * torch.logspace(-9, 9, count)[:, None]
+        scale = rows.double().norm(dim=1)[:, None] * model.head.double().norm(dim=1)
+        exact = rows.double() @ model.head.double().T
+        assert float(((decoder.logits(rows).double() - exact).abs() / scale).max()) < 3e-7
+    rows[5, 3], rows[7, 1039] = torch.inf, torch.nan
+    found = decoder.logits(rows).isfinite().all(dim=1)
+    assert not found[5] and not found[7] and int(found.sum()) == len(rows) - 2
+
+
 # -- when it cannot be had ------------------------------------------------------------------------------------
 
 
