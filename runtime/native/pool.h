@@ -5,10 +5,10 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-/* A pause is 20 to 60 ns. Who waits longer sleeps: to a core that idles the kernel brings the thread that is waited for,
-   if it has lost its own to somebody else. */
-#define SPINS_IN_TASK 1000
-#define SPINS_BETWEEN_TASKS 5000
+/* A pause is 16 to 60 ns. Who waits longer sleeps: to a core that idles the kernel brings the thread that is waited for,
+   if it has lost its own to somebody else. But to be woken takes longer than most waits. */
+#define SPINS_IN_TASK 4000
+#define SPINS_BETWEEN_TASKS 60000
 
 typedef struct Pool Pool;
 typedef void (*Task)(Pool *pool, void *argument, int thread);

@@ -310,6 +310,7 @@ static void multiply_cut(Pool *pool, const Linear *linear, Epilogue epilogue, co
                          const Operand *to) {
     long inner = linear->inner, blocks = linear_blocks(linear, epilogue), each = piece_size(pool, blocks);
     if (rows <= TILE_ROWS) each = (each + 1) / 2 * 2;
+    if (rows >= ROWS_FOR_MANY) each = 1;
     long pieces = (blocks + each - 1) / each, panel = panel_rows(inner), panels = (rows + panel - 1) / panel;
     float sums[PANEL_ROWS][COLUMNS] __attribute__((aligned(64)));
     shape_tiles(rows);
