@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from caesura.runtime.errors import BrokenInvariant, UnsupportedModel
 from caesura.runtime.executors.base import ExecOutput, SampledToken, SliceInput, SliceOutput
@@ -172,7 +173,7 @@ class TorchExecutor:
 
     def _broken_slices(self, batch: Batch, hidden: Tensor) -> frozenset[int]:
         """Slices with NaN or infinity; their keys and values are zeroed, lest a page's next owner inherits them."""
-        if bool(torch.isfinite(hidden).all()):
+        if _all_finite(hidden):
             return frozenset()
         broken: set[int] = set()
         for index, piece in enumerate(batch.pieces):
@@ -181,6 +182,12 @@ class TorchExecutor:
                 broken.add(index)
                 self._decoder.erase(self.arena.layers, batch.slots[rows])
         return frozenset(broken)
+
+
+def _all_finite(hidden: Tensor) -> bool:
+    if hidden.dtype == torch.float32:  # see sampler._greedy for why not torch
+        return bool(np.isfinite(hidden.numpy()).all())
+    return bool(torch.isfinite(hidden).all())
 
 
 def _output(
