@@ -6,6 +6,7 @@ no telling apart; where a code host takes the styles away, tables, bold and fold
 
 from __future__ import annotations
 
+from caesura.lang.display.kv_tree import TreePicture
 from caesura.lang.display.live import watch
 
-__all__ = ["watch"]
+__all__ = ["TreePicture", "watch"]

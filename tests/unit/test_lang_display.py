@@ -20,7 +20,7 @@ from caesura.lang import (
     user,
 )
 from caesura.lang.decisions import Decisions
-from caesura.lang.display import live
+from caesura.lang.display import TreePicture, live
 from caesura.lang.display.decisions import bar, decision_html
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,6 +40,8 @@ class Reader(HTMLParser):
         self.attributes: list[tuple[str, str | None]] = []
         self.stack: list[tuple[str, str]] = []
         self.by_class: dict[str, list[str]] = {}
+        self.elements: list[tuple[str, list[tuple[str, str | None]]]] = []
+        self.titles: list[str] = []
         self.text = ""
         self.feed(page)
         self.close()
@@ -47,6 +49,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, name, attributes):
         self.names.append(name)
+        self.elements.append((name, attributes))
         self.attributes += attributes
         if name == "br":
             self.text += "\n"
@@ -60,6 +63,8 @@ class Reader(HTMLParser):
         if any(name == "style" for name, _ in self.stack):
             return
         self.text += data
+        if self.stack and self.stack[-1][0] == "title":
+            self.titles.append(data)
         for _, cls in self.stack:
             self.by_class.setdefault(cls, []).append(data)
 
@@ -233,3 +238,38 @@ def test_a_view_changes_in_place_until_the_end(monkeypatch):
     last = Reader(shown[-1]).text
     assert "done" in last
     assert "Look: " in last
+
+
+def test_the_radix_tree_is_drawn_to_scale_and_in_rows():
+    def view(number, parent, start, tokens, state="running", kind="run", holders=()):
+        return SimpleNamespace(
+            id=number, parent=parent, kind=kind, state=state, start=start, num_tokens=tokens, holders=holders, count=1,
+        )  # fmt: skip
+
+    pool = SimpleNamespace(running_pages=3, paused_pages=2, host_used_pages=1)
+    nodes = [
+        view(1, None, 0, 100, "cached"),
+        view(2, 1, 100, 50, "preserved", holders=(7,)),
+        view(3, 1, 100, 20, holders=(8,)),
+        view(-1, 2, 150, 16, "preserved", "tail", (7,)),
+        view(-1, 2, 166, 34, "discarded", "gone", (7,)),  # goes on in the row of the tail
+        view(-1, 1, 60, 140, "discarded", "gone", (9,)),  # branches off within the shared run
+    ]
+    snapshot = SimpleNamespace(nodes=nodes, pool=pool, device_pages=8)
+    picture = TreePicture({"now": snapshot, "<later>": snapshot}, {7: "A", 8: "B & C"})._repr_svg_()
+    reader = Reader(picture)
+    boxes = [dict(attributes) for name, attributes in reader.elements if name == "rect"][: len(nodes)]
+    shown = [(round(float(box["x"])), int(box["y"]), int(box["height"])) for box in boxes]
+    unit = float(boxes[0]["width"]) / 100
+    assert len({row for _, row, _ in shown[1:]}) == 3
+    by_title = dict(zip([text for text in reader.titles if "tokens" in text], shown, strict=False))
+    root = by_title["100 tokens, cached, nobody's"]
+    tail, gone = (
+        by_title["16 tokens, kept for a paused context, held by A"],
+        by_title["34 tokens, to be computed again, held by A"],
+    )
+    assert tail[1] == gone[1]
+    assert gone[0] - tail[0] == pytest.approx(16 * unit, abs=2)
+    assert by_title["140 tokens, to be computed again, held by 9"][1] >= root[1] + root[2]  # below the run, not over it
+    assert "now: 5 of 8 pages held, 1 on the host" in reader.text
+    assert "<later>: " in reader.text
