@@ -27,7 +27,7 @@ demo: $(VENV)/.core
 	$(BIN)/caesura demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout 240 tests examples/notebooks
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow $(SLOW_OPTIONS)
