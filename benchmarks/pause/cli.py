@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tolerance", type=float, help="how close capacity is bracketed; 1.03 is 3 %%")
     parser.add_argument("--no-curves", action="store_true", help="capacities alone")
     parser.add_argument("--no-own-limits", action="store_true", help="the common limit alone")
+    parser.add_argument("--no-bound", action="store_true", help="not what memory without end would carry")
     parser.add_argument("--jobs", type=int, help="processes; 2 with --quick, else 1")
     parser.add_argument("--json", help="write all results here ('-': standard output)")
     parser.add_argument("--plots", type=Path, help="draw the figures into this folder")
@@ -119,6 +120,7 @@ def _study(options: argparse.Namespace) -> Study:
         guess_rps=options.guess or study.guess_rps,
         curves=(study.curves or bool(options.plots)) and not options.no_curves,
         own_limits=study.own_limits and not options.no_own_limits,
+        bound=study.bound and not options.no_bound,
         tolerance=options.tolerance or study.tolerance,
     )
 

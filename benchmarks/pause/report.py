@@ -19,8 +19,14 @@ def capacity_rows(document: dict[str, Any], label: str) -> list[dict[str, Any]]:
         values = [entry["rps"] for entry in seeds[policy]]
         row: dict[str, Any] = {"policy": policy, "rps": rps, "low": min(values), "high": max(values)}
         row |= {f"to_{rival}": rps / medians[rival] if rival in medians else None for rival in RIVALS}
+        row["to_bound"] = rps / bound if (bound := bound_rps(document, label)) else None
         rows.append(row | {"run": _below(document, label, policy, rps)})
     return rows
+
+
+def bound_rps(document: dict[str, Any], label: str) -> float | None:
+    """What memory without end would carry; None when it was not measured."""
+    return document.get("bound_rps", {}).get(label.split("@")[0])
 
 
 def at_common_rate(document: dict[str, Any], label: str) -> tuple[dict[str, dict[str, Any]], float]:
@@ -42,6 +48,7 @@ def headings(document: dict[str, Any], label: str) -> list[str]:
     """What the columns are, units included; rivals that were not run have none."""
     own = ["own limit"] if label in document.get("own_capacity_rps", {}) else []
     rivals = [f"to {rival}" for rival in RIVALS if rival in document["capacity_rps"][label]]
+    rivals += ["to bound"] if bound_rps(document, label) else []
     common, rate = at_common_rate(document, label)
     beyond = [f"done/s at {rate:.2g}"] if common and rate > max(document["capacity_rps"][label].values()) else []
     return ["policy", "requests/s", "spread", *own, *rivals, *beyond, "p50 ms", "p99 ms", "waste %", "wait s"]
@@ -55,6 +62,7 @@ def cells(document: dict[str, Any], label: str, row: dict[str, Any]) -> list[str
     if label in own:
         parts.append(f"{own[label][row['policy']]:.3g}" if row["policy"] in own[label] else "-")
     parts += [f"{row[f'to_{rival}']:.2f}" for rival in RIVALS if rival in medians]
+    parts += [f"{row['to_bound']:.2f}"] if bound_rps(document, label) else []
     common, rate = at_common_rate(document, label)
     if common and rate > max(medians.values()):
         parts.append(f"{common[row['policy']]['throughput_rps']:.3g}" if row["policy"] in common else "-")
@@ -68,7 +76,8 @@ def cells(document: dict[str, Any], label: str, row: dict[str, Any]) -> list[str
 
 def _title(document: dict[str, Any], label: str) -> str:
     unloaded_ms = document["unloaded_s"][label.split("@")[0]] * 1e3
-    return f"{label} (unloaded: {unloaded_ms:.1f} ms a token)"
+    bound = f"; memory without end carries {rps:.3g}/s" if (rps := bound_rps(document, label)) else ""
+    return f"{label} (unloaded: {unloaded_ms:.1f} ms a token{bound})"
 
 
 def screen(document: dict[str, Any]) -> list[Table]:

@@ -24,6 +24,7 @@ FULL_WORKLOADS = ("mix", "mix-512", "mix-4096", "forks", "coding", "shift", "han
 UNSURE_STRETCH, SURE_STRETCH = 1.5, 1.06  # steps of a search that begins with a rival's capacity, with its own
 SAME_LIMIT = 0.02  # an unloaded latency this near the common one needs no search of its own
 CURVES = ("mix", "mix-4096", "forks", "coding")  # workloads that get curves when there are more of them
+UNBOUNDED_TOKENS = 1 << 22  # a pool in which nothing is ever given up
 GRID = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # of the median capacity over policies
 
 
@@ -42,6 +43,7 @@ class Study:
     short_minutes: float | None = None  # of workloads other than the paper's mix
     curves: bool = True
     own_limits: bool = True  # also search where each policy reaches twice its *own* unloaded latency
+    bound: bool = True  # also search what a machine carries whose memory never ends: no decision can gain more
     tolerance: float = 1.03
     engine: str = "simulated"
     tool_scale: float = 1.0
@@ -68,6 +70,7 @@ def quick_study(**changes: Any) -> Study:
         "tolerance": 1.08,
         "curves": False,
         "own_limits": False,
+        "bound": False,
     }
     return Study(**{**settings, **changes})
 
@@ -85,6 +88,7 @@ def real_study(model: str, tool_scale: float, **changes: Any) -> Study:
         "tolerance": 1.08,
         "curves": False,
         "own_limits": False,
+        "bound": False,
     }
     return Study(**{**settings, **changes})
 
@@ -108,6 +112,7 @@ class Findings:
     capacities: Capacities = field(default_factory=dict)
     own_unloaded_s: dict[str, dict[str, float]] = field(default_factory=dict)
     own_capacities: Capacities = field(default_factory=dict)
+    bounds: Capacities = field(default_factory=dict)  # by workload, of "preserve"
 
     def label(self, workload: str, kv_tokens: int | None) -> str:
         """What a case is called: the workload, and the pool where several are compared."""
@@ -134,6 +139,7 @@ class Findings:
             "unloaded_s": self.unloaded_s,
             "own_capacity_rps": _medians(self.own_capacities),
             "own_unloaded_s": self.own_unloaded_s,
+            "bound_rps": {workload: found["preserve"] for workload, found in _medians(self.bounds).items()},
             "config": {
                 "study": asdict(self.study),
                 "latency_factor": LATENCY_FACTOR,
@@ -171,6 +177,11 @@ def conduct(study: Study, store: Store, jobs: int, say: Callable[[str], None]) -
     for chain, outcome in run_all(empty, store, jobs, noted):
         findings.unloaded_s[chain.spec.workload] = outcome["unloaded_s"]
         limits[chain.spec.workload] = LATENCY_FACTOR * outcome["unloaded_s"]
+    if study.bound:
+        for chain, outcome in run_all(_bounds(study, limits), store, jobs, noted):
+            workload, entry = chain.spec.workload, _carried(chain, outcome)
+            findings.bounds.setdefault(workload, {}).setdefault("preserve", []).append(entry)
+            say(f"{workload} seed {chain.spec.seed}: memory without end carries {entry['rps']:.3g} requests/s")
     searches = (
         _search(findings, case, policy, seed, limits[case[0]])
         for seed in study.seeds
@@ -188,10 +199,13 @@ def conduct(study: Study, store: Store, jobs: int, say: Callable[[str], None]) -
     return findings
 
 
+def _carried(chain: Chain, outcome: dict[str, Any]) -> dict[str, float]:
+    return {"seed": chain.spec.seed} | {key: outcome[key] for key in ("rps", "low_rps", "high_rps")}
+
+
 def _note_capacity(findings: Findings, where: Capacities, chain: Chain, outcome: dict[str, Any]) -> str:
     label = findings.label(chain.spec.workload, chain.spec.kv_tokens)
-    entry = {"seed": chain.spec.seed} | {key: outcome[key] for key in ("rps", "low_rps", "high_rps")}
-    where.setdefault(label, {}).setdefault(chain.spec.policy, []).append(entry)
+    where.setdefault(label, {}).setdefault(chain.spec.policy, []).append(_carried(chain, outcome))
     findings.add_runs(outcome["runs"])
     return label
 
@@ -223,13 +237,22 @@ def _own_limits(
         _note_capacity(findings, findings.own_capacities, chain, outcome)
 
 
+def _bounds(study: Study, limits: dict[str, float]) -> Iterator[Chain]:
+    """What would be carried if nothing ever had to be given up: the arithmetic alone."""
+    for workload in study.workloads:
+        for seed in study.seeds:
+            spec = study.spec(workload, UNBOUNDED_TOKENS, "preserve", seed)
+            yield Chain("capacity", spec, limits[workload], study.guess_rps, study.tolerance, UNSURE_STRETCH)
+
+
 def _search(findings: Findings, case: tuple[str, int | None], policy: str, seed: int, limit_s: float) -> Chain:
     """A capacity search that begins at what is known: of this policy with another seed, else of other policies."""
     study, (workload, kv) = findings.study, case
     label = findings.label(workload, kv)
     known = findings.median_rps(label, policy)
     others = [findings.median_rps(label, other) or 0.0 for other in findings.capacities.get(label, {})]
-    guess = known or (statistics.median(others) if others else study.guess_rps)
+    bound = [entry["rps"] for entry in findings.bounds.get(workload, {}).get("preserve", [])]
+    guess = known or statistics.median(others or bound or [study.guess_rps])
     spec = study.spec(workload, kv, policy, seed)
     stretch = max(SURE_STRETCH, study.tolerance) if known else UNSURE_STRETCH
     return Chain("capacity", spec, limit_s, guess, study.tolerance, stretch)
