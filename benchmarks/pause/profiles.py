@@ -10,6 +10,8 @@ from typing import Any
 from caesura.runtime.executors.cost import MachineCosts
 from caesura.scheduler.profile import CostProfile
 
+FREE_COPIES = "+free-copies"  # after a machine's name: the same with a link that takes no time and a host without end
+ENDLESS_TOKENS = 1 << 22  # a pool in which nothing is ever given up
 FOLDER = Path(__file__).parent / "machines"  # measured ones, written by ``python -m benchmarks calibrate``
 
 
@@ -113,6 +115,10 @@ def machine_names() -> list[str]:
 
 def find_machine(name: str) -> Machine:
     """A published machine, a measured one, or a file of ``write_machine``. ValueError names what there is."""
+    if name.endswith(FREE_COPIES):
+        machine = find_machine(name.removesuffix(FREE_COPIES))
+        costs = replace(machine.costs, copy_base_s=0.0, copy_token_s=0.0)
+        return replace(machine, name=name, costs=costs, host_tokens=ENDLESS_TOKENS)
     if name in PUBLISHED:
         return PUBLISHED[name]
     for path in (FOLDER / f"{name}.json", Path(name)):

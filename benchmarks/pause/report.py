@@ -25,8 +25,8 @@ def capacity_rows(document: dict[str, Any], label: str) -> list[dict[str, Any]]:
 
 
 def bound_rps(document: dict[str, Any], label: str) -> float | None:
-    """What memory without end would carry; None when it was not measured."""
-    return document.get("bound_rps", {}).get(label.split("@")[0])
+    """The least of what would be carried with something given for nothing; None when that was not measured."""
+    return min(document.get("bound_rps", {}).get(label, {}).values(), default=None)
 
 
 def at_common_rate(document: dict[str, Any], label: str) -> tuple[dict[str, dict[str, Any]], float]:
@@ -51,7 +51,19 @@ def headings(document: dict[str, Any], label: str) -> list[str]:
     rivals += ["to bound"] if bound_rps(document, label) else []
     common, rate = at_common_rate(document, label)
     beyond = [f"done/s at {rate:.2g}"] if common and rate > max(document["capacity_rps"][label].values()) else []
-    return ["policy", "requests/s", "spread", *own, *rivals, *beyond, "p50 ms", "p99 ms", "waste %", "wait s"]
+    return [
+        "policy",
+        "requests/s",
+        "spread",
+        *own,
+        *rivals,
+        *beyond,
+        "p50 ms",
+        "p99 ms",
+        "again %",
+        "waste %",
+        "wait s",
+    ]
 
 
 def cells(document: dict[str, Any], label: str, row: dict[str, Any]) -> list[str]:
@@ -68,16 +80,18 @@ def cells(document: dict[str, Any], label: str, row: dict[str, Any]) -> list[str
         parts.append(f"{common[row['policy']]['throughput_rps']:.3g}" if row["policy"] in common else "-")
     run = row["run"]
     if run is None:
-        return [*parts, "-", "-", "-", "-"]
+        return [*parts, "-", "-", "-", "-", "-"]
     resumed = run["post_tool_ttft_s"]
     parts += [f"{resumed[rank] * 1e3:.0f}" if resumed else "-" for rank in ("p50", "p99")]
-    return [*parts, f"{run['waste']['waste']['share'] * 100:.1f}", f"{run['max_wait_s']:.1f}"]
+    again = run["tokens_recomputed"] / max(1.0, run["tokens_computed"])
+    return [*parts, f"{again * 100:.1f}", f"{run['waste']['waste']['share'] * 100:.1f}", f"{run['max_wait_s']:.1f}"]
 
 
 def _title(document: dict[str, Any], label: str) -> str:
     unloaded_ms = document["unloaded_s"][label.split("@")[0]] * 1e3
-    bound = f"; memory without end carries {rps:.3g}/s" if (rps := bound_rps(document, label)) else ""
-    return f"{label} (unloaded: {unloaded_ms:.1f} ms a token{bound})"
+    bounds = document.get("bound_rps", {}).get(label, {})
+    given = "".join(f"; {name} would carry {rps:.3g}/s" for name, rps in bounds.items())
+    return f"{label} (unloaded: {unloaded_ms:.1f} ms a token{given})"
 
 
 def screen(document: dict[str, Any]) -> list[Table]:

@@ -13,7 +13,7 @@ from caesura.scheduler.policies import POLICIES
 from benchmarks.common import hardware, software
 from benchmarks.pause.capacity import LATENCY_FACTOR
 from benchmarks.pause.pool import Chain, run_all
-from benchmarks.pause.profiles import find_machine
+from benchmarks.pause.profiles import ENDLESS_TOKENS, FREE_COPIES, find_machine
 from benchmarks.pause.runs import RunSpec
 from benchmarks.pause.store import Store, code_fingerprint
 
@@ -24,7 +24,6 @@ FULL_WORKLOADS = ("mix", "mix-512", "mix-4096", "forks", "coding", "shift", "han
 UNSURE_STRETCH, SURE_STRETCH = 1.5, 1.06  # steps of a search that begins with a rival's capacity, with its own
 SAME_LIMIT = 0.02  # an unloaded latency this near the common one needs no search of its own
 CURVES = ("mix", "mix-4096", "forks", "coding")  # workloads that get curves when there are more of them
-UNBOUNDED_TOKENS = 1 << 22  # a pool in which nothing is ever given up
 GRID = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # of the median capacity over policies
 
 
@@ -43,7 +42,7 @@ class Study:
     short_minutes: float | None = None  # of workloads other than the paper's mix
     curves: bool = True
     own_limits: bool = True  # also search where each policy reaches twice its *own* unloaded latency
-    bound: bool = True  # also search what a machine carries whose memory never ends: no decision can gain more
+    bound: bool = True  # also search what is carried where a pause costs nothing: no decision can gain more
     tolerance: float = 1.03
     engine: str = "simulated"
     tool_scale: float = 1.0
@@ -112,7 +111,7 @@ class Findings:
     capacities: Capacities = field(default_factory=dict)
     own_unloaded_s: dict[str, dict[str, float]] = field(default_factory=dict)
     own_capacities: Capacities = field(default_factory=dict)
-    bounds: Capacities = field(default_factory=dict)  # by workload, of "preserve"
+    bounds: Capacities = field(default_factory=dict)  # in place of policies: what the machine was given for nothing
 
     def label(self, workload: str, kv_tokens: int | None) -> str:
         """What a case is called: the workload, and the pool where several are compared."""
@@ -139,7 +138,7 @@ class Findings:
             "unloaded_s": self.unloaded_s,
             "own_capacity_rps": _medians(self.own_capacities),
             "own_unloaded_s": self.own_unloaded_s,
-            "bound_rps": {workload: found["preserve"] for workload, found in _medians(self.bounds).items()},
+            "bound_rps": _medians(self.bounds),
             "config": {
                 "study": asdict(self.study),
                 "latency_factor": LATENCY_FACTOR,
@@ -178,10 +177,11 @@ def conduct(study: Study, store: Store, jobs: int, say: Callable[[str], None]) -
         findings.unloaded_s[chain.spec.workload] = outcome["unloaded_s"]
         limits[chain.spec.workload] = LATENCY_FACTOR * outcome["unloaded_s"]
     if study.bound:
-        for chain, outcome in run_all(_bounds(study, limits), store, jobs, noted):
-            workload, entry = chain.spec.workload, _carried(chain, outcome)
-            findings.bounds.setdefault(workload, {}).setdefault("preserve", []).append(entry)
-            say(f"{workload} seed {chain.spec.seed}: memory without end carries {entry['rps']:.3g} requests/s")
+        places = _bounds(findings, cases, limits)
+        for chain, outcome in run_all(places, store, jobs, noted):
+            for label, given in places[chain]:
+                findings.bounds.setdefault(label, {}).setdefault(given, []).append(_carried(chain, outcome))
+            say(f"{chain.spec.workload} seed {chain.spec.seed}: {given} would carry {outcome['rps']:.3g} requests/s")
     searches = (
         _search(findings, case, policy, seed, limits[case[0]])
         for seed in study.seeds
@@ -237,12 +237,24 @@ def _own_limits(
         _note_capacity(findings, findings.own_capacities, chain, outcome)
 
 
-def _bounds(study: Study, limits: dict[str, float]) -> Iterator[Chain]:
-    """What would be carried if nothing ever had to be given up: the arithmetic alone."""
-    for workload in study.workloads:
+def _bounds(
+    findings: Findings, cases: list[tuple[str, int | None]], limits: dict[str, float]
+) -> dict[Chain, list[tuple[str, str]]]:
+    """Searches for what would be carried if nothing ever had to be given up, and if giving up and coming back cost
+    nothing; each with the labels it stands for and what is given."""
+    study = findings.study
+    places: dict[Chain, list[tuple[str, str]]] = {}
+    for workload, kv in cases:
         for seed in study.seeds:
-            spec = study.spec(workload, UNBOUNDED_TOKENS, "preserve", seed)
-            yield Chain("capacity", spec, limits[workload], study.guess_rps, study.tolerance, UNSURE_STRETCH)
+            spec = study.spec(workload, kv, "min_waste", seed)
+            given = {
+                "endless memory": replace(spec, policy="preserve", kv_tokens=ENDLESS_TOKENS),
+                "free copies": replace(spec, machine=study.machine + FREE_COPIES, host_tokens=None),
+            }
+            for name, free in given.items():
+                chain = Chain("capacity", free, limits[workload], study.guess_rps, study.tolerance, UNSURE_STRETCH)
+                places.setdefault(chain, []).append((findings.label(workload, kv), name))
+    return places
 
 
 def _search(findings: Findings, case: tuple[str, int | None], policy: str, seed: int, limit_s: float) -> Chain:
@@ -251,7 +263,7 @@ def _search(findings: Findings, case: tuple[str, int | None], policy: str, seed:
     label = findings.label(workload, kv)
     known = findings.median_rps(label, policy)
     others = [findings.median_rps(label, other) or 0.0 for other in findings.capacities.get(label, {})]
-    bound = [entry["rps"] for entry in findings.bounds.get(workload, {}).get("preserve", [])]
+    bound = [entry["rps"] for entry in findings.bounds.get(label, {}).get("free copies", [])]
     guess = known or statistics.median(others or bound or [study.guess_rps])
     spec = study.spec(workload, kv, policy, seed)
     stretch = max(SURE_STRETCH, study.tolerance) if known else UNSURE_STRETCH
