@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,22 +78,47 @@ def fidelity_table(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parts_of(document: dict[str, Any]) -> dict[str, str]:
-    """Which parts of the page a document fills."""
+def place_of(document: dict[str, Any]) -> str:
+    """The part of the page that a document fills."""
     if "rows" in document:
-        return {"fidelity": fidelity_table(document)}
+        return "fidelity"
     study = document["config"]["study"]
-    about = (
-        f"{len(document['runs'])} runs of {study['short_minutes'] or study['minutes']:g} minutes (the mix: "
-        f"{study['minutes']:g}), seeds {', '.join(map(str, study['seeds']))}; "
-        f"code {document['config']['code']}."
-    )
-    name = "simulated" if study["engine"] == "simulated" else f"real {study['engine']}"
-    if study["machine"].endswith("-long"):
-        name = "simulated long"
     if any("@" in label for label in document["capacity_rps"]):
-        name = "memory"
-    return {name: f"{about}\n\n{markdown(document)}"}
+        return "memory"
+    if study["engine"] != "simulated":
+        return f"real {study['engine']}"
+    return "simulated long" if study["machine"].endswith("-long") else "simulated"
+
+
+def merged(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Studies of one part as one: their workloads, policies and seeds add up, each seed counted once."""
+    whole = {**documents[0], "runs": [], "capacity_seeds_rps": {}, "capacity_rps": {}, "bound_rps": {}}
+    whole |= {"unloaded_s": {}, "own_capacity_rps": {}}
+    seen: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
+    for document in documents:
+        whole["runs"] += [run for run in document["runs"] if run not in whole["runs"]]
+        for name in ("unloaded_s", "bound_rps"):
+            whole[name] = {**whole[name], **document.get(name, {})}
+        for label, policies in document["capacity_seeds_rps"].items():
+            for policy, entries in policies.items():
+                of_policy = seen.setdefault(label, {}).setdefault(policy, {})
+                of_policy |= {entry["seed"]: entry for entry in entries}
+        for label, policies in document.get("own_capacity_rps", {}).items():
+            whole["own_capacity_rps"].setdefault(label, {}).update(policies)
+    for label, policies in seen.items():
+        found = {policy: list(entries.values()) for policy, entries in policies.items()}
+        whole["capacity_seeds_rps"][label] = found
+        whole["capacity_rps"][label] = {
+            policy: statistics.median(entry["rps"] for entry in entries) for policy, entries in found.items()
+        }
+    return whole
+
+
+def study_part(documents: Sequence[dict[str, Any]]) -> str:
+    """The tables of a part, and what made them."""
+    whole = merged(documents)
+    codes = sorted({document["config"]["code"] for document in documents})
+    return f"{len(whole['runs'])} runs; code {', '.join(codes)}.\n\n{markdown(whole)}"
 
 
 def _first_sentence(text: str) -> str:
@@ -107,8 +133,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
     parts = {"policies": policy_table(), "workloads": workload_table(), "machines": machine_table()}
+    given: dict[str, list[dict[str, Any]]] = {}
     for path in options.documents:
-        parts |= parts_of(json.loads(path.read_text()))
+        document = json.loads(path.read_text())
+        given.setdefault(place_of(document), []).append(document)
+    for place, documents in given.items():
+        parts[place] = fidelity_table(documents[-1]) if place == "fidelity" else study_part(documents)
     options.page.write_text(fill(options.page.read_text(), parts))
     return 0
 

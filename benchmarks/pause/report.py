@@ -87,6 +87,19 @@ def cells(document: dict[str, Any], label: str, row: dict[str, Any]) -> list[str
     return [*parts, f"{again * 100:.1f}", f"{run['waste']['waste']['share'] * 100:.1f}", f"{run['max_wait_s']:.1f}"]
 
 
+def setting(document: dict[str, Any], label: str) -> str:
+    """Pools, length and seeds of a label's runs."""
+    runs = [run for run in document["runs"] if run["label"] == label]
+    if not runs:
+        return "no runs"
+    machine = document["config"]["machines"][runs[0]["machine"]]
+    kv, host = runs[0]["kv_tokens"] or machine["kv_tokens"], runs[0]["host_tokens"] or machine["host_tokens"]
+    seeds = sorted({run["seed"] for run in runs})
+    lengths = sorted({run["minutes"] for run in runs})
+    minutes = "-".join(f"{length:g}" for length in (lengths[0], lengths[-1])[: len(lengths)])
+    return f"pool {kv:,} and host {host:,} tokens, runs of {minutes} minutes, seeds {', '.join(map(str, seeds))}"
+
+
 def _title(document: dict[str, Any], label: str) -> str:
     unloaded_ms = document["unloaded_s"][label.split("@")[0]] * 1e3
     bounds = document.get("bound_rps", {}).get(label, {})
@@ -114,7 +127,7 @@ def markdown(document: dict[str, Any]) -> str:
     parts = []
     for label in document["capacity_rps"]:
         columns = headings(document, label)
-        lines = [f"**{_title(document, label)}**", "", "| " + " | ".join(columns) + " |"]
+        lines = [f"**{_title(document, label)}** {setting(document, label)}", "", "| " + " | ".join(columns) + " |"]
         lines.append("|---" + "|---:" * (len(columns) - 1) + "|")
         lines += ["| " + " | ".join(cells(document, label, row)) + " |" for row in capacity_rows(document, label)]
         parts.append("\n".join(lines))

@@ -18,7 +18,7 @@ from benchmarks.calibrate import COLUMNS, StepSample, fit
 from benchmarks.fidelity import compare
 from benchmarks.pause.capacity import capacity, unloaded
 from benchmarks.pause.cli import main
-from benchmarks.pause.page import PAGE, fill, machine_table, policy_table, workload_table
+from benchmarks.pause.page import PAGE, fill, machine_table, merged, place_of, policy_table, workload_table
 from benchmarks.pause.pool import Chain, run_all
 from benchmarks.pause.profiles import GPTJ, PUBLISHED, find_machine, write_machine
 from benchmarks.pause.report import capacity_rows, markdown
@@ -198,6 +198,23 @@ def test_the_page_is_filled_between_its_marks() -> None:
     assert filled == "a\n<!-- one -->\nnewer\n<!-- end -->\nb\n<!-- two -->\nnew \\1\n<!-- end -->\n"
     with pytest.raises(ValueError, match="three"):
         fill(page, {"three": "x"})
+
+
+def test_studies_in_pieces_add_up() -> None:
+    config = {"study": {"engine": "simulated", "machine": "gptj-6b-a100"}, "code": "a", "machines": {"m": {}}}
+    whole = {"runs": [], "unloaded_s": {"mix": 0.01}, "config": config, "bound_rps": {"mix": {"endless memory": 9.0}}}
+
+    def piece(**seeds: list[tuple[int, float]]) -> dict[str, Any]:
+        found = {policy: [{"seed": seed, "rps": rps} for seed, rps in each] for policy, each in seeds.items()}
+        return {**whole, "capacity_seeds_rps": {"mix": found}, "capacity_rps": {"mix": dict.fromkeys(found, 1.0)}}
+
+    one, two = piece(lru=[(0, 2.0)]), piece(lru=[(0, 2.0), (1, 4.0)], discard=[(0, 1.0)])
+    assert place_of(one) == "simulated"
+    together = merged([one, two])
+    assert together["capacity_rps"] == {"mix": {"lru": 3.0, "discard": 1.0}}
+    rows = {row["policy"]: row for row in capacity_rows(together, "mix")}
+    assert rows["lru"]["to_discard"] == 3.0
+    assert rows["lru"]["to_bound"] == pytest.approx(1 / 3)
 
 
 def test_the_page_in_the_repository_lists_what_there_is() -> None:
