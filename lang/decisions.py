@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,12 @@ class Decisions(tuple[Any, ...]):
 
     __slots__ = ()
 
+    def __getitem__(self, key: Any) -> Any:
+        """One, or some; a notebook that gets one shows it as it shows all."""
+        _tell_notebook()
+        found = super().__getitem__(key)
+        return Decisions(found) if isinstance(key, slice) else found
+
     def __repr__(self) -> str:
         return "\n".join(f"{item.now:.3f} {item.tool}: {item.action.value}, {item.reason}" for item in self) or "()"
 
@@ -22,6 +29,17 @@ class Decisions(tuple[Any, ...]):
         from caesura.lang.display.decisions import decisions_html
 
         return decisions_html(self)
+
+
+def _tell_notebook() -> None:
+    """The scheduler's decisions know nothing of HTML; IPython is told by their name how they look."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if shell is not None:
+        from caesura.lang.display.decisions import decision_html
+
+        html = shell.display_formatter.formatters["text/html"]
+        html.for_type_by_name("caesura.scheduler.types", "PauseDecision", decision_html)
 
 
 def note_decisions(root: Span, decisions: Iterable[Any]) -> None:

@@ -198,6 +198,23 @@ def test_a_decision_shows_its_three_costs_to_scale():
     assert (bar(0.0), bar(1e-9), bar(1.0)) == ("", "▏", "█" * 24)
 
 
+def test_a_notebook_shows_one_decision_as_well(monkeypatch):
+    import IPython
+    from caesura.scheduler.types import Action, ActionCosts, ContextId, PauseDecision
+    from IPython.core.formatters import DisplayFormatter
+
+    formatter = DisplayFormatter()
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(display_formatter=formatter))
+    costs = ActionCosts(400.0, 20.0, 100.0)
+    made = PauseDecision(
+        ContextId(1), 1.0, "min_waste", Action.SWAP, "search", "it is cheapest", costs, 1200, 900, 0.1, 3.0, 4000, 12
+    )
+    one = Decisions([made, made])[0]
+    shown, _ = formatter.format(one)
+    assert "swap ✓" in Reader(shown["text/html"]).text
+    assert len(Decisions([made, made])[:1]) == 1
+
+
 def test_a_program_shows_what_it_will_do():
     page = Reader(colours._repr_html_())
     assert "Colours & sources." in page.text
