@@ -66,6 +66,7 @@ SPECIAL = {
     "host": "::1", "api_keys": (KEY,), "admin_keys": (KEY + "1",), "cors_origins": ("https://a.b", "http://c:1"),
     "metrics_compat": "vllm", "log_format": "json", "log_level": "debug", "load_format": "dummy", "dtype": "bfloat16",
     "policy": "lru", "kv_tokens": 999, "share_prefixes": False, "native": False, "quantization": "int8",
+    "device": "cuda:1",
 }  # fmt: skip
 
 
