@@ -395,11 +395,11 @@ class Engine:
             record = self._records.get(context)
             if record is not None:
                 self._finish(context, record, ending)
-        starts = {piece.context_id: piece.start for piece in plan.slices}
         for out in output.outputs:
             record = self._records.get(out.context_id)
             if record is not None and (record.scoring is not None or record.prefilled is not None):
-                self._collect(out.context_id, record, starts[out.context_id], out)
+                start = next(piece.start for piece in plan.slices if piece.context_id == out.context_id)
+                self._collect(out.context_id, record, start, out)
 
     def _finish(self, context: ContextId, record: Record, ending: Ending) -> None:
         generation, record.generation = record.generation, None

@@ -259,15 +259,11 @@ class Scheduler:
             allowed = self.policy.admit(queued, room)
             queued = allowed if running or allowed else queued[:1]
             budget = self.policy.step_tokens(budget, room)
-        chunks = []
+        single: list[tuple[Context, int]] = []
+        chunks: list[tuple[Context, int]] = []
         for state, start in zip(running, starts, strict=True):
-            if budget <= 0:
-                break
-            if len(state.tokens) - start > 1:
-                chunks.append((state, start))
-            elif state.phase is Phase.RUNNING and not state.ending:
-                budget -= self._grant(state, start, budget, running, draft)
-        for state, start in chunks:
+            (single if len(state.tokens) - start <= 1 else chunks).append((state, start))
+        for state, start in [*single, *chunks]:
             if budget <= 0:
                 break
             if state.phase is Phase.RUNNING and not state.ending:
@@ -308,8 +304,8 @@ class Scheduler:
             other = self.contexts[piece.context_id]
             if end < piece.start + size or other.namespace != state.namespace or other.recompute_from is not None:
                 continue
-            fresh = slice(piece.start, end)
-            if state.tokens[fresh][:size] != other.tokens[fresh][:size]:  # most differ here
+            page = slice(piece.start, piece.start + size)
+            if state.tokens[page] != other.tokens[page]:  # most differ here
                 continue
             if (
                 self.ledger.computed(state.id) <= piece.start

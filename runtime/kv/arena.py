@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from caesura.runtime.errors import BrokenInvariant
 from caesura.runtime.kv.copier import Copier, Ended
-from caesura.runtime.kv.moves import Run, check_move, note_fault, runs_of
+from caesura.runtime.kv.moves import Run, check_move, check_sizes, note_fault, runs_of
 from caesura.runtime.kv.pagefile import PageFile
 from caesura.runtime.model.memory import require_memory
 from caesura.scheduler.types import Move, MoveId, MoveKind
@@ -47,11 +47,7 @@ class KvArena:
     ) -> None:
         """Raises BrokenInvariant for sizes out of range, NotEnoughMemory when the pools do not fit, InvalidRequest
         when the file does not."""
-        if not 1 <= page_size <= 64 or num_device_pages < 1 or num_host_pages < 0:
-            raise BrokenInvariant(
-                f"page_size {page_size} must lie in 1..64, num_device_pages {num_device_pages} be at least 1, "
-                f"num_host_pages {num_host_pages} not negative"
-            )
+        check_sizes(page_size, num_device_pages, num_host_pages)
         self.page_size = page_size
         self.page_bytes = 2 * num_layers * page_size * kv_heads * head_dim * dtype.itemsize
         self._chunk_pages = max(1, CHUNK_BYTES // self.page_bytes)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from caesura.runtime.errors import BrokenInvariant
 from caesura.runtime.kv.copier import Copier, Ended
-from caesura.runtime.kv.moves import check_move, note_fault, runs_of
+from caesura.runtime.kv.moves import check_move, check_sizes, note_fault, runs_of
 from caesura.runtime.kv.pagefile import PageFile
 from caesura.runtime.model.cuda.device import Device, Event, PinnedPool
 from caesura.runtime.model.memory import require_memory
@@ -90,11 +90,7 @@ class DeviceArena:
     ) -> None:
         """Raises BrokenInvariant for sizes out of range, NotEnoughMemory when the pools do not fit, InvalidRequest
         when the file does not."""
-        if not 1 <= page_size <= 64 or num_device_pages < 1 or num_host_pages < 0:
-            raise BrokenInvariant(
-                f"page_size {page_size} must lie in 1..64, num_device_pages {num_device_pages} be at least 1, "
-                f"num_host_pages {num_host_pages} not negative"
-            )
+        check_sizes(page_size, num_device_pages, num_host_pages)
         shape = (num_layers, 2, page_size, kv_heads, head_dim)
         self.page_bytes = 2 * num_layers * page_size * kv_heads * head_dim * dtype.itemsize
         self.num_device_pages, self.num_host_pages = num_device_pages, num_host_pages

@@ -15,6 +15,15 @@ Run = tuple[int, int, int]  # first source row, first target row, number of rows
 _log = logging.getLogger("caesura.kv")
 
 
+def check_sizes(page_size: int, num_device_pages: int, num_host_pages: int) -> None:
+    """Raise BrokenInvariant for pools that no arena can have."""
+    if not 1 <= page_size <= 64 or num_device_pages < 1 or num_host_pages < 0:
+        raise BrokenInvariant(
+            f"page_size {page_size} must lie in 1..64, num_device_pages {num_device_pages} be at least 1, "
+            f"num_host_pages {num_host_pages} not negative"
+        )
+
+
 def check_move(move: Move, device: int, host: int, disk: int) -> None:
     """Raise BrokenInvariant unless all rows lie within pools of these sizes (in pages)."""
     source_pages = {MoveKind.IN: host + disk, MoveKind.DOWN: host}.get(move.kind, device)
