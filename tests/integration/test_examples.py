@@ -8,6 +8,7 @@ import inspect
 import itertools
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,8 @@ ELSEWHERE = {  # examples with tests of their own
     "pause_timeline.py": "test_example_timeline.py",
 }
 
+CLOSED_S = 20.0
+
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[EngineBackend]:
@@ -49,7 +52,10 @@ def run(engine: EngineBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     monkeypatch.setattr(caesura.lang, "Engine", shared)
     monkeypatch.setenv("COLUMNS", "200")
     yield lambda name, **arguments: load(name).main(**arguments)
-    assert not any(get_server_info(engine)["contexts"].values())
+    until = time.monotonic() + CLOSED_S
+    while any(get_server_info(engine)["contexts"].values()):  # a program's contexts close behind it
+        assert time.monotonic() < until, get_server_info(engine)["contexts"]
+        time.sleep(0.01)
 
 
 def load(name: str) -> ModuleType:
