@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -84,6 +85,7 @@ class TorchExecutor:
             self._decoder = Decoder(model, deterministic=deterministic)
         self._eos_ids = frozenset(eos_ids)
         self._vocab_limit = min(vocab_limit or config.vocab_size, config.vocab_size)
+        self._known_threads = threading.local()
 
     def begin(self, moves: Sequence[Move]) -> None:
         """See the protocol."""
@@ -105,6 +107,9 @@ class TorchExecutor:
     def execute(self, slices: Sequence[SliceInput], copies: Sequence[Move]) -> ExecOutput:
         """See the protocol. Raises BrokenInvariant for page tables or token ids out of range."""
         started = time.perf_counter()
+        if self.native_refused is None and not hasattr(self._known_threads, "here"):
+            self._known_threads.here = True
+            _keep_operators_here()
         self.arena.copy_within(copies)
         outputs: tuple[SliceOutput, ...] = ()
         if slices:
@@ -128,7 +133,7 @@ class TorchExecutor:
         if not chosen:
             return {}
         rows = [batch.pieces[index].first_row + batch.pieces[index].num_rows - 1 for index, _ in chosen]
-        logits = self._decoder.logits(hidden[rows])[:, : self._vocab_limit]
+        logits = self._decoder.logits(_picked(hidden, rows))[:, : self._vocab_limit]
         outcomes = sample(logits, [sampler for _, sampler in chosen], self._eos_ids)
         return {index: outcome for (index, _), outcome in zip(chosen, outcomes, strict=True)}
 
@@ -153,7 +158,7 @@ class TorchExecutor:
         count_top = max((piece.score_top for piece in slices), default=0)
         for first in range(0, len(rows), _SCORE_ROWS):
             part = slice(first, first + _SCORE_ROWS)
-            logits = self._decoder.logits(hidden[rows[part]])  # [n, vocab]
+            logits = self._decoder.logits(_picked(hidden, rows[part]))  # [n, vocab]
             picked = logits.gather(1, torch.tensor(tokens[part])[:, None])[:, 0]
             norm = logits.logsumexp(dim=-1)
             values += (picked - norm).tolist()
@@ -182,6 +187,29 @@ class TorchExecutor:
                 broken.add(index)
                 self._decoder.erase(self.arena.layers, batch.slots[rows])
         return frozenset(broken)
+
+
+def _keep_operators_here() -> None:
+    """torch's operators of the calling thread run on it alone from now on, unless it is the program's main thread.
+
+    The C decoder has threads of its own, and torch's would spin for milliseconds after each operator that is large
+    enough to be shared out, on the decoder's cores: a step of 16 contexts took twice its time.
+    """
+    if threading.current_thread() is threading.main_thread():
+        return
+    others = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # That was also noted for threads to come; a call from one that ends at once takes this back, and only this.
+    restorer = threading.Thread(target=torch.set_num_threads, args=(others,))
+    restorer.start()
+    restorer.join()
+
+
+def _picked(hidden: Tensor, rows: list[int]) -> Tensor:
+    """Rows of ``hidden`` [all, hidden]: [rows, hidden]."""
+    if hidden.dtype == torch.float32:  # see sampler._greedy for why not torch
+        return torch.from_numpy(hidden.numpy()[rows])
+    return hidden[rows]
 
 
 def _all_finite(hidden: Tensor) -> bool:

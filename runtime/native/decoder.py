@@ -155,10 +155,10 @@ class NativeDecoder:
         return output[: rows * config.hidden_size].view(rows, config.hidden_size)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits of ``hidden`` [n, hidden]: [n, vocab]."""
+        """Float32 logits of ``hidden`` [n, hidden]: [n, vocab], good until the next call."""
         rows = hidden.contiguous()
-        out = torch.empty(rows.shape[0], self.config.vocab_size)
-        count = rows.shape[0]
+        count, vocab_size = rows.shape[0], self.config.vocab_size
+        out = self._buffer("logits", count * vocab_size)[: count * vocab_size].view(count, vocab_size)
         coded, parts = self._codes.for_rows(count), self._cuts["normed"].for_rows(count) if self._cuts else None
         self._library.caesura_linear(
             self._pool, ctypes.byref(self._head), rows.data_ptr(), out.data_ptr(), count, ctypes.byref(coded), parts
