@@ -94,6 +94,8 @@ def _study(options: argparse.Namespace) -> Study:
         study = real_study(options.model, 0.1 if options.tool_scale is None else options.tool_scale)
     elif options.tool_scale is not None:
         study = replace(study, tool_scale=options.tool_scale)
+    if options.profile:
+        study = replace(study, machine=options.profile)
     find_machine(study.machine)
     if options.policies:
         chosen = tuple(POLICIES) if options.policies == ["all"] else tuple(options.policies)
@@ -105,9 +107,6 @@ def _study(options: argparse.Namespace) -> Study:
         study = replace(study, workloads=tuple(workloads))
     for workload in study.workloads:
         find_workload(workload)
-    if options.profile:
-        find_machine(options.profile)
-        study = replace(study, machine=options.profile)
     if options.kv_tokens:
         study = replace(study, kv_tokens=tuple(int(size) for size in options.kv_tokens))
     return replace(

@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from caesura.runtime.build import build
 from caesura.runtime.clock import MonotonicClock
 from caesura.runtime.config import EngineConfig
 from caesura.runtime.engine import Engine
+from caesura.runtime.executors.torch_cpu import TorchExecutor, keep_operators_here
 from caesura.runtime.sim import Simulation
 
 from benchmarks.dummy import dummy_checkpoint
@@ -29,6 +31,7 @@ class WaitingClock(MonotonicClock):
 @contextmanager
 def real_engine(model: str, policy: str, machine: Machine) -> Iterator[Engine]:
     """An engine on this machine with the pools, limits and profile of ``machine``; closed in the end."""
+    threads = torch.get_num_threads()
     with dummy_checkpoint(model) as folder:
         config = EngineConfig(
             model=str(folder),
@@ -45,10 +48,13 @@ def real_engine(model: str, policy: str, machine: Machine) -> Iterator[Engine]:
             profile=machine.profile,
         )
         engine = build(config).engine
+    if isinstance(engine.executor, TorchExecutor) and engine.executor.native_refused is None:
+        keep_operators_here()  # as on the thread of an EngineService
     try:
         yield engine
     finally:
         engine.executor.close()
+        torch.set_num_threads(threads)
 
 
 def real_simulation(engine: Engine, on_step: Callable[[], None] = lambda: None) -> Simulation:

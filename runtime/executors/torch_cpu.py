@@ -109,7 +109,8 @@ class TorchExecutor:
         started = time.perf_counter()
         if self.native_refused is None and not hasattr(self._known_threads, "here"):
             self._known_threads.here = True
-            _keep_operators_here()
+            if threading.current_thread() is not threading.main_thread():  # which is the program's, not the engine's
+                keep_operators_here()
         self.arena.copy_within(copies)
         outputs: tuple[SliceOutput, ...] = ()
         if slices:
@@ -189,14 +190,12 @@ class TorchExecutor:
         return frozenset(broken)
 
 
-def _keep_operators_here() -> None:
-    """torch's operators of the calling thread run on it alone from now on, unless it is the program's main thread.
+def keep_operators_here() -> None:
+    """torch's operators of the calling thread run on it alone from now on.
 
     The C decoder has threads of its own, and torch's would spin for milliseconds after each operator that is large
     enough to be shared out, on the decoder's cores: a step of 16 contexts took twice its time.
     """
-    if threading.current_thread() is threading.main_thread():
-        return
     others = torch.get_num_threads()
     torch.set_num_threads(1)
     # That was also noted for threads to come; a call from one that ends at once takes this back, and only this.

@@ -6,6 +6,7 @@ import random
 import shutil
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,25 @@ def test_generation_goes_on_after_a_swap_into_other_pages() -> None:
     tokens += drive(executor, [run])[0]
     executor.close()
     assert tokens == expected
+
+
+@needs_compiler
+def test_a_thread_that_steps_keeps_torchs_operators_to_itself_and_no_other_thread_notices() -> None:
+    from tests.integration.model_checkpoints import drive
+
+    executor = make_executor(make_model(), PAGE)
+    runs = make_runs([[5, 6, 7]], 4, 64, PAGE, temperature=0.7)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(1) as stepping, ThreadPoolExecutor(1) as another:
+            stepping.submit(drive, executor, runs).result()
+            assert stepping.submit(torch.get_num_threads).result() == 1
+            assert another.submit(torch.get_num_threads).result() == 3
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+        executor.close()
 
 
 @needs_compiler
