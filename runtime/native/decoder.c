@@ -113,10 +113,10 @@ static void place_rows(Pool *pool, const Decoder *decoder, const Layer *layer, c
         for (long row = first; row < last; row++) place_row(decoder, layer, step, row);
 }
 
-static void attend_rows(Pool *pool, int thread, const Decoder *decoder, const Layer *layer, const Step *step) {
+static void attend_rows(Pool *pool, const Decoder *decoder, const Layer *layer, const Step *step) {
     Cache cache = {layer->keys,      layer->values,     decoder->page_size, decoder->heads,
                    decoder->kv_heads, decoder->head_dim, layer->window};
-    Scratch *scratch = step->scratch + thread;
+    Scratch *scratch = step->scratch + this_thread;
     for (long turn, end; take(pool, step->num_items * decoder->kv_heads, 1, &turn, &end);) {
         const Item *item = step->items + turn / decoder->kv_heads;
         long head = turn % decoder->kv_heads;
@@ -157,7 +157,7 @@ static void product(Pool *pool, const Linear *linear, Epilogue epilogue, const O
     barrier(pool);
 }
 
-static void forward(Pool *pool, void *argument, int thread) {
+static void forward(Pool *pool, void *argument) {
     const Decoder *decoder = ((Run *)argument)->decoder;
     const Step *step = ((Run *)argument)->step;
     const Operand hidden = {step->hidden, NULL, decoder->hidden};
@@ -174,7 +174,7 @@ static void forward(Pool *pool, void *argument, int thread) {
         product(pool, &layer->qkv, STORE, normed, step, &qkv);
         place_rows(pool, decoder, layer, step);
         barrier(pool);
-        attend_rows(pool, thread, decoder, layer, step);
+        attend_rows(pool, decoder, layer, step);
         barrier(pool);
         code_phase(pool, &layer->out, mixed, step);
         product(pool, &layer->out, ADD, mixed, step, &hidden);
@@ -197,10 +197,9 @@ typedef struct {
     CodedRows coded;
 } Product;
 
-static void multiply_alone(Pool *pool, void *argument, int thread) {
+static void multiply_alone(Pool *pool, void *argument) {
     const Product *one = argument;
     Operand x = one->x;
-    (void)thread;
     if (one->linear->codes || one->parts) {
         Operand cut = {NULL, one->parts, x.width};
         for (long first, last; take(pool, one->rows, piece_size(pool, one->rows), &first, &last);)

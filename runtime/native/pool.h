@@ -12,7 +12,7 @@
 #define SPINS_BETWEEN_TASKS 60000
 
 typedef struct Pool Pool;
-typedef void (*Task)(Pool *pool, void *argument, int thread);
+typedef void (*Task)(Pool *pool, void *argument);
 
 /* What has been taken of a thread's share of this phase's pieces. In a cache line of its own: its thread alone uses it,
    until another has none left. */
@@ -113,7 +113,7 @@ static void *work(void *argument) {
     for (unsigned seen = 0;; seen++) {
         await(self.pool, &self.pool->epoch, seen, SPINS_BETWEEN_TASKS);
         if (atomic_load(&self.pool->stopping)) return NULL;
-        self.pool->task(self.pool, self.pool->argument, self.thread);
+        self.pool->task(self.pool, self.pool->argument);
         barrier(self.pool);
     }
 }
@@ -124,7 +124,7 @@ static void run_task(Pool *pool, Task task, void *argument) {
     pool->task = task;
     pool->argument = argument;
     advance(pool, &pool->epoch);
-    task(pool, argument, 0);
+    task(pool, argument);
     barrier(pool);
 }
 
