@@ -17,6 +17,8 @@ from caesura.lang.tools import ToolCall, ToolResult
 
 Wait = Literal["all", "any"]
 
+ENDED = "(ended: another call was first)"  # what a trace shows as the result of such a call
+
 
 def pending(name: str, calls: Sequence[ir.ToolInvocation]) -> list[PendingCall]:
     """What the backend is told about calls that are about to start."""
@@ -87,14 +89,16 @@ async def call_tools(core: Core, node: ir.CallTools) -> None:
     session = await core.flush()
     async with paused(core, session, name, pending(name, node.calls), node.wait):
         results = await run_tools(node.calls, node.wait, session)
-        done = [(call, result) for call, result in zip(node.calls, results, strict=True) if result is not None]
-        texts = [result.text for _, result in done]
+        told = [_told(call, name, i) for i, call in enumerate(node.calls)]
+        done = [(call, result) for call, result in zip(told, results, strict=True) if result is not None]
         core.values.tool_results[name] = [result for _, result in done]
-        _append(core, name, [(_told(call, name, i), result) for i, (call, result) in enumerate(done)])
-        for call, result in done:
-            if node.wait == "all" or not any(other.ok for _, other in done):
+        _append(core, name, done)
+        _note_ended(core, [call for call, result in zip(told, results, strict=True) if result is None])
+        for call, result in zip(node.calls, results, strict=True):
+            if result is not None and (node.wait == "all" or not any(other.ok for _, other in done)):
                 check_raise(call, result)
         await core.flush()
+    texts = [result.text for _, result in done]
     core.set(name, texts, text="\n".join(texts))
 
 
@@ -103,6 +107,15 @@ def _append(core: Core, name: str, done: Sequence[tuple[ToolCall, ToolResult]]) 
     note(core, done)
     if text := "\n".join(result.text for _, result in done):
         core.add_segment(Segment((Piece(text),), source="tool", name=name, calls=tuple(done)))
+
+
+def _note_ended(core: Core, calls: Sequence[ToolCall]) -> None:
+    """Add calls that another one's success ended to the pause. They did not fail, and are in no total."""
+    pause, now = core.spans.top, time.monotonic()
+    for call in calls:
+        told = {"arguments": call.arguments, "result": ENDED, "ok": False, "attempts": 1}
+        told |= {"elapsed_s": now - pause.start_s, "id": call.id}
+        pause.children.append(Span("tool", call.tool, pause.start_s, now, told))
 
 
 def _told(call: ir.ToolInvocation, name: str, number: int) -> ToolCall:
