@@ -18,19 +18,20 @@ def eval_command(what: str, *, model: str | None, seed: int, tasks: int, as_json
     if what != "embedded":
         raise CliError(f"there is no evaluation {what!r}; there is: embedded", "caesura eval embedded")
     from caesura.runtime.config import EMBEDDED, EngineConfig
-    from caesura.runtime.embedded.examine import examine
+    from caesura.runtime.embedded.examine import Terms, examine
     from caesura.runtime.service import EngineService
 
     with (
         EngineService.start(EngineConfig(model=model or EMBEDDED, kv_tokens=KV_TOKENS)) as service,
-        _Bar(2 * tasks, quiet=as_json) as bar,
+        _Bar(len(Terms) * tasks, quiet=as_json) as bar,
     ):
         report = asyncio.run(examine(service, seed, tasks, progress=bar.advance))
     found = {
-        "with_tools": _counts(report.with_tools),
-        "without_tools": _counts(report.without_tools),
+        "with_tools": _counts(report.tallies[Terms.HELD]),
+        "without_tools": _counts(report.tallies[Terms.ALONE]),
         "skills": {skill: _counts(each) for skill, each in report.skills.items()},
-        "tool_calls": report.tool_calls,
+        "without_grammar": _counts(report.tallies[Terms.FREE]),
+        "tool_calls": report.free_calls,
         "malformed_calls": report.malformed_calls,
     }
     if as_json:
@@ -47,7 +48,8 @@ def _print_table(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table("tasks", "right", "of", "share")
-    rows = {"with tools": found["with_tools"], "without tools": found["without_tools"], **found["skills"]}
+    named = ("with_tools", "without_grammar", "without_tools")
+    rows = {**{name.replace("_", " "): found[name] for name in named}, **found["skills"]}
     for name, tally in rows.items():
         share = tally["right"] / max(1, tally["total"])
         table.add_row(name, str(tally["right"]), str(tally["total"]), f"{share:.1%}")

@@ -1,4 +1,8 @@
-"""Held-out tasks on a running engine: real tools, greedy, no grammar. What ``caesura eval embedded`` runs."""
+"""Held-out tasks on a running engine: real tools, greedy. What ``caesura eval embedded`` runs.
+
+Every task is tried three times: with its tools, calls held to their grammar as `EngineService` and server hold them;
+with its tools and no grammar; and without any tools.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,33 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from caesura.runtime.api import PendingCall
 from caesura.runtime.embedded.chat import Message, render
 from caesura.runtime.embedded.skills.mixture import SKILLS, Exam, held_out_task
-from caesura.runtime.embedded.skills.offers import Offer
 from caesura.runtime.embedded.skills.task import Call
 from caesura.runtime.embedded.tools import ToolFault
 from caesura.runtime.errors import ContextTooLong
-from caesura.runtime.sampling import SamplingParams
+from caesura.runtime.sampling import Constraint, ConstraintKind, SamplingParams
 from caesura.runtime.service import ContextHandle, EngineService
+from caesura.runtime.text.tool_grammar import tool_grammar
+from caesura.runtime.text.tool_parser import ToolFormat
 
 WINDOW = 2048  # positions of the embedded model
 MAX_ROUNDS = 32
 MAX_TURN_TOKENS = 256
 CONCURRENT = 32
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+
+
+class Terms(StrEnum):
+    """How a task is tried."""
+
+    HELD = "held"  # tools on offer, calls held to the grammar of the tools
+    FREE = "free"  # tools on offer, no grammar
+    ALONE = "alone"  # no tools
 
 
 @dataclass(slots=True)
@@ -39,12 +53,12 @@ class Tally:
 
 @dataclass(slots=True)
 class Report:
-    """The outcome of an evaluation. ``malformed_calls`` of ``tool_calls`` were no call of a tool on offer."""
+    """The outcome of an evaluation. Without a grammar, ``malformed_calls`` of ``free_calls`` were no call of a tool on
+    offer."""
 
-    with_tools: Tally = field(default_factory=Tally)
-    without_tools: Tally = field(default_factory=Tally)
-    skills: dict[str, Tally] = field(default_factory=dict)
-    tool_calls: int = 0
+    tallies: dict[Terms, Tally] = field(default_factory=lambda: {terms: Tally() for terms in Terms})
+    skills: dict[str, Tally] = field(default_factory=dict)  # with tools and grammar
+    free_calls: int = 0
     malformed_calls: int = 0
 
 
@@ -61,20 +75,20 @@ async def examine(
     skills: Sequence[str] = tuple(SKILLS),
     progress: Callable[[], None] = lambda: None,
 ) -> Report:
-    """Every task twice: with its tools and without any. ``progress`` is called after each of the 2 * count runs."""
+    """Every task on all terms. ``progress`` is called after each of the ``len(Terms) * count`` attempts."""
     report = Report(skills={skill: Tally() for skill in skills})
     gate = asyncio.Semaphore(CONCURRENT)
 
-    async def one(exam: Exam, with_tools: bool) -> None:
+    async def one(exam: Exam, terms: Terms) -> None:
         async with gate:
-            answer = await Attempt(service, exam, exam.offers if with_tools else (), report).run()
+            answer = await Attempt(service, exam, terms, report).run()
         right = exam.right(answer)
-        (report.with_tools if with_tools else report.without_tools).add(right)
-        if with_tools:
+        report.tallies[terms].add(right)
+        if terms is Terms.HELD:
             report.skills[exam.skill].add(right)
         progress()
 
-    runs = [one(exam, with_tools) for with_tools in (True, False) for exam in exams(seed, count, skills)]
+    runs = [one(exam, terms) for terms in Terms for exam in exams(seed, count, skills)]
     await asyncio.gather(*runs)
     return report
 
@@ -82,10 +96,11 @@ async def examine(
 class Attempt:
     """One task in one context of the engine: generate, call, append the results, until the model answers."""
 
-    def __init__(self, service: EngineService, exam: Exam, offers: Sequence[Offer], report: Report) -> None:
-        self._service, self._exam, self._report = service, exam, report
-        self._offers = {offer.name: offer for offer in offers}
-        self._specs = [offer.spec for offer in offers]
+    def __init__(self, service: EngineService, exam: Exam, terms: Terms, report: Report) -> None:
+        self._service, self._exam, self._terms, self._report = service, exam, terms, report
+        self._offers = {} if terms is Terms.ALONE else {offer.name: offer for offer in exam.offers}
+        self._specs = [offer.spec for offer in self._offers.values()]
+        self._constraint = self._grammar() if terms is Terms.HELD else None
         self.messages: list[Message] = [{"role": "user", "content": exam.task.question}]
 
     async def run(self) -> str:
@@ -116,15 +131,22 @@ class Attempt:
         if shared < len(known):
             await context.truncate(shared)
         await context.append(ids[shared:])
-        params = SamplingParams(temperature=0.0, max_new_tokens=max(1, min(MAX_TURN_TOKENS, WINDOW - len(ids))))
+        room = max(1, min(MAX_TURN_TOKENS, WINDOW - len(ids)))
+        params = SamplingParams(temperature=0.0, max_new_tokens=room, constraint=self._constraint)
         return "".join([chunk.text async for chunk in context.generate(params)])
 
+    def _grammar(self) -> Constraint | None:
+        special_ids = self._service.tokenizer.special_ids
+        source = tool_grammar(ToolFormat.HERMES, self._specs, special_ids=special_ids)
+        return None if source is None else Constraint(ConstraintKind.EBNF, source)
+
     def _result(self, body: str) -> str:
-        self._report.tool_calls += 1
+        free = self._terms is Terms.FREE
+        self._report.free_calls += free
         try:
             call = self._parsed(body)
         except ValueError as error:
-            self._report.malformed_calls += 1
+            self._report.malformed_calls += free
             return f"error: {error}"
         try:
             return self._exam.world.run(call)

@@ -141,6 +141,19 @@ def test_offers_rename_tools_and_arguments_in_calls_and_declarations(split: Spli
         assert not set(kind.names) & set(kind.held_out_names)
 
 
+def test_a_declaration_gives_each_argument_the_type_its_tool_takes() -> None:
+    """A grammar holds calls to these types: a note must not have to be a number because a measurement is one."""
+    types = {
+        tool: {k: v["type"] for k, v in usual(tool).spec["function"]["parameters"]["properties"].items()}
+        for tool in ("convert", "add_days", "put_note")
+    }
+    assert types == {
+        "convert": {"value": "number", "from_unit": "string", "to_unit": "string"},
+        "add_days": {"date": "string", "days": "integer"},
+        "put_note": {"key": "string", "value": "string"},
+    }
+
+
 def test_every_chore_renders() -> None:
     for chore, _ in CHORES:
         for number in range(20):

@@ -64,13 +64,13 @@ SKILLS: dict[str, Skill] = {
     "calendar": Skill(calendar, 6),
     "units": Skill(units, 7),
     "notebook": Skill(notes, 7),
-    "choice": Skill(choice, 9, distractors=(3, 4, 5, 6, 7)),
+    "choice": Skill(choice, 12, distractors=(3, 4, 5, 6, 7)),
     "no_tool": Skill(lambda world: unanswerable(world)[0], 5, distractors=(1, 2, 3, 4)),
-    "multi_hop": Skill(hop, 15),
-    "parallel": Skill(at_once, 11),
+    "multi_hop": Skill(hop, 16),
+    "parallel": Skill(at_once, 15),
     "surprise": Skill(any_single, 4, odd_share=1.0),
     "recovery": Skill(misspelled, 8, fault_share=0.4),
-    "adventure": Skill(adventure, 20, distractors=(0,)),
+    "adventure": Skill(adventure, 23, distractors=(0,)),
 }
 
 

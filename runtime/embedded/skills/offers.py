@@ -16,7 +16,7 @@ from caesura.runtime.embedded.tools.encyclopedia import made_up_word
 # offer, and reads a name off the prompt only if that is what mostly helps.
 OTHER_NAME_SHARE = {Split.TRAIN: 0.65, Split.HELD_OUT: 0.3}
 MADE_UP_SHARE = 0.8  # of the other names in training, so that a name is read off the prompt and not known
-_JSON_TYPES = {"value": "number", "days": "integer"}
+_JSON_TYPES = {("convert", "value"): "number", ("add_days", "days"): "integer"}  # all others are strings
 
 
 _PARTS = (
@@ -170,7 +170,8 @@ class Offer:
     @property
     def spec(self) -> dict[str, Any]:
         """The declaration in OpenAI's shape."""
-        properties = {shown: {"type": _JSON_TYPES.get(own, "string")} for own, shown in self.arguments.items()}
+        types = {own: _JSON_TYPES.get((self.tool, own), "string") for own in self.arguments}
+        properties = {shown: {"type": types[own]} for own, shown in self.arguments.items()}
         parameters = {"type": "object", "properties": properties, "required": list(properties)}
         return {
             "type": "function",
