@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from caesura.runtime.errors import InvalidRequest
 
+GRAMMAR_FAULT = "the grammar"  # how the reason of a failed generation begins when its own grammar is to blame
+
 
 class ConstraintKind(StrEnum):
     """The grammar languages a generation can be held to."""

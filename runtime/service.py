@@ -19,13 +19,13 @@ from caesura.runtime.api import PendingCall
 from caesura.runtime.build import Runtime, build
 from caesura.runtime.config import EngineConfig
 from caesura.runtime.engine import Engine, Observer
-from caesura.runtime.errors import ContextClosed, EngineStopped
+from caesura.runtime.errors import CaesuraError, ContextClosed, EngineStopped, GrammarError
 from caesura.runtime.executors.base import SampledToken
 from caesura.runtime.generation import Generation, TokenChunk, ToolCalling
 from caesura.runtime.history import History
 from caesura.runtime.logs import note
 from caesura.runtime.model.grammar import GrammarCompiler
-from caesura.runtime.sampling import Constraint, ConstraintKind, SamplerState, SamplingParams
+from caesura.runtime.sampling import GRAMMAR_FAULT, Constraint, ConstraintKind, SamplerState, SamplingParams
 from caesura.runtime.snapshot import EngineSnapshot, take_snapshot
 from caesura.runtime.telemetry import Telemetry, stats_of
 from caesura.runtime.text.template import ChatTemplate
@@ -318,7 +318,7 @@ class ContextHandle:
                 chunk = await chunks.get()
                 finished = chunk.finish is not None
                 if chunk.finish is not None and chunk.finish.error is not None:
-                    raise self._closed or ContextClosed(chunk.finish.error)
+                    raise self._closed or _failure(chunk.finish.error)
                 if finished:
                     self.num_tokens = await self._call(lambda engine: engine.num_tokens(self.id))
                 yield chunk
@@ -432,3 +432,8 @@ class ContextHandle:
         """Close the context, aborting what it does. Idempotent."""
         self._service.post(lambda engine: engine.close(self.id))
         self._closed = self._closed or ContextClosed(f"context {self.id} is closed")
+
+
+def _failure(reason: str) -> CaesuraError:
+    """What a generation that failed for ``reason`` raises: a grammar at fault is the request's."""
+    return GrammarError(reason) if reason.startswith(GRAMMAR_FAULT) else ContextClosed(reason)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from caesura.runtime.executors.base import SampledToken
-from caesura.runtime.sampling import SamplerState
+from caesura.runtime.sampling import GRAMMAR_FAULT, SamplerState
 from torch import Tensor
 
 _COLD, _COLDEST = 1e-3, 1e-30
@@ -68,7 +68,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 _NOT_FINITE = SampleFailure("the model produced logits that are not finite numbers")
-_NOTHING_ALLOWED = "the grammar allows no further token"
+_NOTHING_ALLOWED = f"{GRAMMAR_FAULT} allows no further token"
 
 
 def _temperature(row: Tensor, state: SamplerState) -> float:
@@ -132,7 +132,7 @@ def _apply_mask(row: Tensor, state: SamplerState) -> str | None:
         assert state.matcher is not None
         state.matcher.fill_mask(words)
     except Exception as error:  # a matcher is a grammar at work: its fault is its own context's, not the batch's
-        return f"the grammar failed: {error}"
+        return f"{GRAMMAR_FAULT} failed: {error}"
     allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[: row.shape[0]].astype(bool)
     if not allowed.any():
         return _NOTHING_ALLOWED

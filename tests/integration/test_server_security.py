@@ -296,6 +296,18 @@ def test_sec_22_hostile_grammars_fail_alone() -> None:
     with_remote(test)
 
 
+def test_a_grammar_that_fails_at_work_is_a_wrong_request() -> None:
+    """It compiles, and outgrows the parser some tokens later."""
+
+    async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
+        params = {"regex": "(a*)*" * 300, "min_new_tokens": 8, "max_new_tokens": 9}
+        answer = await client.post("/generate", json={"text": "a", "sampling_params": params})
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["code"] == "invalid_grammar"
+
+    with_remote(test)
+
+
 def _calls_made(num_messages: int) -> int:
     """Python calls that reading and rendering a conversation takes: work, counted instead of timed."""
     pair = '{"role":"user","content":"hi"},{"role":"assistant","content":"ho"}'
