@@ -1,7 +1,7 @@
 """A person in the loop: a tool that takes days, and a program that survives the end of its process.
 
-The model works out how many, the program asks a person for leave. Stop the process while it waits, or kill it; answer
-when you like; run it again. What was done is on the recording: nothing is thought again, no tool runs twice.
+The model works out a refund and asks a person for leave. Stop the process while it waits, or kill it; answer when you
+like; run it again. What was done is taken from the recording: the model does not think it again, no tool runs twice.
 
     python examples/human_in_the_loop.py                     # asks, and waits
     echo yes > out/refund.answer                             # or: no: the goods came back broken
@@ -12,11 +12,11 @@ import asyncio
 from pathlib import Path
 
 import typer
-from caesura.lang import Engine, assistant, call_tool, connect, durable, function, gen, tool, user
+from caesura.lang import Engine, assistant, connect, durable, function, gen, tool, user
 from caesura.runtime.embedded.tools import calculate
 from rich import print
 
-QUESTION = "Wanda has 48 boxes with 17 lanterns each. How many lanterns are there in total?"
+REQUEST = "Refund 48 lanterns at 17 each to Wanda."
 
 
 class Desk:
@@ -42,22 +42,19 @@ def calculator(expression: str) -> str:
 
 
 @function
-def refund(s, question: str, desk: Desk):
-    s += user(question)
-    s += assistant(gen("answer", tools=[calculator], max_tokens=96, temperature=0))
-    s += user(call_tool("leave", desk.ask_person, f"{s['answer']} Refund them all to Wanda?"))  # it may take days
-    agreed, _, reason = s["leave"].partition(":")
-    return "Refunded." if agreed == "yes" else f"Not refunded:{reason or ' no reason was given'}."
+def refund(s, request: str, desk: Desk):
+    s += user(request)
+    s += assistant(gen("outcome", tools=[calculator, desk.ask_person], max_tokens=96, temperature=0))
 
 
-def main(question: str = QUESTION, folder: Path = Path("out"), url: str = "", model: str = ""):
+def main(request: str = REQUEST, folder: Path = Path("out"), url: str = "", model: str = ""):
     """Handle a request; --url names a server, --model a checkpoint, otherwise the embedded model works."""
     folder.mkdir(parents=True, exist_ok=True)
     desk = Desk(folder / "refund.answer")
     with connect(url) if url else Engine(model or None) as engine, durable(engine, folder / "refund.jsonl") as backend:
-        state = refund.run(question, desk, backend=backend)
+        state = refund.run(request, desk, backend=backend)
         try:
-            print(f"[bold green]{state.ret_value}")
+            print(f"[bold green]{state['outcome']}")
         except KeyboardInterrupt:
             state.cancel()
             print("Stopped. Run it again, and it goes on from here.")

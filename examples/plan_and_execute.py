@@ -1,7 +1,7 @@
-"""Plan and execute: a planner orders the parts of a request, sub-agents do them at once, all answers come back.
+"""Plan and execute: a planner splits the work, sub-agents do the parts at once, the planner puts the answers together.
 
-The sub-agents are forks of one desk: its instructions and tools, the longest part of what they read, are computed
-once and shared by all. Each works on one question and pauses at its tools; the trace shows them side by side.
+The sub-agents are forks of one desk: its instructions and tools, the longest part of what they read, are computed once
+and shared by all. Each works on one question, with tools, pausing when it must; the trace shows them side by side.
 
     python examples/plan_and_execute.py
 """
@@ -9,25 +9,21 @@ once and shared by all. Each works on one question and pauses at its tools; the 
 import re
 
 import typer
-from caesura.lang import (
-    Engine,
-    Tool,
-    assistant,
-    assistant_begin,
-    assistant_end,
-    connect,
-    function,
-    gen,
-    select,
-    system,
-    user,
-)
-from caesura.runtime.embedded.tools import calculate
+from caesura.lang import Engine, Tool, assistant, connect, function, gen, system, user
+from caesura.runtime.embedded.tools import Encyclopedia, calculate, convert
 from rich import print
 
-TOOLS = [Tool(calculate, name="calculator", description="Evaluate an arithmetic expression.")]
+BOOK = Encyclopedia(3)
+TOOLS = [
+    Tool(calculate, name="calculator", description="Evaluate an arithmetic expression."),
+    *(Tool(function) for function in (BOOK.lookup, convert)),
+]
 RULES = "You work for a small shop and help its staff. Be exact and short. Never guess a number. Reply in one sentence."
-REQUEST = "What is 4827 * 396, what is 51 + 1818, what is 9036 / 36, and what is 7001 - 4823?"
+PLAN = r"1\. [^\n]{3,120}(\n[2-6]\. [^\n]{3,120}){0,5}"
+REQUEST = (
+    f"What is 4827 * 396, who is the mayor of {BOOK.towns[0]}, what is 12.5 km in miles, "
+    f"and in which town was {BOOK.people[0]} born?"
+)
 
 
 @function(tools=TOOLS)
@@ -42,18 +38,13 @@ def desk(s, questions: list[str]):
 
 @function
 def work(s, request: str = REQUEST):
-    s += user(f"In which order? {request}")
-    left = [f"{part[0].upper()}{part[1:]}?" for part in re.split(r", (?:and )?", request.rstrip("?"))]
-    plan: list[str] = []
-    s += assistant_begin()
-    while left:  # the model says what comes next; the choices see to it that nothing is lost or invented
-        s += select(f"step{len(plan)}", left) + "\n"
-        plan.append(s[f"step{len(plan)}"])
-        left.remove(plan[-1])
-    s += assistant_end()
-    agents = desk.run(plan)
+    s += user(f"Split this into separate questions: {request}")
+    s += assistant(gen("plan", regex=PLAN, max_tokens=200, temperature=0))
+    questions = re.findall(r"^\d\. (.*)", s["plan"], re.MULTILINE)
+    agents = desk.run(questions)
     s.role("tool", "\n".join(f"{i}. {answer}" for i, answer in enumerate(agents.ret_value, 1)))
-    return plan, agents
+    s += assistant(gen("summary", max_tokens=200, temperature=0))
+    return questions, agents
 
 
 def main(request: str = REQUEST, url: str = "", model: str = ""):
@@ -64,7 +55,7 @@ def main(request: str = REQUEST, url: str = "", model: str = ""):
         print(f"[bold]{request}")
         for question, answer in zip(questions, agents["answer"], strict=True):
             print(f"  {question} [green]{answer}[/]")
-        print()
+        print(f"[bold green]{state['summary']}[/]\n")
         print(state.trace().tree(), agents.trace().tree())
         usage = agents.usage()
         print(

@@ -1,45 +1,71 @@
-"""ReAct with `call_tool`: the program, not the runtime, reads what the model wants and calls the tool.
+"""ReAct: thought, action, observation, in plain text; the program reads each action and calls the tool itself.
 
-The model writes either a call or its answer. Each call pauses the context; its result is the next observation.
+The loop is yours: you see every thought, may refuse an action, count them, or change what is observed. A regex keeps
+the model to actions that exist. Each `call_tool` pauses the context; only the observation is computed when it goes on.
+
+    python examples/react.py --question "Add 4821 and 977, then multiply the result by 36."
 """
 
-import json
-import sys
+import re
 
-from caesura.lang import Engine, assistant, call_tool, function, gen, tool, user
-from caesura.runtime.embedded.tools import calculate
+import typer
+from caesura.lang import Engine, assistant_begin, assistant_end, call_tool, connect, function, gen, system, user
+from caesura.runtime.embedded.tools import Encyclopedia, calculate
+from rich import print
+from rich.markup import escape
 
-QUESTION = "Add 4821 and 977, then multiply the result by 36."
+BOOK = Encyclopedia(3)
+ELDER, YOUNGER = sorted(BOOK.people[:2], key=lambda name: BOOK.entries[name]["birth_year"])
+QUESTION = f"How old was {ELDER} when {YOUNGER} was born?"
+RULES = (
+    "Answer with lines of Thought, Action and Observation. "
+    "Actions: calculator[expression], lookup[name, what], answer[text]."
+)
+FIELDS = sorted({field for entry in BOOK.entries.values() for field in entry})
+ACTION = (  # the grammar knows what there is, so that no name is misspelt
+    r" (calculator\[[-+*/(). \d]{3,60}\]"
+    rf"|lookup\[({'|'.join(map(re.escape, BOOK.entries))}), ({'|'.join(FIELDS)})\]"
+    r"|answer\[[^\]\n]{1,60}\])"
+)
 
 
-@tool(timeout_s=5, retries=1)
-def calculator(expression: str) -> str:
-    """Evaluate an arithmetic expression."""
-    return calculate(expression)
+def lookup(entry: str) -> str:
+    """Look a field of an entry up: "name, field"."""
+    name, _, field = entry.partition(", ")
+    return BOOK.lookup(name, field)
 
 
-def wanted(text: str) -> str | None:
-    """The expression of a call in ``text``, None when there is no call."""
-    _, tag, rest = text.partition("<tool_call>")
-    if not tag:
-        return None
-    return json.loads(rest.partition("</tool_call>")[0])["arguments"]["expression"]
-
-
-@function(tools=[calculator])
-def react(s, question: str = QUESTION, max_steps: int = 4):
+@function
+def react(s, question: str = QUESTION, max_steps: int = 6):
+    s += system(RULES)
     s += user(question)
+    s += assistant_begin()
     for step in range(max_steps):
-        s += assistant(gen(f"thought{step}", max_tokens=96, temperature=0))
-        expression = wanted(s[f"thought{step}"])
-        if expression is None:
-            return s[f"thought{step}"]
-        s.role("tool", call_tool(f"observation{step}", calculator, expression))
+        s += "Thought:" + gen(f"thought{step}", stop="\n", max_tokens=48, temperature=0)
+        s += "\nAction:" + gen(f"action{step}", regex=ACTION, max_tokens=48, temperature=0)
+        name, _, inside = s[f"action{step}"].strip(" ]").partition("[")
+        if name == "answer":
+            s += assistant_end()
+            return inside
+        tool = calculate if name == "calculator" else lookup
+        s += "\nObservation: " + call_tool(f"observation{step}", tool, inside, timeout_s=5) + "\n"
     return "no answer within the steps allowed"
 
 
+def main(question: str = QUESTION, url: str = "", model: str = ""):
+    """Ask a question; --url names a server, --model a checkpoint, otherwise the embedded model answers."""
+    with connect(url) if url else Engine(model or None) as backend:
+        state = react.run(question, backend=backend)
+        print(f"[bold]{escape(question)}")
+        for line in state.messages()[-1]["content"].splitlines():
+            kind, _, rest = line.partition(":")
+            colour = {"Thought": "cyan", "Action": "magenta"}.get(kind, "yellow")
+            print(f"  [{colour}]{kind:>11}[/] {escape(rest)}")
+        print(f"[bold green]{escape(state.ret_value)}[/]")
+        usage = state.usage()
+        print(f"[dim]{usage.tool_calls} pauses; {usage.prompt_tokens} tokens of prompts, {usage.cached_tokens} kept[/]")
+    return state
+
+
 if __name__ == "__main__":
-    with Engine() as engine:
-        state = react.run(*sys.argv[1:2], backend=engine)
-        print(state.text())
-        print("Returned:", state.ret_value)
+    typer.run(main)

@@ -110,12 +110,28 @@ def test_run_shows_roles_and_the_tools_result() -> None:
     assert "1 tool calls" in result.stdout
 
 
-def test_react_takes_two_steps() -> None:
-    result = invoke("run", str(EXAMPLES / "react.py"), "--json")
+def test_react_observes_step_by_step() -> None:
+    question = "question=Add 4821 and 977, then multiply the result by 36."
+    result = invoke("run", str(EXAMPLES / "react.py"), "--arg", question, "--json")
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
     assert document["variables"]["observation0"] == "5798"
-    assert document["usage"]["tool_calls"] >= 2
+    assert document["usage"]["tool_calls"] >= 1
+
+
+def test_eval_counts_with_tools_and_grammar_with_tools_alone_and_without() -> None:
+    result = invoke("eval", "embedded", "--tasks", "24", "--seed", "5", "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert {name: document[name]["total"] for name in ("with_tools", "without_grammar", "without_tools")} == {
+        "with_tools": 24,
+        "without_grammar": 24,
+        "without_tools": 24,
+    }
+    assert document["with_tools"]["right"] >= 16  # 87 % of many more
+    assert document["without_tools"]["right"] <= 6
+    assert sum(skill["right"] for skill in document["skills"].values()) == document["with_tools"]["right"]
+    assert 0 <= document["malformed_calls"] <= document["tool_calls"]
 
 
 def test_chat_reads_standard_input_and_calls_the_calculator() -> None:

@@ -230,8 +230,8 @@ def test_a_call_cut_off_by_the_limit_is_no_pause() -> None:
 
 def test_a_stream_and_a_whole_answer_agree() -> None:
     body = {
-        "messages": [QUESTION], "n": 3, "seed": 7, "max_tokens": 12, "logprobs": True, "top_logprobs": 2,
-        "temperature": 1.5,
+        "messages": [QUESTION, {"role": "assistant", "content": "The moon"}], "continue_final_message": True,
+        "n": 3, "seed": 7, "max_tokens": 12, "logprobs": True, "top_logprobs": 2, "temperature": 1.5,
     }  # fmt: skip
 
     async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
@@ -273,8 +273,8 @@ def test_a_stream_and_a_whole_answer_agree() -> None:
         ({"regex": "(yes|no)!"}, lambda text: text in ("yes!", "no!")),
         ({"ebnf": 'root ::= "left" | "right"'}, lambda text: text in ("left", "right")),
         ({"ebnf": 'start: "left" | "right"'}, lambda text: text in ("left", "right")),
-        ({"stop": ["answer"]}, lambda text: text == "The "),
-        ({"max_completion_tokens": 1}, lambda text: text == "The"),
+        ({"stop": ["tool"]}, lambda text: text == "I have no "),
+        ({"max_completion_tokens": 1}, lambda text: text == "I"),
         ({"messages": [QUESTION, {"role": "assistant", "content": "The answer"}], "continue_final_message": True},
          lambda text: text.startswith(" is")),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "What is 3 + 4?"}]}]},
@@ -347,7 +347,7 @@ def test_a_wrong_request_is_a_400_streaming_or_not(body: dict[str, Any], word: s
 
 def test_without_a_limit_an_answer_takes_what_fits() -> None:
     async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
-        long = {"role": "user", "content": "word " * 400}
+        long = {"role": "user", "content": "word " * 1100}
         answer = await post(client, CHAT, {"messages": [long], "stop": ["a", "e", "i", "o"]})
         assert answer["usage"]["prompt_tokens"] > 1024
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 from caesura.runtime.build_device import build_device, refuse_unsupported
 from caesura.runtime.config import EngineConfig
+from caesura.runtime.embedded import checkpoint_path
+from caesura.runtime.embedded.net import Shape, TinyLlama
+from caesura.runtime.embedded.train import export
 from caesura.runtime.errors import EngineStopped, InvalidRequest, UnsupportedModel
 from caesura.runtime.executors.base import SliceInput
 from caesura.runtime.executors.torch_cuda import CudaExecutor
@@ -22,6 +25,7 @@ from caesura.runtime.sampling import SamplingParams
 from caesura.runtime.service import EngineService
 from caesura.runtime.sim import SimTokenizer
 from caesura.scheduler.types import ContextId, Move, MoveId, MoveKind, PageId
+from tokenizers import Tokenizer
 
 from tests.integration.model_checkpoints import drive, make_executor, make_reference, make_runs, save
 from tests.integration.test_device_executor import PROMPTS, tokens_of
@@ -71,7 +75,12 @@ def test_two_processes_yield_the_tokens_of_one(name: str, tmp_path: Path) -> Non
     executor.close()
 
 
-def test_the_embedded_model_serves_from_two_processes() -> None:
+def test_a_checkpoint_serves_from_two_processes(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(checkpoint_path() / "tokenizer.json"))
+    torch.manual_seed(1)
+    shape = Shape(vocab=tokenizer.get_vocab_size(), hidden=64, layers=2, heads=4, kv_heads=2, intermediate=96)
+    export(TinyLlama(shape), tokenizer, tmp_path)
+
     async def answer(config: EngineConfig) -> list[list[int]]:
         found = []
         with EngineService.start(config) as service:
@@ -83,7 +92,7 @@ def test_the_embedded_model_serves_from_two_processes() -> None:
                 await context.close()
         return found
 
-    base: dict[str, Any] = {"kv_tokens": 1024, "num_threads": 1, "profile": PROFILE}
+    base: dict[str, Any] = {"model": str(tmp_path), "kv_tokens": 1024, "num_threads": 1, "profile": PROFILE}
     one = asyncio.run(answer(EngineConfig(**base)))
     assert asyncio.run(answer(EngineConfig(**base, tensor_parallel=2))) == one
     assert not torch.distributed.is_initialized()

@@ -65,7 +65,7 @@ SKILLS: dict[str, Skill] = {
     "units": Skill(units, 7),
     "notebook": Skill(notes, 7),
     "choice": Skill(choice, 12, distractors=(3, 4, 5, 6, 7)),
-    "no_tool": Skill(lambda world: unanswerable(world)[0], 5, distractors=(1, 2, 3, 4)),
+    "no_tool": Skill(lambda world: unanswerable(world)[0], 9, distractors=(1, 2, 3, 4)),
     "multi_hop": Skill(hop, 16),
     "parallel": Skill(at_once, 15),
     "surprise": Skill(any_single, 4, odd_share=1.0),

@@ -99,7 +99,7 @@ def stream() -> None:
     whole = client().chat.completions.create(**options)
     chunks = list(client().chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert text == whole.choices[0].message.content and "numbers" in text
+    assert text == whole.choices[0].message.content and "tools" in text
     assert len([chunk for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]) > 3
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     assert len({chunk.id for chunk in chunks}) == 1
@@ -349,7 +349,7 @@ def responses_stream() -> None:
             text += event.delta if event.type == "response.output_text.delta" else ""
         final = streamed.get_final_response()
     assert kinds[0] == "response.created" and kinds[-1] == "response.completed"
-    assert text == final.output_text and "numbers" in text
+    assert text == final.output_text and "tools" in text
     with client().responses.stream(**options, input=SUM) as streamed:
         arguments = "".join(e.delta for e in streamed if e.type == "response.function_call_arguments.delta")
         call = streamed.get_final_response().output[0]

@@ -25,7 +25,7 @@ CHECKS: dict[str, Callable[[], None]] = {}
 SYSTEM = "Use the calculator for every calculation."
 SUM, SUM_ANSWER = "What is 4827 * 396?", "1911492"
 TWO_STEPS, TWO_STEPS_ANSWER = "What is (1840 + 327) * 56?", "121352"
-PARALLEL, PARALLEL_ANSWERS = "Compute 48 * 39 and 17 * 23.", ("1872", "391")
+PARALLEL, PARALLEL_ANSWERS = "Compute 48 * 39 and 56 * 31.", ("1872", "1736")
 
 
 def check(function: Callable[[], None]) -> Callable[[], None]:
