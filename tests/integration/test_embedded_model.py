@@ -22,7 +22,7 @@ from caesura.runtime.embedded.trainer import Recipe, Trainer
 from rich.console import Console
 from tokenizers import Tokenizer
 
-MAX_CHECKPOINT_BYTES = 8 * 1024 * 1024
+MAX_CHECKPOINT_BYTES = 16 * 1024 * 1024
 TASKS = make_tasks(77, 30, Split.HELD_OUT)
 
 
