@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 
 import pytest
@@ -20,18 +19,7 @@ from caesura.lang import (
     user,
 )
 
-
-@tool
-def search(query: str, limit: int = 3) -> str:
-    """Look a topic up."""
-    return f"{limit} pages on {query}"
-
-
-@tool
-async def weather(city: str) -> dict[str, object]:
-    """Weather of a city."""
-    await asyncio.sleep(0.001)
-    return {"city": city, "degrees": 21}
+from tests.unit.test_lang_tools import search, weather
 
 
 @function
