@@ -80,9 +80,11 @@ def run(test: Callable[[httpx.AsyncClient, FastAPI], Awaitable[None]], **options
         service = embedded_service()
         await service.flush_cache()
         app = make_app(service, **options)
-        async with client_of(app) as client:
-            await test(client, app)
-        await app.state.server.close()
+        try:
+            async with client_of(app) as client:
+                await test(client, app)
+        finally:
+            await app.state.server.close()
         await nothing_left(service)
 
     asyncio.run(main())

@@ -131,7 +131,12 @@ def test_leaving_while_a_paused_context_is_gone_on_with() -> None:
         ask = {"messages": [QUESTION], "tools": TOOLS, "temperature": 0}
         message = (await post(client, chat, ask))["choices"][0]["message"]
         body = {**ask, "messages": [QUESTION, *answered(message)]}
-        await leave(app, chat, body, after_events=10_000, after_s=0.004)
+        gone = asyncio.Event()
+        leaving = asyncio.ensure_future(leave(app, chat, body, after_events=10_000, after_s=10, gone=gone))
+        while embedded_service().stats()["contexts"]["paused"] and not leaving.done():
+            await asyncio.sleep(0)
+        gone.set()
+        await leaving
         await nothing_left(embedded_service())
         answer = await post(client, chat, body)  # the client tries again
         assert "1911492" in answer["choices"][0]["message"]["content"]
