@@ -46,6 +46,8 @@ CHORE_SHARE = 0.12
 NO_TOOLS_SHARE = 0.03
 SMALL_TALK_SHARE = 0.02
 WITHHELD_SHARE = 0.06
+MEDLEY_SHARE = 0.3  # of the conversations with several questions; what tool a question needs is the hardest to learn
+MAX_OFFERS = 9
 
 _RULES = (
     "You are a helpful assistant.",
@@ -127,6 +129,8 @@ class ConversationMaker:
             return self._adventure(messages, world, progress)
         if drawn < (SKILLS["adventure"].share + SKILLS["no_tool"].share) / 100:
             return self._unanswerable(messages, world)
+        if progress > 0.4 and rng.random() < MEDLEY_SHARE:
+            return self._chain(messages, world, ["choice"] * rng.randint(3, 7))
         most = 1 if progress < 0.1 else 2 if progress < 0.4 else 4
         return self._chain(messages, world, rng.choices(self._chained, self._weights, k=rng.randint(1, most)))
 
@@ -165,6 +169,7 @@ class ConversationMaker:
             used.update(dict.fromkeys(task.needs))
             solved.append((task, *rounds_of(task, world)))
         distractors = rng.choice((0, 0, 1, 2, 3, 4, 6)) if "choice" not in names else rng.randint(2, 7)
+        distractors = min(distractors, max(1, MAX_OFFERS - len(used)))
         without = [*withheld, *(near for tool in withheld for near in NEAR.get(tool, ()))]
         offers = [] if bare else toolset(tuple(used), rng, Split.TRAIN, distractors=distractors, without=without)
         by_tool = {offer.tool: offer for offer in offers}
@@ -345,7 +350,7 @@ def batches(
     batch_tokens: int,
     pool: int,
     max_tokens: int,
-    micro_tokens: int = 3072,
+    micro_tokens: int = 1536,
 ) -> Iterator[list[list[Example]]]:
     """A shuffled pool of conversations cut into micro-batches of like length, several of which make a batch of at
     least ``batch_tokens``, short and long ones mixed."""

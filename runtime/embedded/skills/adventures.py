@@ -14,6 +14,7 @@ from caesura.runtime.embedded.tools.adventure import DECOYS, MAX_STEPS, METALS, 
 STEPS = range(10, 23)
 MADE_UP_SHARE = 0.75  # of the words in training: with 0.3, words never seen before were copied badly
 SIZES = ((5, 1), (6, 1), (7, 1), (6, 2), (7, 2))  # rooms, locked doors
+SIZES_OF = {Split.TRAIN: SIZES[:3] + 4 * SIZES[3:], Split.HELD_OUT: SIZES}  # keys that do not fit are hard to learn
 HELD_OUT = Words(
     rooms=("vault", "bakery", "cabin", "porch", "dungeon", "terrace", "crypt", "nursery", "shed", "parlor", "barn"),
     treasures=("diamond", "violin", "amulet", "statue", "chalice", "medal"),
@@ -27,7 +28,7 @@ _LOCKED = re.compile(r"(\w+) locked \((.*)\)")
 def adventure(world: World, *, begun: bool = False) -> Task:
     """A game of 10 to 22 steps when it is played well; ``begun`` starts it somewhere on the way."""
     while True:
-        rooms, locks = world.rng.choice(SIZES)
+        rooms, locks = world.rng.choice(SIZES_OF[world.split])
         seed, words = f"{world.seed}/{world.rng.random()}", _words(world)
         rehearsal = Adventure(seed, rooms=rooms, locks=locks, words=words)
         _rehearse(rehearsal)

@@ -7,7 +7,6 @@ import random
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 from caesura.runtime.embedded.skills.task import Call
 from caesura.runtime.embedded.tasks import Split, split_of
@@ -29,7 +28,15 @@ FATAL = (
     "timed out", "the tool failed", "no answer after {n} seconds", "connection lost", "cancelled",
     "ConnectionError: no route to host", "permission denied",
 )  # fmt: skip
-WILD_SHARE = 0.4  # of the invented words in training, how many are any letters, so that all of them are copied well
+WILD_SHARE = 0.5  # of the invented words in training, how many are any letters, so that all of them are copied well
+_PIECES = (
+    *("able", "ace", "age", "am", "an", "ance", "ang", "ant", "ape", "ard", "ark", "ate", "ave", "ay", "ble", "cle"),
+    *("eam", "ear", "eck", "ed", "el", "ell", "en", "ence", "ent", "ery", "ess", "est", "et", "ever", "ful", "ght"),
+    *("ible", "ice", "ide", "ight", "ile", "ine", "ing", "ion", "ip", "ish", "ist", "ity", "ive", "ks"),
+    *("land", "less", "ly", "ment", "ness", "ock", "old", "ond", "ool", "oon", "op", "ore", "ort", "ory", "oss", "ot"),
+    *("ound", "our", "ous", "out", "ow", "own", "que", "sion", "th", "ting", "tle", "ty", "ue", "ule", "ult"),
+    *("ump", "und", "unt", "up", "ure", "urn", "ust", "ward", "way", "wn", "wood", "xi", "yl", "zz"),
+)
 STATEFUL = frozenset({"put_note", "list_notes"})  # results that are never replaced by odd ones
 
 
@@ -104,8 +111,9 @@ class World:
         return result
 
     def _function(self, tool: str) -> Callable[..., str]:
-        known: dict[str, Callable[..., Any]] = {
+        known: dict[str, Callable[..., str]] = {
             "calculator": calculate,
+            "lookup": lambda **given: self.encyclopedia.lookup(**given),  # made when it is first asked
             "weekday": weekday,
             "add_days": add_days,
             "days_between": days_between,
@@ -115,11 +123,16 @@ class World:
             "list_notes": self.notebook.list_notes,
             **self.extra,
         }
-        return self.encyclopedia.lookup if tool == "lookup" else known[tool]
+        if tool not in known:  # on offer beside what the task needs
+            raise ToolFault(f"{tool} is not connected")
+        return known[tool]
 
 
 def wild_word(rng: random.Random) -> str:
-    """Two to nine letters, as frequent as in English, that need not be speakable."""
+    """Pieces of English words, or two to nine letters, as frequent as in English; it need not be speakable."""
+    if rng.random() < 0.5:
+        first: str = rng.choice(["", *"bcdfghjklmnprstvwz"])
+        return first + "".join(rng.choices(_PIECES, k=rng.randint(1, 2)))
     letters = "eeeeeetttttaaaaoooiiinnnsssrrrhhlllddcccuummwwffggyyppbbvkkjxqz"
     return "".join(rng.choices(letters, k=rng.randint(2, 9)))
 
