@@ -1,11 +1,10 @@
-"""Programs on OpenAI-compatible endpoints and on SGLang's protocol, with this project's server as their peer, and on
-endpoints that behave in ways ours does not."""
+"""Programs on OpenAI-compatible endpoints and on SGLang's protocol, with this project's server as their peer."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
@@ -13,7 +12,6 @@ from caesura.lang import (
     Engine,
     OpenAIBackend,
     ProgramState,
-    RemoteError,
     SGLangBackend,
     UnsupportedByBackend,
     assistant,
@@ -34,7 +32,7 @@ from caesura.lang.backends.engine import EngineBackend
 from caesura.runtime.embedded.calculator import calculate
 from caesura.runtime.errors import ContextTooLong, GrammarError
 
-from tests.integration.live_server import Live, live, live_server
+from tests.integration.live_server import Live, live_server
 
 
 @pytest.fixture(scope="module")
@@ -294,181 +292,3 @@ def test_servers_say_what_they_are(openai: OpenAIBackend, sglang: SGLangBackend,
 
     with SGLangBackend(server.url) as guessed:  # the model's name tells nothing
         assert program.run(backend=guessed).text().startswith("USER: hi\nASSISTANT: ")
-
-
-# -- endpoints unlike ours ----------------------------------------------------------------------------------------
-
-
-class Endpoint:
-    """An endpoint made of a function from (path, body) to (status, object or list of stream objects)."""
-
-    def __init__(self, answer: Callable[[str, dict[str, Any]], tuple[int, Any]]) -> None:
-        self._answer = answer
-        self.asked: list[tuple[str, dict[str, Any]]] = []
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            return
-        raw, more = b"", True
-        while more:
-            message = await receive()
-            raw, more = raw + message.get("body", b""), message.get("more_body", False)
-        body = json.loads(raw or b"{}")
-        self.asked.append((scope["path"], body))
-        status, told = self._answer(scope["path"], body)
-        if body.get("stream"):
-            kind, data = b"text/event-stream", b"".join(b"data: " + json.dumps(one).encode() + b"\n\n" for one in told)
-            data += b"data: [DONE]\n\n"
-        else:
-            kind, data = b"application/json", json.dumps(told).encode()
-        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
-        await send({"type": "http.response.body", "body": data})
-
-
-def _said(text: str | None, **more: Any) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text, **more}
-    return {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": {"prompt_tokens": 3}}
-
-
-@function
-def hello(s: ProgramState) -> None:
-    s += user("Hello.") + assistant(gen("x", max_tokens=7))
-
-
-def test_a_model_that_wants_the_newer_name_of_max_tokens() -> None:
-    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        if "max_tokens" in body:
-            message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
-            return 400, {"error": {"message": message, "param": "max_tokens", "code": "unsupported_parameter"}}
-        return 200, _said("Hi.")
-
-    endpoint = Endpoint(answer)
-    with live(endpoint) as server, OpenAIBackend(server.url, "m") as backend:
-        assert [hello.run(backend=backend)["x"] for _ in range(2)] == ["Hi."] * 2
-    assert [("max_tokens" in body) for _, body in endpoint.asked] == [True, False, False]
-    assert endpoint.asked[-1][1] == {
-        "model": "m", "max_completion_tokens": 7, "messages": [{"role": "user", "content": "Hello."}]
-    }  # fmt: skip
-
-
-def test_streamed_calls_in_pieces_and_an_error_in_the_middle() -> None:
-    def delta(finish: str | None = None, **delta: Any) -> dict[str, Any]:
-        return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
-
-    calls = [
-        delta(content="Let me see."),
-        delta(tool_calls=[{"index": 1, "id": "b", "function": {"name": "calculator", "arguments": '{"expr'}}]),
-        delta(tool_calls=[{"index": 0, "id": "a", "function": {"name": "calculator", "arguments": ""}}]),
-        delta(tool_calls=[{"index": 1, "function": {"arguments": 'ession": "1 + 1"}'}}]),
-        delta(tool_calls=[{"index": 0, "function": {"arguments": '{"expression": "2 + 2"}'}}]),
-        delta("tool_calls"),
-        {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 6}},
-    ]
-
-    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        if len(body["messages"]) == 1:
-            return 200, calls
-        results = [(m["tool_call_id"], m["content"]) for m in body["messages"] if m["role"] == "tool"]
-        assert results == [("a", "4"), ("b", "2")]
-        if len(endpoint.asked) == 2:
-            return 200, [delta(content="4 and"), delta("stop", content=" 2"), {"choices": []}]
-        return 200, [delta(content="4"), {"error": {"message": "out of memory", "type": "server_error"}}]
-
-    @function
-    def program(s: ProgramState) -> None:
-        s += user("Sums?") + assistant(gen("x", tools=[calculator]))
-
-    endpoint = Endpoint(answer)
-    with live(endpoint) as server, OpenAIBackend(server.url, "m") as backend:
-        state = program.run(backend=backend, stream=True)
-        assert state["x"] == "4 and 2"
-        assert [result.text for _, result in state.tool_calls("x")] == ["4", "2"]
-        assert state.messages()[1]["content"] == "Let me see."
-        error = program.run(backend=backend, stream=True).error()
-    assert error is not None and isinstance(error.root, RemoteError) and "out of memory" in str(error)
-
-
-def test_an_endpoint_without_echo_and_schemas_is_asked_in_words() -> None:
-    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        if body.get("echo"):
-            return 400, {"error": {"message": "echo is not supported"}}
-        if path.endswith("/completions") and "prompt" in body:
-            return 200, {"choices": [{"index": 0, "text": " carrots!", "finish_reason": "length"}]}
-        return 200, _said("It is the carrot" if "options" in body["messages"][-1]["content"] else "no")
-
-    @function
-    def text(s: ProgramState) -> None:
-        s += "Rabbits eat" + select("x", [" cars", " carrots"])
-
-    @function
-    def chat(s: ProgramState) -> None:
-        s += user("Eat?") + assistant(select("x", ["it is the carrot", "it is the car"]))
-
-    endpoint = Endpoint(answer)
-    with live(endpoint) as server, OpenAIBackend(server.url, "m") as backend:
-        assert [text.run(backend=backend)["x"] for _ in range(2)] == [" carrots"] * 2
-        assert chat.run(backend=backend)["x"] == "it is the carrot"
-        scores = chat.run(backend=backend).get_meta_info("x")["normalized_prompt_logprobs"]
-    assert scores[0] == 0.0 > scores[1]
-    assert sum(bool(body.get("echo")) for _, body in endpoint.asked) == 1, "what was refused is not asked for again"
-
-
-@pytest.mark.parametrize(
-    ("told", "words"),
-    [
-        ({"choices": [{"message": {"content": "x"}, "finish_reason": "content_filter"}]}, "content filter"),
-        ({"choices": [{"message": {"content": "x"}, "finish_reason": None}]}, "without saying why"),
-        ({}, "without saying why"),
-    ],
-)
-def test_answers_that_are_none(told: Any, words: str) -> None:
-    with live(Endpoint(lambda path, body: (200, told))) as server, OpenAIBackend(server.url, "m") as backend:
-        error = hello.run(backend=backend).error()
-    assert error is not None and isinstance(error.root, RemoteError) and words in str(error)
-
-
-def test_a_stock_sglang_server_has_no_first_logprob_and_may_stream_pieces() -> None:
-    """It gives null for the first returned token, lacks /server_info in older versions, and aborts."""
-
-    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        if path in ("/model_info", "/server_info"):
-            return 404, {"detail": "Not Found"}
-        if path in ("/get_model_info", "/get_server_info"):
-            return 200, {"model_path": "Qwen/Qwen3-0.6B"}
-        sampling = body["sampling_params"]
-        if isinstance(body["text"], list):
-            assert sampling["max_new_tokens"] == 0 and body["logprob_start_len"] == 1
-            rows = [
-                [[None, 1, "b"], [-5.0, 2, " c"], [-float(i + 1), 3, text[-2:]]] for i, text in enumerate(body["text"])
-            ]
-            return 200, [{"text": "", "meta_info": {"input_token_logprobs": row}} for row in rows]
-        if sampling["max_new_tokens"] == 0:
-            return 200, {"text": "", "meta_info": {"prompt_tokens": 3, "finish_reason": {"type": "length"}}}
-        if body.get("stream"):
-            done = {"finish_reason": {"type": "stop", "matched": 9}, "completion_tokens": 4, "prompt_tokens": 3}
-            return 200, [
-                {"text": "one", "output_ids": [1], "meta_info": {"finish_reason": None, "completion_tokens": 1}},
-                {"text": " two", "output_ids": [2, 3], "meta_info": {"finish_reason": None, "completion_tokens": 3}},
-                {"text": " one", "output_ids": [4], "meta_info": done},
-            ]
-        return 200, {"text": "", "meta_info": {"finish_reason": {"type": "abort", "message": "too busy"}}}
-
-    @function
-    def choose(s: ProgramState) -> None:
-        s += "a b c" + select("x", [" x", " y"])
-
-    @function
-    def talk(s: ProgramState) -> None:
-        s += user("<|im_end|>") + assistant(gen("x"))
-
-    endpoint = Endpoint(answer)
-    with live(endpoint) as server, SGLangBackend(server.url) as backend:
-        assert choose.run(backend=backend)["x"] == " x"
-        state = talk.run(backend=backend, stream=True)
-        assert state["x"] == "one two one"
-        assert state.get_meta_info("x")["finish_reason"] == {"type": "stop", "matched": 9}
-        error = talk.run(backend=backend).error()
-        assert error is not None and "too busy" in str(error)
-        assert get_server_info(backend)["model"] == "Qwen/Qwen3-0.6B"
-    sent = next(body["text"] for _, body in endpoint.asked if body.get("stream"))
-    assert sent.count("<|im_end|>") == 1 and sent.startswith("<|im_start|>user\n<\u200b|im_end|>")
