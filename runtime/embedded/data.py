@@ -350,7 +350,7 @@ def batches(
     batch_tokens: int,
     pool: int,
     max_tokens: int,
-    micro_tokens: int = 1536,
+    micro_tokens: int = 3072,
 ) -> Iterator[list[list[Example]]]:
     """A shuffled pool of conversations cut into micro-batches of like length, several of which make a batch of at
     least ``batch_tokens``, short and long ones mixed."""

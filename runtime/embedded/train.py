@@ -1,9 +1,8 @@
 """Train a model on all skills from nothing: ``python -m caesura.runtime.embedded.train --out FOLDER --seed 0``.
 
-On CPUs, bfloat16 arithmetic over float32 weights, a process for each core. The schedule is counted in steps, so that a
-seed and a number of processes give the same model on the same kind of machine. The state is saved with every
-evaluation; ``--resume`` goes on from it, also with other ``--rates``. ``caesura eval embedded --model FOLDER`` asks the
-result through the engine.
+On CPUs, bfloat16 arithmetic over float32 weights. The schedule is counted in steps, so that a seed and a thread count
+give the same model on the same kind of machine. The state is saved with every evaluation; ``--resume`` goes on from it,
+also with other ``--rates``. ``caesura eval embedded --model FOLDER`` asks the result through the engine.
 """
 
 from __future__ import annotations
@@ -11,12 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from caesura.runtime.embedded.chat import CHAT_TEMPLATE, END_OF_TEXT, TURN_END
 from caesura.runtime.embedded.data import token_id, train_tokenizer
 from caesura.runtime.embedded.exam import scores
@@ -73,7 +69,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--lr", type=float, default=recipe.lr)
     parser.add_argument("--batch-tokens", type=int, default=recipe.batch_tokens)
-    parser.add_argument("--processes", type=int, default=2, help="each on one thread")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--eval-every", type=int, default=200, help="steps between evaluations")
     parser.add_argument("--eval-tasks", type=int, default=300, help="held-out tasks per skill at the end")
     parser.add_argument("--resume", action="store_true", help="go on from the state in OUT/state")
@@ -88,17 +84,8 @@ def _rates(text: str) -> tuple[tuple[int, float], ...]:
 def main() -> None:
     """Train, export, evaluate, report."""
     arguments = _arguments()
-    with tempfile.TemporaryDirectory() as folder:
-        meeting = f"file://{folder}/meeting"
-        mp.spawn(train, (arguments, meeting), nprocs=arguments.processes)  # type: ignore[attr-defined,no-untyped-call]
-
-
-def train(rank: int, arguments: argparse.Namespace, meeting: str) -> None:
-    """One process of the training; the first one reports, saves and evaluates as well."""
-    torch.set_num_threads(1)
-    if arguments.processes > 1:
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=arguments.processes)
-    console = Console(quiet=rank > 0)
+    torch.set_num_threads(arguments.threads)
+    console = Console()
     recipe = Recipe(
         seed=arguments.seed,
         rates=arguments.rates,
@@ -107,8 +94,7 @@ def train(rank: int, arguments: argparse.Namespace, meeting: str) -> None:
     )
     known = arguments.out / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(known)) if arguments.resume else train_tokenizer(recipe.seed)
-    shape = Shape(vocab=tokenizer.get_vocab_size())
-    trainer = Trainer(recipe, shape, tokenizer, rank=rank, ranks=arguments.processes)
+    trainer = Trainer(recipe, Shape(vocab=tokenizer.get_vocab_size()), tokenizer)
     state = arguments.out / "state"
     if arguments.resume:
         trainer.load(state)
@@ -116,15 +102,14 @@ def train(rank: int, arguments: argparse.Namespace, meeting: str) -> None:
         f"{trainer.model.num_parameters():,} parameters, {recipe.steps} steps of {recipe.batch_tokens} tokens"
     )
     for step in trainer.run(console):
-        if rank == 0 and step % arguments.eval_every == 0:
+        if step % arguments.eval_every == 0:
             trainer.save(state)
             export(trainer.model, tokenizer, arguments.out)
             found = scores(trainer.model.eval(), tokenizer, seed=EVAL_SEED, tasks=25)
             console.print("  ".join(f"{skill} {share:.0%}" for skill, share in found.items()))
-    if rank == 0:
-        export(trainer.model, tokenizer, arguments.out)
-        found = scores(trainer.model, tokenizer, seed=EVAL_SEED + 1, tasks=arguments.eval_tasks)
-        report(found, trainer, arguments, console)
+    export(trainer.model, tokenizer, arguments.out)
+    found = scores(trainer.model, tokenizer, seed=EVAL_SEED + 1, tasks=arguments.eval_tasks)
+    report(found, trainer, arguments, console)
 
 
 def report(found: dict[str, float], trainer: Trainer, arguments: argparse.Namespace, console: Console) -> None:
@@ -144,7 +129,7 @@ def report(found: dict[str, float], trainer: Trainer, arguments: argparse.Namesp
             "seed": arguments.seed,
             "steps": trainer.step,
             "tokens": trainer.tokens,
-            "processes": arguments.processes,
+            "threads": arguments.threads,
             "cores": os.cpu_count(),
             "train_minutes": round(trainer.seconds / 60, 1),
             "parameters": trainer.model.num_parameters(),

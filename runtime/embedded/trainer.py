@@ -1,8 +1,4 @@
-"""One training run: bfloat16 arithmetic over float32 weights, a schedule, and a state to resume from.
-
-Several processes may train one model: each takes some of a step's micro-batches on one thread, gradients are added up,
-and everyone makes the same update. At this size that is twice as fast as two threads on one batch.
-"""
+"""One training run: bfloat16 arithmetic over float32 weights, a schedule, and a state to resume from."""
 
 from __future__ import annotations
 
@@ -15,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from caesura.runtime.embedded.chat import END_OF_TEXT
 from caesura.runtime.embedded.data import Example, batches, token_id
@@ -65,30 +60,11 @@ def collate(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, learn[:, 1:].flatten().nonzero().squeeze(1)
 
 
-def share_of(batch: list[list[Example]], rank: int, ranks: int) -> list[list[Example]]:
-    """The micro-batches of one process: the costliest first, each to whom the least was given."""
-    shares: list[list[list[Example]]] = [[] for _ in range(ranks)]
-    given = [0.0] * ranks
-    for examples in sorted(batch, key=_cost, reverse=True):
-        least = given.index(min(given))
-        shares[least].append(examples)
-        given[least] += _cost(examples)
-    return shares[rank]
-
-
-def _cost(examples: list[Example]) -> float:
-    """About proportional to the time a micro-batch takes, with a part that grows with the square of the length."""
-    length = max(len(example.ids) for example in examples)
-    return len(examples) * length * (1 + length / 1500)
-
-
 class Trainer:
     """The weights in float32, a working copy in bfloat16, and the optimizers: Muon for matrices, AdamW for the rest."""
 
-    def __init__(self, recipe: Recipe, shape: Shape, tokenizer: Tokenizer, *, rank: int = 0, ranks: int = 1) -> None:
-        """``rank`` of ``ranks`` processes, which torch.distributed connects when there are several."""
+    def __init__(self, recipe: Recipe, shape: Shape, tokenizer: Tokenizer) -> None:
         torch.manual_seed(recipe.seed)
-        self.rank, self.ranks = rank, ranks
         self.recipe, self.tokenizer = recipe, tokenizer
         self.model = TinyLlama(shape)
         self.step = 0
@@ -127,9 +103,8 @@ class Trainer:
     def update(self, batch: list[list[Example]]) -> tuple[float, float]:
         """One step over several micro-batches; mean loss and share of right tokens."""
         learned_tokens = sum(sum(example.learn[1:]) for examples in batch for example in examples)
-        loss_sum, right_sum = 0.0, 0.0
-        self.tokens += sum(len(examples) * max(len(example.ids) for example in examples) for examples in batch)
-        for examples in share_of(batch, self.rank, self.ranks):
+        loss_sum, right_sum = 0.0, 0
+        for examples in batch:
             ids, learned = collate(examples, self._pad_id)
             hidden = self._working.hidden_states(ids[:, :-1]).flatten(0, 1)  # [batch * (length - 1), hidden]
             embedding = self._working.model.embed_tokens.weight.float()
@@ -138,9 +113,9 @@ class Trainer:
             loss = F.cross_entropy(logits, targets, reduction="sum")
             (loss / learned_tokens).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.item()
-            right_sum += (logits.detach().argmax(-1) == targets).sum().item()
+            right_sum += int((logits.detach().argmax(-1) == targets).sum())
+            self.tokens += ids.numel()
             self._collect_gradients()
-        loss_sum, right_sum = self._summed(loss_sum, right_sum)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         rate = learning_rate(self.step, self.recipe)
         for optimizer in self._optimizers:
@@ -157,19 +132,6 @@ class Trainer:
             if working.grad is not None:
                 weight.grad = working.grad.float() if weight.grad is None else weight.grad.add_(working.grad)
                 working.grad = None
-
-    def _summed(self, *figures: float) -> tuple[float, ...]:
-        """Add up the processes' gradients, and these figures."""
-        if self.ranks == 1:
-            return figures
-        weights = list(self.model.parameters())
-        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
-        flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.tensor(figures)])
-        dist.all_reduce(flat)
-        *parts, told = torch.split(flat, [*(weight.numel() for weight in weights), len(figures)])
-        for weight, part in zip(weights, parts, strict=True):
-            weight.grad = part.view_as(weight)
-        return tuple(told.tolist())
 
     @torch.no_grad()
     def _copy_weights(self) -> None:

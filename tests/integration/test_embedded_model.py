@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from caesura.runtime.embedded import FILES, checkpoint_path
 from caesura.runtime.embedded.attention import attend
@@ -22,7 +20,6 @@ from caesura.runtime.embedded.tasks import Split, make_tasks
 from caesura.runtime.embedded.train import export
 from caesura.runtime.embedded.trainer import Recipe, Trainer
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 MAX_CHECKPOINT_BYTES = 16 * 1024 * 1024
@@ -119,32 +116,6 @@ def test_re_rendering_is_token_exact(model: TinyLlama, tokenizer: Tokenizer) -> 
     # the end of the last turn and its newline are the template's
     assert chat.token_ids == ids[: len(chat.token_ids)]
     assert len(ids) - len(chat.token_ids) <= 3
-
-
-def trained(tokenizer: Tokenizer, rank: int = 0, ranks: int = 1) -> torch.Tensor:
-    """The embedding of a tiny model after two steps of several micro-batches."""
-    shape = Shape(vocab=tokenizer.get_vocab_size(), hidden=32, layers=2, heads=2, kv_heads=2, intermediate=64)
-    recipe = Recipe(rates=((0, 1.0), (2, 1.0)), batch_tokens=4096)
-    trainer = Trainer(recipe, shape, tokenizer, rank=rank, ranks=ranks)
-    before = trainer.model.model.embed_tokens.weight.detach().clone()
-    assert list(trainer.run(Console(quiet=True))) == [1, 2]
-    after = trainer.model.model.embed_tokens.weight.detach()
-    assert not torch.allclose(before, after, atol=1e-3)
-    return after
-
-
-def train_one_of_two(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    tokenizer = Tokenizer.from_file(str(checkpoint_path() / "tokenizer.json"))
-    save_file({"embedding": trained(tokenizer, rank, 2)}, folder / f"{rank}.safetensors")
-
-
-def test_two_processes_train_the_model_that_one_does(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    mp.spawn(train_one_of_two, (tmp_path,), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
-    first, second = (load_file(tmp_path / f"{rank}.safetensors")["embedding"] for rank in range(2))
-    assert torch.equal(first, second)
-    assert torch.allclose(first, trained(tokenizer), atol=1e-4)
 
 
 def test_training_is_reproducible_resumes_and_exports_what_it_trained(tokenizer: Tokenizer, tmp_path: Path) -> None:
