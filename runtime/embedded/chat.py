@@ -2,6 +2,8 @@
 
 What the template renders for a past assistant turn is, token for token, what the model wrote: a tool call is
 ``<tool_call>\\n{"name": "calculator", "arguments": {"expression": "48 * 39"}}\\n</tool_call>`` and nothing else.
+No space stands before the names of tools and arguments on offer: so they are the same tokens there as in a call, and
+can be copied without knowing how a word is spelled.
 """
 
 from __future__ import annotations
@@ -49,9 +51,9 @@ CHAT_TEMPLATE = """\
         {{- 'Tools, called as JSON in <tool_call></tool_call>:' -}}
         {%- for tool in tools -%}
             {%- set spec = tool.function if tool.function else tool -%}
-            {{- '\\n- ' ~ spec.name ~ '(' -}}
+            {{- '\\n-' ~ spec.name ~ '(' -}}
             {%- if spec.parameters and spec.parameters.properties -%}
-                {{- spec.parameters.properties.keys() | join(', ') -}}
+                {{- spec.parameters.properties.keys() | join(',') -}}
             {%- endif -%}
             {{- ')' -}}
             {%- if spec.description -%}

@@ -31,7 +31,7 @@ class Recipe:
     ``lr``; the last step ends the training."""
 
     seed: int = 0
-    rates: tuple[tuple[int, float], ...] = ((0, 0.0), (60, 1.0), (3400, 1.0), (6300, 0.01))
+    rates: tuple[tuple[int, float], ...] = ((0, 0.0), (60, 1.0), (5000, 1.0), (9500, 0.01))
     batch_tokens: int = 6144
     lr: float = 3e-3
     weight_decay: float = 0.05

@@ -166,7 +166,7 @@ def test_rendering_a_longer_conversation_only_appends() -> None:
         assert text.startswith(before)
         before = text
     assert before.startswith("<|im_start|>system\nBe brief.\n\nTools, ")
-    assert "\n- calculator(expression): Evaluate" in before
+    assert "\n-calculator(expression): Evaluate" in before
     assert "<|im_start|>user\n<tool_response>\n6\n</tool_response><|im_end|>\n" in before
 
 

@@ -14,7 +14,7 @@ from caesura.runtime.embedded.tools.encyclopedia import made_up_word
 
 # In training most tools have other names: a model that knows the usual ones by heart writes them where others are on
 # offer, and reads a name off the prompt only if that is what mostly helps.
-OTHER_NAME_SHARE = {Split.TRAIN: 0.65, Split.HELD_OUT: 0.3}
+OTHER_NAME_SHARE = {Split.TRAIN: 0.88, Split.HELD_OUT: 0.3}
 MADE_UP_SHARE = 0.8  # of the other names in training, so that a name is read off the prompt and not known
 _JSON_TYPES = {("convert", "value"): "number", ("add_days", "days"): "integer"}  # all others are strings
 
