@@ -12,7 +12,7 @@ from caesura.runtime.embedded.calculator import calculate
 from fastapi import FastAPI
 from openai import BadRequestError, NotFoundError
 from openai.types.responses.response_item_list import ResponseItemList
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from tests.integration.server_client import CALCULATOR_TOOL, QUESTION, embedded_service, nothing_left, post, run
 from tests.integration.server_openai import openai_of
@@ -237,7 +237,7 @@ def test_a_conversation_too_long_loses_its_oldest_turns_only_when_asked() -> Non
 
 
 class Sum(BaseModel):
-    total: int
+    total: int = Field(ge=0, le=99)  # bounded: what else the model may write has no end
 
 
 def test_the_clients_own_helpers() -> None:
