@@ -46,8 +46,8 @@ CHORE_SHARE = 0.12
 NO_TOOLS_SHARE = 0.03
 SMALL_TALK_SHARE = 0.02
 WITHHELD_SHARE = 0.06
-MEDLEY_SHARE = 0.3  # of the conversations with several questions; what tool a question needs is the hardest to learn
-MAX_OFFERS = 9
+MEDLEY_SHARE = 0.3  # of the chains: many questions for any tool, since which one is needed is the hardest to learn
+MAX_OFFERS = 9  # but for what the questions themselves need
 
 _RULES = (
     "You are a helpful assistant.",
@@ -169,7 +169,7 @@ class ConversationMaker:
             used.update(dict.fromkeys(task.needs))
             solved.append((task, *rounds_of(task, world)))
         distractors = rng.choice((0, 0, 1, 2, 3, 4, 6)) if "choice" not in names else rng.randint(2, 7)
-        distractors = min(distractors, max(1, MAX_OFFERS - len(used)))
+        distractors = min(distractors, max(0, MAX_OFFERS - len(used)))
         without = [*withheld, *(near for tool in withheld for near in NEAR.get(tool, ()))]
         offers = [] if bare else toolset(tuple(used), rng, Split.TRAIN, distractors=distractors, without=without)
         by_tool = {offer.tool: offer for offer in offers}

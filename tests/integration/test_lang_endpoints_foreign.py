@@ -17,18 +17,11 @@ from caesura.lang import (
     gen,
     get_server_info,
     select,
-    tool,
     user,
 )
-from caesura.runtime.embedded.calculator import calculate
 
 from tests.integration.live_server import live
-
-
-@tool
-def calculator(expression: str) -> str:
-    """Evaluate an arithmetic expression."""
-    return calculate(expression)
+from tests.integration.test_lang_endpoints import calculator
 
 
 class Endpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections import Counter
@@ -10,11 +11,12 @@ import pytest
 from caesura.runtime.embedded.chat import FAILED_TEXT, NO_TOOL_TEXT, render
 from caesura.runtime.embedded.data import ConversationMaker, rounds_of, shown_turns
 from caesura.runtime.embedded.phrases import NAMES
+from caesura.runtime.embedded.skills import adventures
 from caesura.runtime.embedded.skills.chores import CHORES
 from caesura.runtime.embedded.skills.mixture import SKILLS, held_out_task
-from caesura.runtime.embedded.skills.offers import KINDS, toolset, usual
+from caesura.runtime.embedded.skills.offers import KINDS, offer, toolset, usual
 from caesura.runtime.embedded.skills.task import Call, Teacher, careful
-from caesura.runtime.embedded.skills.world import World, split_of_text
+from caesura.runtime.embedded.skills.world import FIRST_LETTERS, PIECES, World, split_of_text
 from caesura.runtime.embedded.tasks import Split
 
 
@@ -139,6 +141,16 @@ def test_offers_rename_tools_and_arguments_in_calls_and_declarations(split: Spli
     assert usual("convert").name == "convert"
     for kind in KINDS.values():
         assert not set(kind.names) & set(kind.held_out_names)
+
+
+def test_training_never_makes_up_a_held_out_word() -> None:
+    pieces = [*PIECES, *map("".join, itertools.product(PIECES, repeat=2))]
+    words = {first + rest for first, rest in itertools.product(FIRST_LETTERS, pieces)}
+    held_out = adventures.HELD_OUT
+    assert not words & {*held_out.rooms, *held_out.treasures, *held_out.metals, *held_out.decoys}
+    rng = random.Random(1)
+    names = {offer("weekday", rng, Split.TRAIN).name for _ in range(20_000)}
+    assert not names & {name for kind in KINDS.values() for name in kind.held_out_names}
 
 
 def test_a_declaration_gives_each_argument_the_type_its_tool_takes() -> None:

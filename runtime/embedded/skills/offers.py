@@ -156,6 +156,7 @@ KINDS: dict[str, Kind] = {
     ),
 }
 DISTRACTORS = tuple(KINDS)
+_HELD_OUT_NAMES = frozenset(name for kind in KINDS.values() for name in kind.held_out_names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +218,12 @@ def _name(kind: Kind, rng: random.Random, split: Split) -> str:
         return rng.choice(kind.held_out_names)
     if rng.random() >= MADE_UP_SHARE:
         return rng.choice(kind.names)
+    while (name := _made_up_name(rng)) in _HELD_OUT_NAMES:
+        pass
+    return name
+
+
+def _made_up_name(rng: random.Random) -> str:
     words = rng.choices(_PARTS, k=rng.randint(1, 3)) if rng.random() < 0.4 else []
     for _ in range(rng.randint(not words, 1)):
         words.append(wild_word(rng) if rng.random() < 0.4 else made_up_word(rng, syllables=rng.randint(1, 3)).lower())

@@ -29,7 +29,7 @@ FATAL = (
     "ConnectionError: no route to host", "permission denied",
 )  # fmt: skip
 WILD_SHARE = 0.5  # of the invented words in training, how many are any letters, so that all of them are copied well
-_PIECES = (
+PIECES = (  # of which no word of the held-out adventures can be made
     *("able", "ace", "age", "am", "an", "ance", "ang", "ant", "ape", "ard", "ark", "ate", "ave", "ay", "ble", "cle"),
     *("eam", "ear", "eck", "ed", "el", "ell", "en", "ence", "ent", "ery", "ess", "est", "et", "ever", "ful", "ght"),
     *("ible", "ice", "ide", "ight", "ile", "ine", "ing", "ion", "ip", "ish", "ist", "ity", "ive", "ks"),
@@ -37,6 +37,7 @@ _PIECES = (
     *("ound", "our", "ous", "out", "ow", "own", "que", "sion", "th", "ting", "tle", "ty", "ue", "ule", "ult"),
     *("ump", "und", "unt", "up", "ure", "urn", "ust", "ward", "way", "wn", "wood", "xi", "yl", "zz"),
 )
+FIRST_LETTERS = ("", *"bcdfghjklmnprstvwz")
 STATEFUL = frozenset({"put_note", "list_notes"})  # results that are never replaced by odd ones
 
 
@@ -131,8 +132,8 @@ class World:
 def wild_word(rng: random.Random) -> str:
     """Pieces of English words, or two to nine letters, as frequent as in English; it need not be speakable."""
     if rng.random() < 0.5:
-        first: str = rng.choice(["", *"bcdfghjklmnprstvwz"])
-        return first + "".join(rng.choices(_PIECES, k=rng.randint(1, 2)))
+        first = rng.choice(FIRST_LETTERS)
+        return first + "".join(rng.choices(PIECES, k=rng.randint(1, 2)))
     letters = "eeeeeetttttaaaaoooiiinnnsssrrrhhlllddcccuummwwffggyyppbbvkkjxqz"
     return "".join(rng.choices(letters, k=rng.randint(2, 9)))
 
