@@ -37,7 +37,7 @@ PIECES = (  # of which no word of the held-out adventures can be made
     *("ound", "our", "ous", "out", "ow", "own", "que", "sion", "th", "ting", "tle", "ty", "ue", "ule", "ult"),
     *("ump", "und", "unt", "up", "ure", "urn", "ust", "ward", "way", "wn", "wood", "xi", "yl", "zz"),
 )
-FIRST_LETTERS = ("", *"bcdfghjklmnprstvwz")
+FIRST_LETTERS: tuple[str, ...] = ("", *"bcdfghjklmnprstvwz")
 STATEFUL = frozenset({"put_note", "list_notes"})  # results that are never replaced by odd ones
 
 
