@@ -68,8 +68,8 @@ class Handle(Protocol):
     async def pause(self, calls: Sequence[PendingCall], wait: str = "all") -> None:
         """These tools are about to start; the runtime may take the KV for something better."""
 
-    async def resume(self) -> None:
-        """The tools have answered. Idempotent."""
+    async def resume(self, deadline_s: float | None = None) -> None:
+        """The tools have answered. Idempotent. ``deadline_s`` from now takes the place of the context's deadline."""
 
     async def token_ids(self) -> list[int]:
         """The context's tokens."""

@@ -149,10 +149,10 @@ class Engine:
         self.scheduler.pause(context, self.clock.now(), calls, wait_any=wait_any, deadline_at=deadline_at)
         self._has_new_pause = True
 
-    def resume(self, context: ContextId) -> None:
-        """The tools have answered. Idempotent; generating resumes by itself."""
+    def resume(self, context: ContextId, deadline_at: float | None = None) -> None:
+        """The tools have answered. Idempotent; generating resumes by itself. ``deadline_at`` replaces the context's."""
         self._record(context)
-        self.scheduler.resume(context, self.clock.now())
+        self.scheduler.resume(context, self.clock.now(), deadline_at)
 
     def fork(self, parent: ContextId, on_closed: Callable[[Exception], None] = lambda _: None) -> ContextId:
         """A copy that shares the parent's KV."""
@@ -236,8 +236,15 @@ class Engine:
         endings: dict[ContextId, Ending] = {}
         tokens = self._read(output, endings)
         duration_s = self.clock.now() - plan.now
-        failed = self.executor.take_failed()
-        result = StepResult(plan.number, duration_s, tokens, frozenset(endings), moves_done, failed)
+        result = StepResult(
+            plan.number,
+            duration_s,
+            tokens,
+            finished=frozenset(endings),
+            broken=_broken(output),
+            moves_done=moves_done,
+            moves_failed=self.executor.take_failed(),
+        )
         self.scheduler.commit(plan, result)
         self._emit(plan, output, endings)
         self._show(plan, result)
@@ -293,12 +300,25 @@ class Engine:
             duration_s=now - flight.plan.now,
             tokens=tokens,
             finished=frozenset(endings),
+            broken=_broken(output),
             pending=frozenset(),
             last=frozenset(),
         )
+        for context in self._built_on(result.broken, flight.plan):
+            self._give_up(context, "the KV it shares could not be computed")
         self.scheduler.settle(flight.live, result, now)
         self._emit(flight.plan, output, endings)
         self._show(flight.plan, result)
+
+    def _built_on(self, broken: frozenset[ContextId], plan: StepPlan) -> set[ContextId]:
+        """Other contexts that already hold what ``plan`` should have computed for the broken ones."""
+        starts = {piece.context_id: piece.start for piece in plan.slices if piece.context_id in broken}
+        return {
+            holder
+            for context, start in starts.items()
+            for holder in self.ledger.holders_beyond(context, start)
+            if holder not in broken
+        }
 
     def _needs_one_more(self, context: ContextId) -> bool:
         """The token under way is the last one that the context's generation may have."""
@@ -420,6 +440,9 @@ class Engine:
         generation.finish(ending, calls, max(0, state.cached_tokens))
 
     def _collect(self, context: ContextId, record: Record, start: int, out: SliceOutput) -> None:
+        if out.failure is not None:
+            record.fail(ContextClosed(out.failure))
+            return
         state = self.scheduler.contexts[context]
         scoring = record.scoring
         if scoring is not None and out.scores:
@@ -443,7 +466,13 @@ class Engine:
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         for piece in plan.slices:
-            self.close(piece.context_id, ContextClosed(f"the step failed: {error}"))
+            self._give_up(piece.context_id, f"the step failed: {error}")
+
+    def _give_up(self, context: ContextId, why: str) -> None:
+        """Close a context and leave nothing of its KV to be found."""
+        if context in self._records:
+            self.ledger.discard(context)
+            self.close(context, ContextClosed(why))
 
     # -- checks -----------------------------------------------------------------------------------------------
 
@@ -467,6 +496,10 @@ class Engine:
                 f"{self.executor.max_context_tokens}, KV pool {self._pool_tokens}): shorten it, "
                 "lower max_new_tokens or enlarge the pool"
             )
+
+
+def _broken(output: ExecOutput) -> frozenset[ContextId]:
+    return frozenset(out.context_id for out in output.outputs if out.failure is not None)
 
 
 def _deadline_of(state: Context) -> float | None:

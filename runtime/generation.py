@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from caesura.runtime.errors import GrammarError
 from caesura.runtime.executors.base import SampledToken
-from caesura.runtime.sampling import SamplerState, SamplingParams
+from caesura.runtime.sampling import GRAMMAR_FAULT, SamplerState, SamplingParams
 from caesura.runtime.text.detokenizer import IncrementalDetokenizer, StopChecker
 from caesura.runtime.text.tokenizer import Tokenizer
 from caesura.runtime.text.tool_parser import ParsedCall, ToolFormat
@@ -83,7 +84,17 @@ class Generation:
         self._stops = StopChecker(self.params.stop, self.params.stop_regex) if has_stops else None
 
     def push(self, sampled: SampledToken) -> Ending | None:
-        """Take one sampled token; send what it completes; return how it ends the generation, if it does."""
+        """Take one sampled token; send what it completes; return how it ends the generation, if it does.
+
+        What fails here, as a grammar does that outgrows its matcher, fails this generation and not the step.
+        """
+        try:
+            return self._take(sampled)
+        except Exception as error:
+            what = GRAMMAR_FAULT if isinstance(error, GrammarError) else "reading the token"
+            return Ending("abort", f"{what} failed: {error}", keep=False)
+
+    def _take(self, sampled: SampledToken) -> Ending | None:
         token = sampled.token_id
         self.sampler.accept(token)
         if self._is_terminal(token):

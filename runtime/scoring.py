@@ -74,7 +74,7 @@ def start_tokens(tokenizer: Tokenizer) -> list[int]:
 async def _score(tokenizer: Tokenizer, handle: Handle, text: str) -> tuple[TokenScore, ...]:
     """Append ``text`` to a context that is of no other use, and score it."""
     start = handle.num_tokens
-    ids = tokenizer.encode(text, continuation=True)
+    ids = await asyncio.to_thread(tokenizer.encode, text, continuation=True)
     await handle.append(ids)
     values = await handle.score(start)
     return tuple(TokenScore(i, value, token_text(tokenizer, i)) for i, value in zip(ids, values, strict=True))

@@ -21,6 +21,7 @@ from caesura.runtime.config import EngineConfig
 from caesura.runtime.engine import Engine, Observer
 from caesura.runtime.errors import CaesuraError, ContextClosed, EngineStopped, GrammarError
 from caesura.runtime.executors.base import SampledToken
+from caesura.runtime.futures import shielded
 from caesura.runtime.generation import Generation, TokenChunk, ToolCalling
 from caesura.runtime.history import History
 from caesura.runtime.logs import note
@@ -176,7 +177,7 @@ class EngineService:
     async def _owned(self, future: Future[T], contexts: Callable[[T], Sequence[ContextId]]) -> T:
         """Await contexts being made; if the caller is cancelled meanwhile, close them, for nobody else will."""
         try:
-            return await asyncio.shield(asyncio.wrap_future(future))
+            return await shielded(future)
         except asyncio.CancelledError:
 
             def close(made: Future[T]) -> None:
@@ -188,7 +189,7 @@ class EngineService:
 
     async def call(self, command: Callable[[Engine], T]) -> T:
         """``submit``, awaited. The command runs even if the caller is cancelled meanwhile."""
-        return await asyncio.shield(asyncio.wrap_future(self.submit(command)))
+        return await shielded(self.submit(command))
 
     def call_now(self, command: Callable[[Engine], T]) -> T:
         """``submit``, waited for by the calling thread."""
@@ -376,7 +377,7 @@ class ContextHandle:
 
         try:
             await self._call(lambda engine: begin(engine, done))
-            return await asyncio.shield(asyncio.wrap_future(answer))
+            return await shielded(answer)
         except asyncio.CancelledError:
             self._service.post(lambda engine: engine.stop(self.id))
             raise
@@ -412,9 +413,13 @@ class ContextHandle:
 
         await self._call(run)
 
-    async def resume(self) -> None:
-        """The tools have answered. Idempotent."""
-        await self._call(lambda engine: engine.resume(self.id))
+    async def resume(self, deadline_s: float | None = None) -> None:
+        """The tools have answered. Idempotent. ``deadline_s`` from now takes the place of the context's deadline."""
+
+        def run(engine: Engine) -> None:
+            engine.resume(self.id, None if deadline_s is None else engine.clock.now() + deadline_s)
+
+        await self._call(run)
 
     async def token_ids(self) -> list[int]:
         """The context's tokens."""

@@ -89,9 +89,12 @@ class Scheduler:
         self._begin_pause(state, Pause(since, tuple(calls), wait_any, deadline_at))
         state.decided = decided
 
-    def resume(self, context: ContextId, now: float) -> None:
+    def resume(self, context: ContextId, now: float, deadline_at: float | None = None) -> None:
         """The tools have answered (or the program goes on): the pause becomes a known duration. Idempotent."""
         state = self.contexts[context]
+        if deadline_at is not None:
+            state.deadline_at = deadline_at
+            self.contexts.note_deadline(state)
         if state.phase is not Phase.PAUSED:
             return
         elapsed = now - state.pause.since
@@ -177,6 +180,9 @@ class Scheduler:
             state = self.contexts.get(piece.context_id)
             if state is None or state.phase is not Phase.RUNNING:  # ended by the step before, which was under way
                 continue
+            if piece.context_id in result.broken:
+                self._rest(state, end)
+                continue
             computed = piece.start + piece.num_tokens
             self.ledger.commit(piece.context_id, state.tokens, computed)
             state.high_water_tokens = max(state.high_water_tokens, computed)
@@ -206,6 +212,8 @@ class Scheduler:
                 state.pending = state.ending = False
             if context in result.finished and state.phase is not Phase.PAUSED:
                 self._rest(state, now)
+            if context in result.broken:  # committed under way
+                self.ledger.discard(context)
 
     @property
     def has_work(self) -> bool:

@@ -131,6 +131,7 @@ class StepResult:
     duration_s: float
     tokens: dict[ContextId, int] = field(default_factory=dict)
     finished: frozenset[ContextId] = frozenset()  # contexts whose generation ended with this token
+    broken: frozenset[ContextId] = frozenset()  # those of them whose slice could not be computed: nobody may find it
     moves_done: tuple[MoveId, ...] = ()
     moves_failed: frozenset[MoveId] = frozenset()  # those of them that brought nothing
     pending: frozenset[ContextId] = frozenset()  # contexts whose token is still to come

@@ -15,6 +15,7 @@ from caesura.runtime.api import PendingCall
 from caesura.runtime.config import EngineConfig
 from caesura.runtime.errors import CaesuraError, ContextClosed, EngineStopped
 from caesura.runtime.executors.base import SampledToken
+from caesura.runtime.futures import shielded
 from caesura.runtime.generation import TokenChunk, ToolCalling
 from caesura.runtime.ipc import messages as m
 from caesura.runtime.ipc.connection import Connection, State, Supervision
@@ -161,7 +162,7 @@ class EngineClient:
         sent = self._submit(kind, make, life)
         try:
             # Shielded: a cancelled caller must not cancel the future, or an answer on its way could get lost.
-            return await asyncio.shield(asyncio.wrap_future(sent.future)), sent.life
+            return await shielded(sent.future), sent.life
         except asyncio.CancelledError:
             if stops:
                 self._connection.post(m.Stop(sent.number), sent.life)
@@ -290,9 +291,9 @@ class RemoteHandle:
         pending = tuple(calls)
         await self._ask(m.Done, lambda number: m.Pause(number, self.id, pending, wait))
 
-    async def resume(self) -> None:
-        """The tools have answered. Idempotent."""
-        await self._ask(m.Done, lambda number: m.Resume(number, self.id))
+    async def resume(self, deadline_s: float | None = None) -> None:
+        """The tools have answered. Idempotent. From now on the context has until ``deadline_s``, if that is given."""
+        await self._ask(m.Done, lambda number: m.Resume(number, self.id, deadline_s))
 
     async def token_ids(self) -> list[int]:
         """The context's tokens."""

@@ -89,6 +89,7 @@ class Pause(Message, frozen=True, tag=True):
 class Resume(Message, frozen=True, tag=True):
     request: int
     context: ContextId
+    deadline_s: float | None
 
 
 class Tokens(Message, frozen=True, tag=True):

@@ -128,7 +128,7 @@ class Worker:
             case m.Pause():
                 await handle.pause(command.calls, command.wait)
             case m.Resume():
-                await handle.resume()
+                await handle.resume(command.deadline_s)
         return m.Done(command.request)
 
     async def _open(self, command: m.Open) -> m.Event:

@@ -141,6 +141,14 @@ class KVLedger:
         shared = lease.tail and self.device.is_shared(lease.tail[0])
         return self.tree.exclusive_pages(lease) * self.page_size + (0 if shared else lease.ahead)
 
+    def holders_beyond(self, context: ContextId, num_tokens: int) -> set[ContextId]:
+        """Other contexts that hold full pages of this one's KV after its first ``num_tokens`` tokens."""
+        lease = self._lease(context)
+        path = lease.node.path() if lease is not None else []
+        first = next((node for node in path if node.end > num_tokens), None)
+        found = first.subtree() if first is not None else []
+        return {other.holder for node in found for other in node.leases.values()} - {context}
+
     def table(self, context: ContextId) -> tuple[PageId, ...]:
         lease = self._lease(context)
         return tuple(lease.table()) if lease is not None else ()

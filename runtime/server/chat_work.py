@@ -7,9 +7,9 @@ import dataclasses
 import json
 import math
 from array import array
+from bisect import bisect_left
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from caesura.runtime.api import Handle
@@ -22,10 +22,11 @@ from caesura.runtime.server.conversation import (
     Conversation,
     Prompt,
     conversation_of,
+    from_start,
+    later_starts,
     next_prompt,
     open_calls,
     prompt_of,
-    shortened,
 )
 from caesura.runtime.server.kept import KeptContext
 from caesura.runtime.server.params import constraint_of, json_schema_of
@@ -214,6 +215,7 @@ class ChatWork:
         if waiting is not None:
             work.adopt(waiting)
             with contextlib.suppress(ContextClosed, DeadlineExceeded, EngineStopped):  # lost: its tokens are enough
+                await waiting.resume(self._state.config.request_deadline_s)
                 await waiting.append(more.token_ids)
                 self._state.kept.continued += 1
                 return waiting
@@ -228,13 +230,19 @@ class ChatWork:
         if not truncate:
             return conversation, prompt
         limit = await self._state.max_context_tokens()
-        while len(prompt.token_ids) >= limit:
-            shorter = shortened(conversation)
-            if shorter is None:
-                break
-            conversation = shorter
-            prompt = await self._state.on_text_thread(partial(prompt_of, conversation, template, tokenizer))
-        return conversation, prompt
+        starts = later_starts(conversation) if len(prompt.token_ids) >= limit else []
+        if not starts:
+            return conversation, prompt
+
+        def shortened() -> tuple[Conversation, Prompt]:
+            def fits(start: int) -> bool:
+                return len(prompt_of(from_start(conversation, start), template, tokenizer).token_ids) < limit
+
+            at = bisect_left(starts, True, key=fits)
+            short = from_start(conversation, starts[min(at, len(starts) - 1)])
+            return short, prompt_of(short, template, tokenizer)
+
+        return await self._state.on_text_thread(shortened)
 
     # -- the answer -------------------------------------------------------------------------------------------
 

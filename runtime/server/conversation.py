@@ -114,14 +114,21 @@ def _end(pieces: Sequence[Piece]) -> str:
     return "".join(piece.text for piece in pieces[-3:])[-200:]
 
 
-def shortened(conversation: Conversation) -> Conversation | None:
-    """Without its oldest turn: up to the second message of the user. None when there is no second one."""
+def later_starts(conversation: Conversation) -> list[int]:
+    """The messages of the user, but for the first one, from which a conversation too long may begin."""
     messages = conversation.messages
-    first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    for at in range(first + 1, len(messages)):
-        if messages[at]["role"] == "user":
-            return replace(conversation, messages=(*messages[:first], *messages[at:]))
-    return None
+    first = _after_system(messages)
+    return [at for at in range(first + 1, len(messages)) if messages[at]["role"] == "user"]
+
+
+def from_start(conversation: Conversation, start: int) -> Conversation:
+    """What the system says, and all from message ``start`` on."""
+    messages = conversation.messages
+    return replace(conversation, messages=(*messages[: _after_system(messages)], *messages[start:]))
+
+
+def _after_system(messages: Sequence[dict[str, Any]]) -> int:
+    return next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
 
 
 def open_calls(conversation: Conversation) -> tuple[int, frozenset[str]]:

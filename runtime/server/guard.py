@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from caesura.runtime.logs import note
-from caesura.runtime.server.access import Access, access_of
+from caesura.runtime.server.access import Access, strictest
 from caesura.runtime.server.config import is_loopback
 from caesura.runtime.server.errors import ApiError, as_api_error
 from caesura.runtime.server.keys import KeyRing
@@ -116,7 +116,7 @@ class HostGuard:
 
 
 class Auth:
-    """Finds the key's owner. Decided by the raw path; what is not public needs a key."""
+    """Finds the key's owner. What is not public needs a key, as written on the wire and as routes read it."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
         self._app = app
@@ -128,7 +128,7 @@ class Auth:
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
-        access = access_of(_raw_path(scope))
+        access = strictest(_raw_path(scope), str(scope["path"]).encode("utf-8", "surrogateescape"))
         if access is Access.PUBLIC:
             return
         principal = self._keys.find(_bearer(scope))

@@ -56,7 +56,7 @@ Metadata = Annotated[dict[Id, Any], Meta(max_length=MAX_METADATA)]
 WaitSeconds = Annotated[float, Meta(ge=0, le=MAX_WAIT_S)]
 
 T = TypeVar("T")
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)  # an open one to the end: linear
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _ALL_ALIKE = bytes.maketrans(b"{}", b"[]")
 _WHERE = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")

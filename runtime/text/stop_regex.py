@@ -56,19 +56,20 @@ class StopRegex:
         self._previous = char
         oldest = self._position - MAX_PENDING_CHARS
         after: dict[int, int] = {}
-        for state, begun in threads.items():
+        seen: set[int] = set()  # what an older thread has been through is its own: a character costs each state once
+        for state, begun in sorted(threads.items(), key=lambda thread: thread[1]):
             test = self._tests[state]
             if begun >= oldest and test is not None and test(char):
-                for reached in self._closure([state + 1], char):
-                    if begun < after.get(reached, self._position):
-                        after[reached] = begun
+                for reached in self._closure([state + 1], char, seen):
+                    after.setdefault(reached, begun)
         begun_at = after.pop(self._accept, None)
         self._threads = after
         return None if begun_at is None else self._position - begun_at
 
-    def _closure(self, states: Iterable[int], previous: str) -> set[int]:
-        """States reachable without a character that wait for one, or accept."""
-        todo, seen, out = list(states), set[int](), set[int]()
+    def _closure(self, states: Iterable[int], previous: str, seen: set[int] | None = None) -> set[int]:
+        """States reachable without a character, and not through those ``seen``, that wait for one, or accept."""
+        todo, out = list(states), set[int]()
+        seen = set() if seen is None else seen
         while todo:
             state = todo.pop()
             if state in seen:

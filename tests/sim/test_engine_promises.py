@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -197,6 +198,20 @@ def test_a_tool_past_its_deadline_closes_the_context_and_says_so() -> None:
     with pytest.raises(ContextClosed):
         world.engine.append(context, [1])
     world.settle()
+
+
+def test_who_goes_on_after_a_tool_may_be_given_more_time() -> None:
+    for deadline_at, lives_at in ((None, 4.0), (9.0, 9.0)):
+        world = World("min_waste")
+        heard: list[Exception] = []
+        context = world.engine.open(deadline_at=4.0, on_closed=heard.append)
+        world.engine.append(context, [1, 2, 3])
+        world.engine.pause(context, [Call("person")])
+        world.sim.at(3.0, partial(world.engine.resume, context, deadline_at))
+        world.sim.run()
+        assert world.clock.now() == lives_at
+        assert [type(error) for error in heard] == [DeadlineExceeded]
+        world.settle()
 
 
 def test_resume_and_close_are_idempotent() -> None:

@@ -155,7 +155,9 @@ def test_every_keyed_route_refuses_a_caller_without_a_key() -> None:
             assert ask(app, "POST", concrete, dict(headers)) == 401
     assert ask(app, "GET", "/v1/models", {"authorization": f"Bearer {KEY}"}) == 200
     assert ask(app, "GET", "/v1/models", {"authorization": f"bearer {ADMIN_KEY}"}) == 200
-    assert ask(app, "POST", "/flush_cache", {"authorization": f"Bearer {KEY}"}) == 403
+    for spelled in (b"/flush_cache", b"/flush%5fcache", b"/flush%5Fcache", b"/%66%6c%75%73%68_cache"):
+        assert ask(app, "POST", spelled, {"authorization": f"Bearer {KEY}"}) == 403
+    assert ask(app, "GET", b"/%6detrics", {"authorization": f"Bearer {KEY}"}) == 403
 
 
 def test_sec_13_keys_are_kept_as_hashes() -> None:

@@ -96,8 +96,11 @@ def test_sec_19_prompts() -> None:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"[" * 4_000_000, b'{"a":' * 100_000, b"[" * 65 + b"]" * 65, b"[[]" * 1_000_000, b"]" * 1000 + b"[" * 1000],
-    ids=["open", "objects", "one too many", "mixed", "closed first"],
+    [
+        *(b"[" * 4_000_000, b'{"a":' * 100_000, b"[" * 65 + b"]" * 65, b"[[]" * 1_000_000, b"]" * 1000 + b"[" * 1000),
+        b"[" * 65 + b'"' + b'\\"' * 1_000_000,
+    ],
+    ids=["open", "objects", "one too many", "mixed", "closed first", "an open string of quotes"],
 )  # fmt: skip
 def test_deep_json_is_refused_in_linear_time(raw: bytes) -> None:
     started = time.perf_counter()

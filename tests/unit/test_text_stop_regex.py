@@ -1,0 +1,55 @@
+"""Stop patterns find what Python's own engine finds, at a cost that does not depend on the pattern's shape."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from caesura.runtime.text.stop_regex import StopRegex
+from hypothesis import given
+from hypothesis import strategies as st
+
+PATTERNS = ["a+b", "(a|b)*c", "^ab", "(ab?){1,3}c", "(?:a?){5}b", "x|xy|xyz", "(?m)^b+a", "[ab]{2,4}c?", "(a*b*)+c"]
+
+
+def first_match(pattern: str, text: str) -> tuple[int, int] | None:
+    """Where the first match to end ends, and the length of the longest one that ends there."""
+    compiled = re.compile(pattern)
+    for end in range(1, len(text) + 1):
+        for begin in range(end):
+            if compiled.fullmatch(text, begin, end):
+                return end, end - begin
+    return None
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@given(text=st.text("abcxyz\n", max_size=25))
+def test_the_first_match_is_found_as_it_ends(pattern: str, text: str) -> None:
+    search = StopRegex(pattern)
+    found = None
+    for number, char in enumerate(text, 1):
+        length = search.step(char)
+        if length is not None:
+            found = number, length
+            break
+    assert found == first_match(pattern, text)
+
+
+class Counted(list[Any]):
+    """A list that counts how often it is read."""
+
+    reads = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+def test_a_character_visits_each_state_once() -> None:
+    search = StopRegex(r"(?:[^\x00]?){900}\x00")
+    search._jumps = jumps = Counted(search._jumps)
+    for char in "abc" * 10:
+        jumps.reads = 0
+        search.step(char)
+        assert jumps.reads <= 2 * len(jumps)  # once for those under way, once for a match that begins here
