@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
 
 from caesura.scheduler.context import Context, ContextTable
 from caesura.scheduler.ledger import Ledger, Segment
@@ -37,6 +39,8 @@ class MemoryDesk:
         self.decisions: list[PauseDecision] = []
         self.preempted: list[ContextId] = []
         self.contended = False  # someone wants memory and has to wait for it
+        self._ranked: Iterator[Take] | None = None  # what paused contexts hold, for all who ask in this step
+        self._left: Take | None = None  # of the last one taken
 
     # -- what the policy decides ------------------------------------------------------------------------------
 
@@ -60,25 +64,30 @@ class MemoryDesk:
         state = self._contexts[choice.context]
         first_time = state.decided is not choice.action
         held = self._ledger.exclusive_tokens(choice.context)
+        partly = choice.num_tokens is not None and choice.num_tokens < held
         action = choice.action
         if action is Action.DISCARD:
             self._ledger.discard(choice.context)
         elif action is Action.RELEASE:
             self._ledger.release(choice.context)
         elif action is Action.SWAP:
-            action = self._swap(choice.context, choice.num_tokens)
-        partly = choice.num_tokens is not None and choice.num_tokens < held
+            action = self._swap(choice.context, choice.num_tokens if partly else None)
         state.decided = Action.PRESERVE if partly else action
         held = held if choice.num_tokens is None else min(held, choice.num_tokens)
         if first_time and (state.pause.calls or action is not Action.RELEASE):
             self._write_down(choice.context, action, choice.costs, choice.reason, held)
 
     def _swap(self, context: ContextId, num_tokens: int | None) -> Action:
-        """Copy out and drop what only this context holds (``num_tokens`` of it, from the end).
+        """Copy out and drop ``num_tokens`` of what only this context holds, from the end.
 
-        What the host has no room for is discarded.
+        None: all of that, and what it shares with contexts that are swapped out already, since the last one takes it
+        along. What the host has no room for is discarded.
         """
-        mine = [segment for segment in self._ledger.segments() if segment.holders == (context,)]
+        alone = {context}
+        if num_tokens is None:
+            alone.update(state.id for state in self._contexts.in_phase(Phase.PAUSED) if state.decided is Action.SWAP)
+        runs = self._ledger.segments()
+        mine = [segment for segment in runs if context in segment.holders and alone.issuperset(segment.holders)]
         left = 1 << 60 if num_tokens is None else -(-num_tokens // self._ledger.page_size)
         done = Action.SWAP
         for segment in leaf_first(mine, lambda run: -run.start):
@@ -133,7 +142,7 @@ class MemoryDesk:
             busy = bool(self._contexts.in_phase(Phase.RUNNING))
             must = not (busy or self._ledger.copying_pages)
             if self._policy.on_demand or must:
-                lacking -= self._reclaim(lacking, context, must=must)
+                lacking -= self._reclaim(lacking)
             if lacking > 0 and (must or not self._policy.lets_pass(self._contexts[context], self.now)):
                 lacking -= self._reclaim_queued(context, lacking, must=must)
         secured = lacking <= 0 and self._ledger.lacking_now(context, num_tokens) <= 0
@@ -150,7 +159,7 @@ class MemoryDesk:
         """For a running context: did anything become free (or begin to leave)?"""
         lacking = self._ledger.shortfall(context, num_tokens)
         if self._policy.on_demand or not before_preempting:
-            taken = self._reclaim(lacking, context, must=not before_preempting)
+            taken = self._reclaim(lacking)
             if taken:
                 return True
         return self._reclaim_queued(context, lacking) > 0
@@ -162,20 +171,21 @@ class MemoryDesk:
         self._ledger.pause(state.id)
         self.preempted.append(state.id)
 
-    def _reclaim(self, wanted: int, asking: ContextId, *, must: bool) -> int:
+    def _reclaim(self, wanted: int) -> int:
         """Take pages from paused contexts as the policy orders; returns pages freed or on their way.
 
         Ranking all of them for a page at every step would take longer than the pages are worth: what is taken
-        lasts each running context for a page.
+        lasts each running context for a page. Nor does everybody who asks in a step have them ranked anew.
         """
         got = 0
         if self._policy.on_demand:
             running = len(self._contexts.in_phase(Phase.RUNNING))
             wanted += min(running, self._ledger.num_device_pages // AHEAD_SHARE)
-        for take in self._policy.reclaim(self._view(asking=asking, must=must, wanted=wanted), wanted):
+        if self._ranked is None:
+            self._ranked = iter(self._policy.reclaim(self._view(wanted=wanted), wanted))
+        while got < wanted and (take := self._left or next(self._ranked, None)) is not None:
+            self._left = None
             got += self._take(take, wanted - got)
-            if got >= wanted:
-                break
         return got
 
     def _take(self, take: Take, wanted: int) -> int:
@@ -183,6 +193,10 @@ class MemoryDesk:
         done = self._ledger.reclaim(take.segment.id, pages, take.action)
         got = done.freed + done.pending
         if got and take.segment.id >= 0:
+            rest = take.segment.num_pages - pages
+            if rest:
+                segment = take.segment._replace(num_pages=rest, num_tokens=rest * self._ledger.page_size)
+                self._left = replace(take, segment=segment, num_pages=rest)
             for holder in take.segment.holders:
                 state = self._contexts[holder]
                 if state.decided is not done.action:
@@ -256,8 +270,6 @@ class MemoryDesk:
         self,
         states: list[Context] | None = None,
         *,
-        asking: ContextId | None = None,
-        must: bool = False,
         wanted: int | None = None,
     ) -> View:
         """``wanted`` pages (None: a fair part) that host memory has no room for would go to the disk, at its price."""
@@ -285,8 +297,6 @@ class MemoryDesk:
             free_host_pages=self._room_below if to_disk else self._room_in_host,
             has_host=self._has_below,
             batch_pages=self._batch_pages,
-            asking=None if asking is None else self._contexts[asking],
-            must=must,
         )
 
     def _show(self, state: Context) -> PausedContext:

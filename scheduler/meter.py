@@ -15,7 +15,7 @@ class WasteMeter:
 
     Idle memory is waste only while someone wants it: *preserve* counts tokens held by paused contexts in steps
     where a context had to wait for pages (``idle_token_s`` counts all steps, as InferCept's
-    equation 1 does). *Recompute* counts the KV of the running batch for the part of a step that went into tokens
+    equation 2 does). *Recompute* counts the KV of the running batch for the part of a step that went into tokens
     computed before; *swap* the tokens at either end of a copy in flight.
     """
 

@@ -10,7 +10,7 @@ from caesura.scheduler.types import ActionCosts
 
 
 def preserve_token_s(remaining_s: float, held_tokens: int) -> float:
-    """Equation 1: W_P = T_int * C. What is held idles for the whole pause."""
+    """Equation 2: W_P = T_int * C. What is held idles for the whole pause."""
     return remaining_s * held_tokens
 
 

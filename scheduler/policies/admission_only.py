@@ -22,8 +22,8 @@ class AdmissionOnly(LruHost):
 
     Every second: ``W = CUT * W`` when contexts that came back found less than ``GOOD_HITS`` of their tokens on the
     device, else ``W = W + GROWTH`` if somebody waited outside. A new program waits while W are active; it is active
-    from then until it is closed. The paper's thresholds, period and signals beyond the hit rate and the demand were
-    not known: the constants are ours.
+    from then until its last context is closed. The paper's thresholds, period and signals beyond the hit rate and the
+    demand were not known: the constants are ours.
     """
 
     name = "admission_only"
@@ -31,7 +31,7 @@ class AdmissionOnly(LruHost):
     def __init__(self, estimator: Estimator | None = None) -> None:
         super().__init__(estimator)
         self.window = FIRST_WINDOW
-        self._active: set[ContextId] = set()  # programs under way
+        self._active: dict[ContextId, set[ContextId]] = {}  # programs under way, and their contexts let in
         self._asked: dict[ContextId, int] = {}  # tokens a returning context had when it left
         self._found_tokens = self._asked_tokens = 0
         self._kept_out = False
@@ -48,8 +48,10 @@ class AdmissionOnly(LruHost):
 
     def saw_closed(self, context: Context) -> None:
         self._asked.pop(context.id, None)
-        if context.program == context.id:
-            self._active.discard(context.program)
+        members = self._active.get(context.program, set())
+        members.discard(context.id)
+        if not members:
+            self._active.pop(context.program, None)
 
     def admit(self, queued: Sequence[Context], room: Room) -> Sequence[Context]:
         if room.now >= self._next_at:
@@ -60,7 +62,7 @@ class AdmissionOnly(LruHost):
             if context.program not in self._active and len(self._active) >= self.window:
                 self._kept_out = True
                 continue
-            self._active.add(context.program)
+            self._active.setdefault(context.program, set()).add(context.id)
             allowed.append(context)
         return allowed
 

@@ -51,8 +51,6 @@ class View:
     free_host_pages: int  # free, or holding what is on the device as well
     has_host: bool
     batch_pages: int  # what is copied ahead at once
-    asking: Context | None = None  # who wants the memory, in `reclaim`
-    must: bool = False  # nothing else runs and nothing is on its way: something has to be given up
 
     @property
     def paused(self) -> tuple[PausedContext, ...]:

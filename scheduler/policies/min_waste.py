@@ -56,7 +56,7 @@ class MinWaste(PausePolicy):
         prices = _Prices(view, segments, max(1, wanted_pages))
         for segment in leaf_first(segments, prices.rate):
             costs, hold_s = prices.costs(segment), prices.hold_s(segment)
-            swaps = view.has_host and costs.swap_token_s < costs.discard_token_s
+            swaps = prices.can_copy(segment) and costs.swap_token_s < costs.discard_token_s
             why = "copying costs less than recomputing" if swaps else "recomputing costs less than copying"
             reason = f"memory is wanted: next holder expected back in {hold_s:.3g} s, {why}"
             pages = min(segment.num_pages, prices.pages)
@@ -98,6 +98,11 @@ class _Prices:
             return self._hold_s[holders[0]]
         return min(map(self._hold_s.__getitem__, holders))
 
+    def can_copy(self, segment: Segment) -> bool:
+        """There is a host with room for it, or with a copy already."""
+        view = self._view
+        return view.has_host and (segment.on_host or view.free_host_pages >= min(segment.num_pages, self.pages))
+
     def _losses(self, segment: Segment) -> tuple[int, float, float]:
         """m, W_swap and W_drop."""
         tokens = min(segment.num_tokens, self.pages * self._view.page_size)
@@ -109,7 +114,7 @@ class _Prices:
     def rate(self, segment: Segment) -> float:
         """Waste of taking it for each token-second of memory that this gives."""
         tokens, swap, drop = self._losses(segment)
-        loss = min(swap, drop) if self._view.has_host else drop
+        loss = min(swap, drop) if self.can_copy(segment) else drop
         return loss / max(1e-9, self.hold_s(segment) * tokens)
 
     def costs(self, segment: Segment) -> ActionCosts:

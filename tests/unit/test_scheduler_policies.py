@@ -56,6 +56,7 @@ def view(
     batch_tokens: int = 0,
     query_tokens: int = 10,
     has_host: bool = True,
+    free_host_pages: int = 100,
     free_pages: int = 0,
     profile: CostProfile = PROFILE,
     now: float = 10.0,
@@ -75,7 +76,7 @@ def view(
         num_pages=num_pages,
         page_size=10,
         copying_pages=0,
-        free_host_pages=100,
+        free_host_pages=free_host_pages,
         has_host=has_host,
         batch_pages=batch_pages,
     )
@@ -145,8 +146,13 @@ def test_min_waste_takes_leaves_before_what_they_hang_from() -> None:
 def test_min_waste_copies_when_that_is_cheaper_and_drops_without_a_host() -> None:
     shown = view([paused(1)], [run(1, [1])], batch_tokens=900)
     assert next(make_policy("min_waste").reclaim(shown, 1)).action is Action.SWAP
-    shown = view([paused(1)], [run(1, [1])], batch_tokens=900, has_host=False)
-    assert next(make_policy("min_waste").reclaim(shown, 1)).action is Action.DISCARD
+    for has_host, room in ((False, 100), (True, 0)):
+        shown = view([paused(1)], [run(1, [1])], batch_tokens=900, has_host=has_host, free_host_pages=room)
+        take = next(make_policy("min_waste").reclaim(shown, 1))
+        assert take.action is Action.DISCARD
+        assert "recomputing" in take.reason
+    shown = view([paused(1)], [run(1, [1], on_host=True)], batch_tokens=900, free_host_pages=0)
+    assert next(make_policy("min_waste").reclaim(shown, 1)).action is Action.SWAP  # the copy is there
 
 
 def test_min_waste_copies_the_longest_absent_ahead_in_batches() -> None:
