@@ -21,8 +21,8 @@ TOOLS = [
 RULES = "You work for a small shop and help its staff. Be exact and short. Never guess a number. Reply in one sentence."
 PLAN = r"1\. [^\n]{3,120}(\n[2-6]\. [^\n]{3,120}){0,5}"
 REQUEST = (
-    f"What is 4827 * 396, who is the mayor of {BOOK.towns[1]}, what is 12.5 km in miles, "
-    f"and in which town was {BOOK.people[1]} born?"
+    f"Who is the mayor of {BOOK.towns[1]}, what is 12.5 km in miles, "
+    f"in which town was {BOOK.people[1]} born, and what is 4827 * 396?"
 )
 
 

@@ -138,6 +138,7 @@ class Core:
         self.usage = Usage()
         self.forked_at = 0
         self.forked_messages = 0
+        self.inherited: set[str] = set()  # variables that it has from before the fork, and has not set itself
         self._waiters: list[asyncio.Future[None]] = []
         self._num_auto = 0
 
@@ -190,6 +191,7 @@ class Core:
         if meta is not None:
             self.values.meta[name] = meta
         self.values.variables[name] = value
+        self.inherited.discard(name)
         self.notify()
 
     def auto_name(self, kind: str) -> str:
@@ -294,6 +296,7 @@ class Core:
         """A copy of everything but the session."""
         child = Core(self.execution, self.spans.top.add("branch", name))
         child.values = self.values.copy()
+        child.inherited = set(self.values.variables)
         child.log = list(self.log)
         child.num_sent = self.num_sent
         child.num_rebuilds = self.num_rebuilds

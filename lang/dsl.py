@@ -165,6 +165,7 @@ def select(
 def call_tool(
     name: str | None,
     tool: Callable[..., Any],
+    /,
     *args: Any,
     timeout_s: float | None = None,
     retries: int | None = None,

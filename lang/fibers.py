@@ -8,6 +8,7 @@ coroutine is stepped inside the fiber, so that they may use both ``await`` and b
 from __future__ import annotations
 
 import contextvars
+import inspect
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
@@ -23,6 +24,8 @@ SLOW_STEP_S = 1.0  # a body that computes this long without waiting has stalled 
 
 class Fiber(greenlet):  # type: ignore[misc]
     """A greenlet whose switches to its parent carry awaitables."""
+
+    driving = 0  # coroutines that run inside it, one in another: code that may await
 
     def wait(self, awaitable: Awaitable[T]) -> T:
         """Called inside the fiber: suspend it until ``awaitable`` is done."""
@@ -85,6 +88,7 @@ def drive(coroutine: Coroutine[Any, Any, T]) -> T:
     assert fiber is not None
     value: Any = None
     error: BaseException | None = None
+    fiber.driving += 1
     try:
         while True:
             try:
@@ -99,3 +103,12 @@ def drive(coroutine: Coroutine[Any, Any, T]) -> T:
                 error = raised
     finally:
         coroutine.close()
+        fiber.driving -= 1
+
+
+def finished(result: Any) -> Any:
+    """What an async function called from a sync body has made: its result; an async caller awaits it himself."""
+    fiber = current_fiber()
+    if inspect.iscoroutine(result) and fiber is not None and not fiber.driving:
+        return drive(result)
+    return result

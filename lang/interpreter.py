@@ -196,7 +196,6 @@ async def _fork(state: ProgramState, node: ir.ForkInto, _: contextvars.Context) 
 
 async def _join(state: ProgramState, node: ir.JoinFrom, _: contextvars.Context) -> None:
     core = state.core
-    before = dict(core.values.variables)
     for child in node.children:
         while not child.idle and child.failure is None:
             await child.change()
@@ -204,9 +203,12 @@ async def _join(state: ProgramState, node: ir.JoinFrom, _: contextvars.Context) 
             child.failure_seen = True
             raise child.failure
     if node.mode == "gather_variable":
-        names = dict.fromkeys(name for child in node.children for name in child.variables if name not in before)
-        for name in names:
-            values = [child.core.values.variables[name] for child in node.children if name in child.variables]
+        found: dict[str, list[Any]] = {}
+        for child in node.children:
+            for name, value in child.core.values.variables.items():
+                if name not in child.core.inherited:
+                    found.setdefault(name, []).append(value)
+        for name, values in found.items():
             core.set(name, values)
     else:
         for child in node.children:

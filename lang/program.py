@@ -10,6 +10,7 @@ from caesura.lang import ir
 from caesura.lang.backend import Backend
 from caesura.lang.errors import DefinitionError, NoBackend
 from caesura.lang.execution import Execution, RunOptions, current_execution
+from caesura.lang.fibers import finished
 from caesura.lang.runner import runner
 from caesura.lang.state import ProgramState
 from caesura.lang.tools import Tool, as_tool
@@ -116,7 +117,7 @@ class Program:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and (isinstance(args[0], ProgramState) or is_tracer(args[0])):
-            return self.body(args[0], args[1:], kwargs)
+            return finished(self.body(args[0], args[1:], kwargs))
         if current_execution() is not None or is_tracing():
             self._check(args, kwargs)
             return ir.ProgramCall(self, args, kwargs)

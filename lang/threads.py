@@ -1,5 +1,8 @@
 """Threads for sync tools: at most 12, and up to 4 more in place of ones that a hung tool holds.
 
+A tool that runs a program holds its thread while that program waits for tools of its own. Those have other threads, as
+many again at each depth, so that nobody waits for one that waits for him.
+
 Python cannot stop a thread. A tool that outlasts its timeout keeps its thread until it returns; the pool forgets
 the job and starts a replacement, up to the bound. Past the bound each hung tool costs one thread, and when none is
 left, calls fail at once instead of waiting for ever.
@@ -29,6 +32,7 @@ class Job:
     def __init__(self, work: Callable[[], Any], loop: asyncio.AbstractEventLoop) -> None:
         self.work = work
         self.context = contextvars.copy_context()
+        self.context.run(_depth.set, _depth.get() + 1)
         self.loop = loop
         self.started: asyncio.Future[None] = loop.create_future()
         self.done: asyncio.Future[Any] = loop.create_future()
@@ -149,12 +153,10 @@ def _settable(error: BaseException) -> BaseException:
     return error
 
 
-_threads: ToolThreads | None = None
+_depth = contextvars.ContextVar("caesura_tool_depth", default=0)  # of tools that run programs that call tools
+_pools: dict[int, ToolThreads] = {}
 
 
 def tool_threads() -> ToolThreads:
-    """The process's pool."""
-    global _threads
-    if _threads is None:
-        _threads = ToolThreads()
-    return _threads
+    """The process's pool for tools that are called from here."""
+    return _pools.setdefault(_depth.get(), ToolThreads())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from caesura.lang.tools import Tool, ToolOutput, ToolResult, clip, render
 
 BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 _leftovers: set[asyncio.Task[Any]] = set()  # async tools that are still ending after their timeout
 
@@ -98,12 +100,33 @@ def raised(call: ir.ToolInvocation, result: ToolResult) -> ToolError:
 
 
 def call_text(call: ir.ToolInvocation) -> str:
-    """A program's call as JSON arguments, for messages and records; what JSON cannot say is shown by repr."""
+    """A program's call as JSON arguments, for messages and records: the same text in every process."""
     try:
         bound = inspect.signature(call.tool.function).bind(*call.args, **call.kwargs).arguments
     except (TypeError, ValueError):
         bound = {**{f"arg{i}": value for i, value in enumerate(call.args)}, **call.kwargs}
-    return json.dumps(bound, default=repr, ensure_ascii=False)
+    try:
+        return json.dumps(_plain(bound), ensure_ascii=False)
+    except RecursionError:  # a value that holds itself
+        return json.dumps({name: _shown(value) for name, value in bound.items()}, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON can say it: sets in order, other objects by repr."""
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else _shown(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(_plain, value), key=repr)
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    return _shown(value)
+
+
+def _shown(value: Any) -> str:
+    """repr without the address that the default one ends with, which is another in every process."""
+    return _ADDRESS.sub("", repr(value))
 
 
 def failure(error: str, exception: BaseException | None = None) -> ToolResult:

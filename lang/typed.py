@@ -22,8 +22,9 @@ DTYPE_REGEX: dict[type, str] = {
 }
 DTYPE_STOP: dict[type, tuple[str, ...]] = {int: (" ", "\n"), float: (" ", "\n")}
 
-# Objects are written on one line, spaced as in tool calls: a small model loops in white space where it may.
-ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Objects are written on one line, spaced as in tool calls: a small model loops in white space where it may. What a
+# grammar cannot say is checked by the parser alone.
+ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
 LAYOUT_KEY = "x-guidance"  # llguidance reads it; servers of other kinds get the schema without it
 
 _INT = r"-?(0|[1-9][0-9]{0,17})"
@@ -54,8 +55,8 @@ def output_type(kind: Any) -> OutputType:
     if kind is bool:
         return _options("bool", {"true": True, "false": False})
     if isinstance(kind, enum.EnumMeta):
-        options: Mapping[str, enum.Enum] = kind.__members__
-        members = {str(item.value): item for item in options.values()}
+        options: list[enum.Enum] = list(kind)
+        members = {str(item.value): item for item in options}
         if len(members) != len(options):
             raise DefinitionError(f"the values of {name} are not distinct as text: {sorted(members)}")
         return _options(name, members)
@@ -94,7 +95,7 @@ def _options(name: str, values: Mapping[str, Any]) -> OutputType:
     if not values or any(not text for text in values):
         raise DefinitionError(f"type={name} needs at least one value, and none that is empty as text")
     constraint = Constraint("choices", json.dumps(list(values)))
-    return OutputType(name, constraint, _guarded(name, lambda text: values[text.strip()]))
+    return OutputType(name, constraint, _guarded(name, lambda text: values[text if text in values else text.strip()]))
 
 
 def _guarded(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:

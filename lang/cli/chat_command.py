@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from caesura.lang import HTTPBackend, Tool, assistant, gen, get_server_info, system, user
 from caesura.lang.backends.engine import EngineBackend
 from caesura.lang.cli.output import print_json, stdout
 from caesura.lang.cli.run_command import call_arguments, start_backend
-from caesura.lang.errors import UnknownVariable
+from caesura.lang.errors import ProgramError, UnknownVariable
 from caesura.lang.program import Program
 from caesura.lang.runner import runner
 from caesura.lang.state import ProgramState
 from caesura.runtime.embedded.calculator import CalculatorError, calculate
+from caesura.runtime.errors import ContextTooLong
 from caesura.runtime.text.tool_events import CallEnded, CallStarted, ContentDelta
 from caesura.runtime.text.tool_parser import ToolCallParser, ToolFormat
 from rich.console import Console
@@ -92,23 +94,33 @@ def chat_command(
         results: list[str] = []
         # The embedded model is trained on a calculator; other models are offered it only if they have a tool format.
         tools = [_calculator(results)] if with_tools and embedded else []
-        talk = Conversation(
-            backend,
-            system_text=system_text,
-            tools=tools,
-            temperature=temperature if temperature is not None else (0.0 if embedded else 0.7),
-        )
+        heat = temperature if temperature is not None else (0.0 if embedded else 0.7)
+        begin = partial(Conversation, backend, system_text=system_text, tools=tools, temperature=heat)
+        talk = begin()
+        messages: list[dict[str, Any]] = []
         if terminal:
             hint = "Ask for a calculation. " if tools else ""
             console.print(Text(f"{backend.name}. {hint}Ctrl-C stops an answer, Ctrl-D ends.", "dim"))
         try:
             for question in questions(console, prompt=terminal):
-                _answer(talk, question, Printer(console, backend, tools, results))
+                for attempt in ("now", "anew"):
+                    printer = Printer(console, backend, tools, results)
+                    try:
+                        _answer(talk, question, printer)
+                        break
+                    except ProgramError as error:
+                        if not isinstance(error.root, ContextTooLong):
+                            raise
+                        messages += _messages(talk)
+                        talk.close()
+                        talk = begin()
+                        full = "(the window is full: the conversation begins anew)"
+                        printer.note(full if attempt == "now" else f"(left out: {error.root})")
         finally:
-            messages = _messages(talk)
+            messages += _messages(talk)
             talk.close()
-        if as_json:
-            print_json({"messages": messages})
+            if as_json:
+                print_json({"messages": messages})
 
 
 def _messages(talk: Conversation) -> list[dict[str, Any]]:

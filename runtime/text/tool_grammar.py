@@ -18,8 +18,9 @@ MAX_PARAMETERS = 128
 MAX_SCHEMA_CHARS = 64 << 10
 MAX_SCHEMA_DEPTH = 64
 
-# JSON as models were taught to write it: one blank after a colon or comma, so nothing to loop in
-_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# JSON as models were taught to write it: one blank after a colon or comma, so nothing to loop in. What a grammar cannot
+# say (a format "path", unique items) is left to whoever reads the call, instead of refusing all tools for one of them.
+_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
 _OPEN, _CLOSE, _PYTHON_TAG = "<tool_call>", "</tool_call>", "<|python_tag|>"
 
 _PROSE = frozenset({"description", "title", "examples", "default", "$comment", "deprecated"})

@@ -213,12 +213,18 @@ def splitting(world: World) -> Conversation:
     lines = "\n".join(f"{i}. {part}" for i, part in enumerate(parts, 1))
     messages: list[Message] = [_user(f"Split this into separate questions: {request}"), _assistant(lines)]
     if rng.random() < 0.5:
-        answers = [
-            f"The answer is {world.integer(10, 100_000) if rng.random() < 0.7 else world.word()}." for _ in parts
-        ]
+        answers = [f"The answer is {_value(world)}." for _ in parts]
         told = "\n".join(f"{i}. {answer}" for i, answer in enumerate(answers, 1))
         messages += [{"role": "tool", "content": told}, _assistant(" ".join(answers))]
     return messages, []
+
+
+def _value(world: World) -> str:
+    kind = world.rng.random()
+    if kind < 0.25:
+        return world.word()
+    number = str(world.integer(10, 100_000))
+    return number if kind < 0.65 else f"{number}.{world.rng.randrange(1, 1000)}"
 
 
 def _short(world: World) -> Task:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,15 @@ MADE_UP_SHARE = 0.8  # of the other names in training, so that a name is read of
 _JSON_TYPES = {("convert", "value"): "number", ("add_days", "days"): "integer"}  # all others are strings
 
 
-_PARTS = (
-    *("do", "ask", "quick", "item", "data", "info", "page", "table", "show", "base", "core", "box", "view", "make"),
-    *("seek", "old", "new", "big", "book", "line", "map", "card", "desk", "tool", "help", "point", "up", "of", "to"),
+_PARTS = (  # what programs call their tools
+    *("get", "set", "list", "create", "delete", "update", "add", "remove", "find", "check", "run", "make", "show"),
+    *("ask", "do", "try", "use", "start", "stop", "load", "save", "edit", "write", "parse", "sort", "count", "call"),
+    *("user", "order", "customer", "account", "payment", "ticket", "issue", "page", "table", "row", "image", "video"),
+    *("city", "country", "place", "town", "job", "person", "teacher", "room", "office", "shop", "server", "system"),
+    *("code", "shell", "python", "command", "folder", "path", "url", "web", "query", "data", "base", "record", "event"),
+    *("email", "calendar", "date", "time", "number", "value", "unit", "amount", "price", "total", "answer", "question"),
+    *("quick", "old", "new", "big", "local", "main", "remote", "safe", "all", "any", "next", "last", "info", "item"),
+    *("box", "book", "line", "map", "card", "desk", "tool", "help", "point", "up", "of", "to", "by", "for", "with"),
 )
 
 
@@ -157,6 +164,14 @@ KINDS: dict[str, Kind] = {
 }
 DISTRACTORS = tuple(KINDS)
 _HELD_OUT_NAMES = frozenset(name for kind in KINDS.values() for name in kind.held_out_names)
+_WORDS = sorted(  # that descriptions and names are made of
+    {
+        word
+        for kind in KINDS.values()
+        for text in (kind.description, *kind.others, *kind.names, *kind.arguments)
+        for word in re.findall("[a-z]{2,}", text.lower())
+    }.union(_PARTS)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,10 +240,27 @@ def _name(kind: Kind, rng: random.Random, split: Split) -> str:
 
 def _made_up_name(rng: random.Random) -> str:
     words = rng.choices(_PARTS, k=rng.randint(1, 3)) if rng.random() < 0.4 else []
-    for _ in range(rng.randint(not words, 1)):
-        words.append(wild_word(rng) if rng.random() < 0.4 else made_up_word(rng, syllables=rng.randint(1, 3)).lower())
+    for _ in range(rng.randint(not words, 1) if words or rng.random() < 0.7 else 2):
+        words.append(_made_up_part(rng))
     rng.shuffle(words)
     return "_".join(words)
+
+
+def _made_up_part(rng: random.Random) -> str:
+    kind = rng.random()
+    if kind < 0.5:
+        return _spliced_word(rng)
+    return wild_word(rng) if kind < 0.75 else made_up_word(rng, syllables=rng.randint(1, 3)).lower()
+
+
+def _spliced_word(rng: random.Random) -> str:
+    """The start of one word and the end of another. A name is copied token by token, and so a model copies well only
+    tokens that it has had to write: with splices, those are all the pieces of the words around it."""
+    while True:
+        first, second = rng.choices(_WORDS, k=2)
+        word = first[: rng.randint(1, len(first))] + second[rng.randrange(len(second)) :]
+        if len(word) < 13 and word not in _HELD_OUT_NAMES:
+            return word
 
 
 def toolset(
