@@ -51,7 +51,7 @@ COMMANDS: list[m.Command] = [
     m.Fork(6, CONTEXT, 3),
     m.Truncate(7, CONTEXT, 2),
     m.Pause(8, CONTEXT, (PendingCall("add", 1.0, None), PendingCall("sub")), "any"),
-    m.Resume(9, CONTEXT),
+    m.Resume(9, CONTEXT, 60.0),
     m.Tokens(10, CONTEXT),
     m.Decisions(11, CONTEXT),
     m.FlushCache(12),
