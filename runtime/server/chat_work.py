@@ -215,8 +215,8 @@ class ChatWork:
         if waiting is not None:
             work.adopt(waiting)
             with contextlib.suppress(ContextClosed, DeadlineExceeded, EngineStopped):  # lost: its tokens are enough
-                await waiting.resume(self._state.config.request_deadline_s)
                 await waiting.append(more.token_ids)
+                await waiting.resume(self._state.config.request_deadline_s)
                 self._state.kept.continued += 1
                 return waiting
         self._state.kept.rebuilt += 1

@@ -54,6 +54,9 @@ class ScriptedHandle:
         self.tokens += token_ids
         return len(self.tokens)
 
+    async def resume(self, deadline_s: float | None = None) -> None:
+        """Nothing waits."""
+
     async def token_ids(self) -> list[int]:
         return list(self.tokens)
 
