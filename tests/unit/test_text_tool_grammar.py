@@ -273,3 +273,19 @@ def test_deep_schemas_and_odd_keywords_are_refused() -> None:
     assert tool_grammar(HERMES, [odd]) is not None
     with pytest.raises(InvalidRequest, match="Python keyword"):
         tool_grammar(PYTHONIC, [odd])
+
+
+@pytest.mark.parametrize("fmt", list(ToolFormat))
+def test_what_a_grammar_cannot_say_refuses_no_tool(fmt: ToolFormat) -> None:
+    """pydantic writes such schemas for Path, set and bytes, MCP servers whatever they like."""
+    properties = {
+        "path": {"type": "string", "format": "path", "maxLength": 4},
+        "tags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2, "uniqueItems": True},
+    }
+    odd = {"name": "open", "parameters": {"type": "object", "properties": properties, "required": ["tags"]}}
+    vocabulary = Vocabulary([])
+    grammar = tool_grammar(fmt, [*TOOLS, odd], choice="open", parallel=False, special_ids=vocabulary.special_ids)
+    assert grammar is not None
+    for seed in range(3):
+        _, (call,) = parse(Walk(vocabulary, grammar).finish(random.Random(seed)), fmt, ["open"])
+        assert all(type(tag) is bool for tag in json.loads(call.arguments)["tags"])
