@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import inspect
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from caesura.lang.backend import Backend, Session
 from caesura.lang.core import Core, Usage
 from caesura.lang.errors import DeadlineExceeded, LangError, ProgramCancelled, ProgramError
-from caesura.lang.fibers import drive, run_in_fiber
+from caesura.lang.fibers import finished, run_in_fiber
 from caesura.lang.ir import Sampling
 from caesura.lang.runner import runner
 from caesura.lang.spans import Span
@@ -261,8 +260,7 @@ async def run_body(state: ProgramState, body: Callable[[ProgramState], Any], lab
     """Run a sync or async body in a fiber, with ``state`` marked as the one whose body this is."""
 
     def call() -> Any:
-        result = body(state)
-        return drive(result) if inspect.iscoroutine(result) else result
+        return finished(body(state))
 
     token = state.drain.mark_body()
     try:

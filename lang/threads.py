@@ -159,4 +159,7 @@ _pools: dict[int, ToolThreads] = {}
 
 def tool_threads() -> ToolThreads:
     """The process's pool for tools that are called from here."""
-    return _pools.setdefault(_depth.get(), ToolThreads())
+    depth = _depth.get()
+    if depth not in _pools:
+        _pools.setdefault(depth, ToolThreads())
+    return _pools[depth]

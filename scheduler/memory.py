@@ -266,12 +266,7 @@ class MemoryDesk:
         ledger = self._ledger
         return self._room_in_host + (ledger.free_disk_pages + ledger.spare_disk_pages) * ledger.disk_writable
 
-    def _view(
-        self,
-        states: list[Context] | None = None,
-        *,
-        wanted: int | None = None,
-    ) -> View:
+    def _view(self, states: list[Context] | None = None, *, wanted: int | None = None) -> View:
         """``wanted`` pages (None: a fair part) that host memory has no room for would go to the disk, at its price."""
         ledger = self._ledger
         if wanted is None:

@@ -103,19 +103,15 @@ def chat_command(
             console.print(Text(f"{backend.name}. {hint}Ctrl-C stops an answer, Ctrl-D ends.", "dim"))
         try:
             for question in questions(console, prompt=terminal):
-                for attempt in ("now", "anew"):
+                for told in ("the window is full: the conversation begins anew", "left out: {}"):
                     printer = Printer(console, backend, tools, results)
-                    try:
-                        _answer(talk, question, printer)
+                    too_long = _answer(talk, question, printer)
+                    if too_long is None:
                         break
-                    except ProgramError as error:
-                        if not isinstance(error.root, ContextTooLong):
-                            raise
-                        messages += _messages(talk)
-                        talk.close()
-                        talk = begin()
-                        full = "(the window is full: the conversation begins anew)"
-                        printer.note(full if attempt == "now" else f"(left out: {error.root})")
+                    messages += _messages(talk)
+                    talk.close()
+                    talk = begin()
+                    printer.note(f"({told.format(too_long)})")
         finally:
             messages += _messages(talk)
             talk.close()
@@ -148,7 +144,8 @@ def questions(console: Console, *, prompt: bool) -> Iterator[str]:
             yield line
 
 
-def _answer(talk: Conversation, question: str, printer: Printer) -> None:
+def _answer(talk: Conversation, question: str, printer: Printer) -> ContextTooLong | None:
+    """Print the answer. What is returned ended the conversation: the question did not fit its window."""
     name = talk.ask(question)
     try:
         for text, last in talk.pieces(name):
@@ -158,7 +155,12 @@ def _answer(talk: Conversation, question: str, printer: Printer) -> None:
         printer.note("(stopped)")
     except UnknownVariable:
         pass
+    except ProgramError as error:
+        if not isinstance(error.root, ContextTooLong):
+            raise
+        return error.root
     printer.end()
+    return None
 
 
 class Printer:

@@ -24,7 +24,8 @@ class MinWaste(PausePolicy):
         W_drop = T_fwd(m at its depth) * (tokens in memory)
         W_swap = T_swap(m) * (tokens of the holder) + T_swap(m) * m unless a host copy is there
 
-    The run with the smallest min(W_drop, W_swap) / W_keep goes first, leaves before what they hang from.
+    The run with the smallest min(W_drop, W_swap) / W_keep goes first, leaves before what they hang from. Where
+    a copy has no place there is W_drop alone.
 
     1. *Sharing*: a run with a running sharer is never a candidate (keeping it is free, dropping it frees nothing);
        else it is kept for the first of its paused holders to return, and recomputed once. So sharers protect a parent.
