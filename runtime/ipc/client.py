@@ -292,7 +292,7 @@ class RemoteHandle:
         await self._ask(m.Done, lambda number: m.Pause(number, self.id, pending, wait))
 
     async def resume(self, deadline_s: float | None = None) -> None:
-        """The tools have answered. Idempotent. From now on the context has until ``deadline_s``, if that is given."""
+        """The tools have answered. Idempotent. ``deadline_s`` from now takes the place of the context's deadline."""
         await self._ask(m.Done, lambda number: m.Resume(number, self.id, deadline_s))
 
     async def token_ids(self) -> list[int]:

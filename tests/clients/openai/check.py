@@ -414,7 +414,7 @@ def agent_of_three_questions() -> None:
     """
     page, salt = stats()["page_size"], fresh_salt()
     messages, known, rounds = [{"role": "system", "content": SYSTEM}], 0, 0
-    for question, right in ((TWO_STEPS, TWO_STEPS_ANSWER), (SUM, SUM_ANSWER), ("What is 77 - 12, times 9?", "585")):
+    for question, right in ((TWO_STEPS, TWO_STEPS_ANSWER), (SUM, SUM_ANSWER), ("What is (77 - 12) * 9?", "585")):
         messages.append({"role": "user", "content": question})
         fresh = True
         for _ in range(4):
