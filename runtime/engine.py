@@ -18,18 +18,16 @@ from caesura.runtime.executors.base import (
     Executor,
     OverlappingExecutor,
     SliceInput,
-    SliceOutput,
 )
 from caesura.runtime.generation import Ending, Generation
 from caesura.runtime.kv.ledger import KVLedger
-from caesura.runtime.record import NO_OUTPUT, Flight, Record, Scoring
+from caesura.runtime.record import NO_OUTPUT, Flight, Record, Records, Scoring
 from caesura.scheduler.context import Call, Context
 from caesura.scheduler.policies import PausePolicy
 from caesura.scheduler.profile import CostProfile
 from caesura.scheduler.scheduler import Scheduler, SchedulerConfig
-from caesura.scheduler.types import ContextId, MoveId, PauseDecision, Phase, Slice, StepPlan, StepResult
+from caesura.scheduler.types import ContextId, MoveId, PauseDecision, Phase, StepPlan, StepResult
 
-KEPT_DECISIONS = 64
 COPY_WAIT_S = 0.05
 BLOCKING_WAITS = 200  # of COPY_WAIT_S at most, for a policy that lets everything wait for its copies
 
@@ -64,9 +62,8 @@ class Engine:
         self.scheduler = Scheduler(self.ledger, policy, profile, config or SchedulerConfig())
         self.observers: list[Observer] = []
         self._share_prefixes = share_prefixes
-        self._records: dict[ContextId, Record] = {}
+        self._records = Records(self.scheduler, clock)
         self._ids = itertools.count(1)
-        self._has_new_pause = False  # the policy has not seen it yet
         self.held = False  # no steps for now
 
     # -- contexts ---------------------------------------------------------------------------------------------
@@ -86,13 +83,13 @@ class Engine:
 
     def append(self, context: ContextId, tokens: Sequence[int]) -> int:
         """Add tokens; returns the context's length. Nothing is computed yet."""
-        self._idle(context)
+        self._records.idle(context)
         self._check_length(self.num_tokens(context) + len(tokens))
         self.scheduler.append(context, tokens)
         return self.num_tokens(context)
 
     def num_tokens(self, context: ContextId) -> int:
-        self._record(context)
+        self._records.of(context)
         state = self.scheduler.contexts[context]
         return state.num_tokens - state.pending
 
@@ -102,20 +99,22 @@ class Engine:
 
     def generate(self, context: ContextId, generation: Generation) -> None:
         """Generate from the end of the context; chunks go to the generation's sink."""
-        record = self._idle(context)
+        record = self._records.idle(context)
         num_tokens = self.num_tokens(context)
         if num_tokens == 0:
             raise InvalidRequest("the context is empty; append at least one token (for example BOS) before generating")
         self._check_length(num_tokens + generation.params.max_new_tokens)
         record.generation = generation
         if generation.params.max_new_tokens == 0:
-            self._prefill(context, record, lambda _: self._finish(context, record, Ending("length", None, keep=True)))
+            self._prefill(
+                context, record, lambda _: self._records.finish(context, record, Ending("length", None, keep=True))
+            )
             return
         self.scheduler.submit(context, self.clock.now(), samples=True)
 
     def prefill(self, context: ContextId, done: Callable[[int | Exception], None]) -> None:
         """Compute everything appended so far; ``done`` gets the number of tokens."""
-        self._prefill(context, self._idle(context), done)
+        self._prefill(context, self._records.idle(context), done)
 
     def _prefill(self, context: ContextId, record: Record, done: Callable[[int | Exception], None]) -> None:
         state = self.scheduler.contexts[context]
@@ -131,7 +130,7 @@ class Engine:
     ) -> None:
         """Logprobs of the context's tokens from ``start`` on, each given all before it. With ``top``, ``done`` gets
         SampledTokens, which tell the likeliest tokens in each place as well; else floats."""
-        record = self._idle(context)
+        record = self._records.idle(context)
         num_tokens = self.num_tokens(context)
         if not 1 <= start <= num_tokens:
             raise InvalidRequest(f"start is {start}; it must lie between 1 and the context's {num_tokens} tokens")
@@ -145,18 +144,18 @@ class Engine:
         self, context: ContextId, calls: Sequence[Call], *, wait_any: bool = False, deadline_at: float | None = None
     ) -> None:
         """The context waits for these tools from now on."""
-        self._idle(context)
+        self._records.idle(context)
         self.scheduler.pause(context, self.clock.now(), calls, wait_any=wait_any, deadline_at=deadline_at)
-        self._has_new_pause = True
+        self._records.has_new_pause = True
 
     def resume(self, context: ContextId, deadline_at: float | None = None) -> None:
         """The tools have answered. Idempotent; generating resumes by itself. ``deadline_at`` replaces the context's."""
-        self._record(context)
+        self._records.of(context)
         self.scheduler.resume(context, self.clock.now(), deadline_at)
 
     def fork(self, parent: ContextId, on_closed: Callable[[Exception], None] = lambda _: None) -> ContextId:
         """A copy that shares the parent's KV."""
-        record = self._idle(parent)
+        record = self._records.idle(parent)
         child = ContextId(next(self._ids))
         self.scheduler.fork(parent, child, self.clock.now())
         self._records[child] = Record(record.namespace, on_closed)
@@ -164,7 +163,7 @@ class Engine:
 
     def truncate(self, context: ContextId, num_tokens: int) -> None:
         """Roll back to the first ``num_tokens`` tokens."""
-        self._idle(context)
+        self._records.idle(context)
         have = self.num_tokens(context)
         if not 0 <= num_tokens <= have:
             raise InvalidRequest(f"num_tokens is {num_tokens}; it must lie between 0 and the context's {have}")
@@ -195,7 +194,7 @@ class Engine:
 
     def decisions(self, context: ContextId) -> list[PauseDecision]:
         """The latest pause decisions of a context, oldest first."""
-        return list(self._record(context).decisions)
+        return list(self._records.of(context).decisions)
 
     @property
     def _pool_tokens(self) -> int:
@@ -211,19 +210,19 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """A step would do something: contexts to run, copies or output to take in, a pause to decide about."""
-        wanted = self._has_new_pause or self.scheduler.has_work or bool(self.ledger.transfers)
+        wanted = self._records.has_new_pause or self.scheduler.has_work or bool(self.ledger.transfers)
         return (wanted or self._flight is not None) and not self.held
 
     def step(self) -> StepPlan:
         """One iteration."""
-        self._has_new_pause = False
+        self._records.has_new_pause = False
         plan = self.scheduler.plan(self.clock.now())
         for context in plan.expired:
             self._close_expired(context)
         for decision in plan.decisions:
-            self._remember(decision)
+            self._records.remember(decision)
         self.executor.begin(plan.moves)
-        inputs = [self._input(piece) for piece in plan.slices if piece.context_id in self._records]
+        inputs = [self._records.input(piece) for piece in plan.slices if piece.context_id in self._records]
         if self._overlapping is not None:
             self._step_ahead(self._overlapping, plan, inputs)
             return plan
@@ -234,7 +233,7 @@ class Engine:
             raise
         moves_done = self._acknowledged(computed=bool(inputs))
         endings: dict[ContextId, Ending] = {}
-        tokens = self._read(output, endings)
+        tokens = self._records.read(output, endings)
         duration_s = self.clock.now() - plan.now
         result = StepResult(
             plan.number,
@@ -246,7 +245,7 @@ class Engine:
             moves_failed=self.executor.take_failed(),
         )
         self.scheduler.commit(plan, result)
-        self._emit(plan, output, endings)
+        self._records.emit(plan, output, endings)
         self._show(plan, result)
         return plan
 
@@ -293,7 +292,7 @@ class Engine:
             raise
         output = replace(output, outputs=tuple(out for out in output.outputs if out.context_id in flight.live))
         endings: dict[ContextId, Ending] = {}
-        tokens = self._read(output, endings)
+        tokens = self._records.read(output, endings)
         now = self.clock.now()
         result = replace(
             flight.result,
@@ -307,7 +306,7 @@ class Engine:
         for context in self._built_on(result.broken, flight.plan):
             self._give_up(context, "the KV it shares could not be computed")
         self.scheduler.settle(flight.live, result, now)
-        self._emit(flight.plan, output, endings)
+        self._records.emit(flight.plan, output, endings)
         self._show(flight.plan, result)
 
     def _built_on(self, broken: frozenset[ContextId], plan: StepPlan) -> set[ContextId]:
@@ -378,91 +377,7 @@ class Engine:
         if set(self._records) != set(self.scheduler.contexts) or set(self._records) != set(self.ledger.holdings):
             raise BrokenInvariant("engine, scheduler and ledger know different contexts")
 
-    # -- parts of a step --------------------------------------------------------------------------------------
-
-    def _input(self, piece: Slice) -> SliceInput:
-        state = self.scheduler.contexts[piece.context_id]
-        record = self._records[piece.context_id]
-        end = piece.start + piece.num_tokens
-        tokens = state.tokens[piece.start : end]
-        sampler = record.generation.sampler if piece.samples and record.generation is not None else None
-        if record.scoring is None:
-            return SliceInput(piece.context_id, tokens, piece.start, piece.pages, sampler)
-        first = max(piece.start, record.scoring.start - 1)
-        last = min(end, state.num_tokens - 1)
-        targets = [(position - piece.start, state.tokens[position + 1]) for position in range(first, last)]
-        return SliceInput(piece.context_id, tokens, piece.start, piece.pages, sampler, targets, record.scoring.top)
-
-    def _read(self, output: ExecOutput, endings: dict[ContextId, Ending]) -> dict[ContextId, int]:
-        """Feed sampled tokens to their generations and see which of them end."""
-        tokens: dict[ContextId, int] = {}
-        for out in output.outputs:
-            context = out.context_id
-            generation = self._records[context].generation
-            if out.failure is not None:
-                endings[context] = Ending("abort", out.failure, keep=False)
-            elif out.sampled is not None and generation is not None:
-                ending = generation.push(out.sampled)
-                if ending is None or ending.keep:
-                    tokens[context] = out.sampled.token_id
-                if ending is not None:
-                    endings[context] = ending
-        return tokens
-
-    def _emit(self, plan: StepPlan, output: ExecOutput, endings: dict[ContextId, Ending]) -> None:
-        """Tell everyone whose request is done."""
-        for context, ending in endings.items():
-            record = self._records.get(context)
-            if record is not None:
-                self._finish(context, record, ending)
-        for out in output.outputs:
-            record = self._records.get(out.context_id)
-            if record is not None and (record.scoring is not None or record.prefilled is not None):
-                start = next(piece.start for piece in plan.slices if piece.context_id == out.context_id)
-                self._collect(out.context_id, record, start, out)
-
-    def _finish(self, context: ContextId, record: Record, ending: Ending) -> None:
-        generation, record.generation = record.generation, None
-        if generation is None:
-            return
-        if ending.reason == "abort":
-            generation.abort(str(ending.matched))
-            return
-        state = self.scheduler.contexts[context]
-        kept, rest = generation.kept_tokens(ending)
-        if isinstance(ending.matched, str):
-            self.scheduler.truncate(context, state.num_tokens - (len(generation.token_ids) - kept), self.clock.now())
-            self.scheduler.append(context, rest)
-        calls = generation.calls(ending)
-        if calls:  # no gap between the last token and the pause
-            self.scheduler.pause(context, self.clock.now(), [Call(call.name) for call in calls])
-            self._has_new_pause = True
-        generation.finish(ending, calls, max(0, state.cached_tokens))
-
-    def _collect(self, context: ContextId, record: Record, start: int, out: SliceOutput) -> None:
-        if out.failure is not None:
-            record.fail(ContextClosed(out.failure))
-            return
-        state = self.scheduler.contexts[context]
-        scoring = record.scoring
-        if scoring is not None and out.scores:
-            first = max(start, scoring.start - 1) + 1
-            scoring.found.update(zip(range(first, first + len(out.scores)), out.scores, strict=True))
-            scoring.tops.update(enumerate(out.score_tops, first))
-        if state.phase is not Phase.PAUSED:
-            return
-        if scoring is not None:
-            record.scoring = None
-            scoring.done(scoring.of(state.tokens))
-        if record.prefilled is not None:
-            done, record.prefilled = record.prefilled, None
-            done(state.num_tokens)
-
-    def _remember(self, decision: PauseDecision) -> None:
-        record = self._records.get(decision.context_id)
-        if record is not None:
-            record.decisions.append(decision)
-            del record.decisions[:-KEPT_DECISIONS]
+    # -- failures ---------------------------------------------------------------------------------------------
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         for piece in plan.slices:
@@ -475,18 +390,6 @@ class Engine:
             self.close(context, ContextClosed(why))
 
     # -- checks -----------------------------------------------------------------------------------------------
-
-    def _record(self, context: ContextId) -> Record:
-        record = self._records.get(context)
-        if record is None:
-            raise ContextClosed(f"context {context} is closed")
-        return record
-
-    def _idle(self, context: ContextId) -> Record:
-        record = self._record(context)
-        if record.is_busy:
-            raise InvalidRequest(f"context {context} is busy; wait for its request to finish, or abort it")
-        return record
 
     def _check_length(self, num_tokens: int) -> None:
         limit = self.max_context_tokens

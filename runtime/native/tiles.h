@@ -157,9 +157,9 @@ INLINE void cut_columns(vec value, char *parts, long steps, long row, long colum
 
 /* -- float32 ------------------------------------------------------------------------------------------------------- */
 
-INLINE void load_rows(int two, const char *rows, long apart) {
+INLINE void load_rows(const char *rows, long apart) {
     _tile_loadd(4, rows, 64);
-    if (two) _tile_loadd(5, rows + apart, 64);
+    _tile_loadd(5, rows + apart, 64);
 }
 
 INLINE void load_columns(const char *columns) {
@@ -167,10 +167,9 @@ INLINE void load_columns(const char *columns) {
     _tile_loadd(7, columns + TILE_BYTES, 64);
 }
 
-INLINE void add_products(int two) {
+INLINE void add_products(void) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
-    if (!two) return;
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
 }
@@ -182,27 +181,27 @@ INLINE void cut_some(const float *w, long ahead, char *to, int first, int last) 
     for (int row = first; row < last; row++) cut_positions(w + 2 * row * COLUMNS, ahead, to + row * 64);
 }
 
-/* 32 inner positions of 16 (two: 32) rows and 32 columns: six products in the order that loads the fewest tiles. The
+/* 32 inner positions of 32 rows and 32 columns: six products in the order that loads the fewest tiles. The
    weights of a later step, `w`, are cut in between: other parts of the processor do that. */
-INLINE void add_step(int two, const char *rows, long apart, const char *columns, const float *w, char *to) {
-    load_rows(two, rows, apart);
+INLINE void add_step(const char *rows, long apart, const char *columns, const float *w, char *to) {
+    load_rows(rows, apart);
     load_columns(columns + 4 * TILE_BYTES);
-    add_products(two);
+    add_products();
     cut_some(w, AHEAD_FLOATS, to, 0, 3);
     load_columns(columns + 2 * TILE_BYTES);
-    add_products(two);
+    add_products();
     cut_some(w, AHEAD_FLOATS, to, 3, 6);
-    load_rows(two, rows + TILE_BYTES, apart);
-    add_products(two);
+    load_rows(rows + TILE_BYTES, apart);
+    add_products();
     cut_some(w, AHEAD_FLOATS, to, 6, 9);
     load_columns(columns);
-    add_products(two);
+    add_products();
     cut_some(w, AHEAD_FLOATS, to, 9, 12);
-    load_rows(two, rows, apart);
-    add_products(two);
+    load_rows(rows, apart);
+    add_products();
     cut_some(w, AHEAD_FLOATS, to, 12, 14);
-    load_rows(two, rows + 2 * TILE_BYTES, apart);
-    add_products(two);
+    load_rows(rows + 2 * TILE_BYTES, apart);
+    add_products();
     cut_some(w, AHEAD_FLOATS, to, 14, 16);
 }
 
@@ -215,11 +214,11 @@ static void add_few(const char *rows, const float *w, long inner, float sums[][C
     for (long step = 0; step < steps; step++, rows += STEP_BYTES) {
         char *next = cuts[(step + 1) % 2];
         if (step + 1 < whole) {
-            add_step(1, rows, apart, cuts[step % 2], w + (step + 1) * STEP * COLUMNS, next);
+            add_step(rows, apart, cuts[step % 2], w + (step + 1) * STEP * COLUMNS, next);
             continue;
         }
         if (step + 1 < steps) cut_step(w, step + 1, inner, next);
-        add_step(1, rows, apart, cuts[step % 2], NULL, NULL);
+        add_step(rows, apart, cuts[step % 2], NULL, NULL);
     }
     store_sums(1, sums);
 }
@@ -295,7 +294,7 @@ static void add_many(long count, const char *rows, const float *w, long inner, f
             const char *at = rows + row / TILE_ROWS * apart + first * STEP_BYTES;
             if (first) load_sums(sums[row]);
             else zero_sums();
-            for (long step = 0; step < some; step++) add_step(1, at + step * STEP_BYTES, apart, cuts[step], NULL, NULL);
+            for (long step = 0; step < some; step++) add_step(at + step * STEP_BYTES, apart, cuts[step], NULL, NULL);
             store_sums(1, sums[row]);
         }
     }
