@@ -75,12 +75,18 @@ def rows(document: Mapping[str, Any]) -> list[tuple[str, str, str, str, str, str
                 found.append((name, system, "-", entry.get("failure", "not run"), "", "", ""))
                 continue
             values = entry[scenario["metric"]]
-            spread = f"{min(values):.3g} - {max(values):.3g}" + ("" if entry["complete"] else ", incomplete")
+            lacking = "" if entry["complete"] else ", incomplete"
+            spread = f"{_figures(min(values))} - {_figures(max(values))}{lacking}"
             ratio = "" if ours is None or system == OURS else f"{ours / median:.2f}"
             share = f"{median / scenario['limit']:.0%}"
-            found.append((name, system, f"{median:.4g}", spread, share, ratio, f"{max(entry['stolen_share']):.1%}"))
-        found.append((name, "limit", f"{scenario['limit']:.4g}", "", "", "", ""))
+            found.append((name, system, _figures(median), spread, share, ratio, f"{max(entry['stolen_share']):.1%}"))
+        found.append((name, "limit", _figures(scenario["limit"]), "", "", "", ""))
     return found
+
+
+def _figures(rate: float) -> str:
+    """Three figures, and no fewer than there are before the point."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _median(entry: Mapping[str, Any], metric: str) -> float | None:
