@@ -6,6 +6,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.calibrate import calibrate
 from benchmarks.common import CpuClock, hardware, software
 from benchmarks.dummy import SHAPES
-from benchmarks.pause.profiles import find_machine, machine_names
+from benchmarks.pause.profiles import Machine, find_machine, machine_names, write_machine
 from benchmarks.pause.runs import RunSpec, run
 
 METRICS: tuple[tuple[str, tuple[str, ...], float | None], ...] = (
@@ -87,12 +89,18 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--tool-scale", type=float, default=0.1)
     parser.add_argument("--model", default="15M", choices=tuple(SHAPES))
     parser.add_argument("--profile", help=f"a file, or one of {', '.join(machine_names())}; cpu-MODEL by default")
+    parser.add_argument(
+        "--calibrate",
+        type=float,
+        metavar="SECONDS",
+        help="measure the machine anew before every real run: one that others use as well drifts",
+    )
     parser.add_argument("--json", type=Path, help="write everything here")
     options = parser.parse_args(arguments)
     console = Console()
-    machine = options.profile or f"cpu-{options.model.lower()}"
+    profile = options.profile or f"cpu-{options.model.lower()}"
     try:
-        find_machine(machine)
+        machine = find_machine(profile)
     except ValueError as error:
         parser.error(f"{error}; measure one with python -m benchmarks calibrate")
     cpu = CpuClock()
@@ -100,13 +108,14 @@ def main(arguments: Sequence[str]) -> int:
     runs: list[dict[str, Any]] = []
     for policy in options.policies.split(","):
         base = RunSpec(
-            options.workload, policy, options.rate, 0, options.minutes, machine, tool_scale=options.tool_scale
+            options.workload, policy, options.rate, 0, options.minutes, profile, tool_scale=options.tool_scale
         )
         real, simulated = [], []
         for seed in range(options.seeds):
             console.print(f"[dim]{policy}, seed {seed}[/]")
-            simulated.append(run(replace(base, seed=seed)))
-            real.append(run(replace(base, seed=seed, engine=options.model)))
+            one, other = _both(replace(base, seed=seed), options.model, machine, options.calibrate)
+            real.append(one)
+            simulated.append(other)
         rows += compare(policy, real, simulated)
         runs += [*real, *simulated]
     console.print(_table(rows))
@@ -123,13 +132,26 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if all(row.holds is not False for row in rows) else 1
 
 
+def _both(
+    spec: RunSpec, model: str, machine: Machine, calibrate_s: float | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the real engine and the simulator make of the same arrivals."""
+    with tempfile.TemporaryDirectory() as folder:
+        if calibrate_s is not None:
+            path = Path(folder) / f"{machine.name}.json"
+            write_machine(calibrate(model, calibrate_s, machine)[0], path)
+            spec = replace(spec, machine=str(path))
+        return run(replace(spec, engine=model)), run(spec)
+
+
 def _table(rows: Sequence[Compared]) -> Table:
     table = Table(title="simulator against the real engine", title_justify="left")
     for heading in ("policy", "metric", "real", "simulated", "error", "promised"):
         table.add_column(heading, justify="left" if heading in ("policy", "metric") else "right")
     for row in rows:
         error = "-" if row.error is None else f"{row.error:+.1%}"
-        limit = "" if row.limit is None else f"{row.limit:.0%} {'holds' if row.holds else 'FAILS'}"
+        verdict = {True: "holds", False: "FAILS", None: ""}[row.holds]
+        limit = "" if row.limit is None else f"{row.limit:.0%} {verdict}"
         table.add_row(row.policy, row.metric, f"{row.real:,.4g}", f"{row.simulated:,.4g}", error, limit)
     return table
 
