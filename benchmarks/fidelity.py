@@ -8,7 +8,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +135,15 @@ def main(arguments: Sequence[str]) -> int:
 def _both(
     spec: RunSpec, model: str, machine: Machine, calibrate_s: float | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the real engine and the simulator make of the same arrivals."""
+    """What the real engine and the simulator make of the same arrivals, on what machine."""
+    if calibrate_s is not None:
+        machine, _, _ = calibrate(model, calibrate_s, machine)
     with tempfile.TemporaryDirectory() as folder:
-        if calibrate_s is not None:
-            path = Path(folder) / f"{machine.name}.json"
-            write_machine(calibrate(model, calibrate_s, machine)[0], path)
-            spec = replace(spec, machine=str(path))
-        return run(replace(spec, engine=model)), run(spec)
+        path = Path(folder) / f"{machine.name}.json"
+        write_machine(machine, path)
+        spec = replace(spec, machine=str(path))
+        measured = {"machine": asdict(machine)}  # the file is gone when the results are read
+        return run(replace(spec, engine=model)) | measured, run(spec) | measured
 
 
 def _table(rows: Sequence[Compared]) -> Table:
