@@ -111,10 +111,11 @@ class EngineProcess:
 
         self._service, self._worker = service, Worker(service, self._send)
         self._send(m.Ready(str(folder), os.getpid()))
-        drain_s = await self._ending
-        await self._worker.drain(drain_s)
-        await asyncio.to_thread(service.close)
-        await self._worker.drain(1.0)  # every request hears why it ended
+        try:
+            await self._worker.drain(await self._ending)
+        finally:
+            await asyncio.to_thread(service.close)
+            await self._worker.drain(1.0)  # every request hears why it ended
 
     async def _beat(self) -> None:
         while not self._ending.done():
@@ -148,6 +149,8 @@ class EngineProcess:
 
     def _readable(self) -> None:
         """ZeroMQ's descriptor signals edges only: take all there is, in portions that let others run."""
+        if self._socket.closed:
+            return
         for _ in range(FRAMES_AT_ONCE):
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -221,7 +224,7 @@ class EngineProcess:
 
     def _flush(self) -> None:
         self._flushing = False
-        if self._client is None:
+        if self._client is None or self._socket.closed:  # what is said after the end has no listener
             return
         outbox, self._outbox = self._outbox, []
         self._transmit(self._channel.pack(outbox))
