@@ -278,7 +278,11 @@ def test_a_server_process_from_disconnects_to_a_killed_engine_to_sigterm() -> No
         threads = [threading.Thread(target=wait_for_answer, args=(stream,)) for stream in (False, True)]
         for thread in threads:
             thread.start()
-        time.sleep(0.2)
+        for _ in range(600):
+            if client.get("/server_info").json()["internal_states"][0]["contexts"]["running"] == 2:
+                break
+            time.sleep(0.02)
+        time.sleep(0.2)  # the stream's first event is under way
         for pid in engines:
             os.kill(pid, signal.SIGKILL)
         for thread in threads:

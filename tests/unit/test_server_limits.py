@@ -63,11 +63,11 @@ LIMITS = {
 def test_sec_19_at_the_limit_and_one_beyond(name: str) -> None:
     chat(**TABLE[name](LIMITS[name]))
     raw = json.dumps({"messages": [HELLO], **TABLE[name](LIMITS[name] + 1)}).encode()
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(ApiError) as caught:
         decode(raw, ChatRequest).check()
     assert caught.value.status == 400
-    assert time.perf_counter() - started < 0.1
+    assert time.thread_time() - started < 0.1
 
 
 def test_sec_19_prompts() -> None:
@@ -103,10 +103,10 @@ def test_sec_19_prompts() -> None:
     ids=["open", "objects", "one too many", "mixed", "closed first", "an open string of quotes"],
 )  # fmt: skip
 def test_deep_json_is_refused_in_linear_time(raw: bytes) -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(ApiError):
         decode(raw, ChatRequest)
-    assert time.perf_counter() - started < 3
+    assert time.thread_time() - started < 3
 
 
 def test_brackets_in_strings_do_not_count() -> None:
