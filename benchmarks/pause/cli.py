@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from caesura.scheduler.policies import POLICIES, make_policy
 from rich.console import Console
@@ -52,6 +53,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def found_rps(document: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What an earlier study found, by label: capacities by policy, and the bounds."""
+    bounds = document.get("bound_rps", {})
+    return {label: {**found, **bounds.get(label, {})} for label, found in document["capacity_rps"].items()}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="caesura bench pause",
@@ -63,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="15M", choices=tuple(SHAPES), help="--real: the dummy model")
     parser.add_argument("--tool-scale", type=float, help="multiplies tool times; 0.1 with --real, else 1")
     parser.add_argument("--guess", type=float, help="requests/s to begin the search at")
+    parser.add_argument("--near", type=Path, help="begin each search at what an earlier study (--json) found")
     parser.add_argument("--quick", action="store_true", help="a few policies and workloads: under five minutes")
     parser.add_argument("--policies", type=_names, help=f"comma-separated, or all: {', '.join(POLICIES)}")
     parser.add_argument("--workloads", type=_names, help=f"comma-separated, or trace files: {', '.join(WORKLOADS)}")
@@ -117,6 +125,7 @@ def _study(options: argparse.Namespace) -> Study:
         host_tokens=study.host_tokens if options.host_tokens is None else options.host_tokens,
         rates=tuple(options.rates or ()),
         guess_rps=options.guess or study.guess_rps,
+        near=found_rps(json.loads(options.near.read_text())) if options.near else {},
         curves=(study.curves or bool(options.plots)) and not options.no_curves,
         own_limits=study.own_limits and not options.no_own_limits,
         bound=study.bound and not options.no_bound,

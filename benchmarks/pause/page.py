@@ -1,13 +1,15 @@
 """Fills the tables of docs/policies.md from what was measured, between ``<!-- NAME -->`` and ``<!-- end -->``.
 
 ``python -m benchmarks.pause.page STUDY.json ...`` takes any number of documents written by ``--json``, of studies and
-of ``benchmarks fidelity``; parts for which none was given stay as they are. No figure of the page is typed by hand.
+of ``benchmarks fidelity``; parts and workloads for which none was given stay as they are. No figure of the page is
+typed by hand.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -21,20 +23,24 @@ from benchmarks.pause.report import markdown
 from benchmarks.workloads import WORKLOADS
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "policies.md"
+_TABLE = re.compile(r"^\*\*(\S+) \(unloaded.*\n\n(?:\|.*\n?)+", re.MULTILINE)
 
 
 def fill(page: str, parts: dict[str, str]) -> str:
     """Replace the named parts. ValueError when the page has no place for one."""
     for name, text in parts.items():
-        mark = f"<!-- {name} -->\n"
-        if page.count(mark) != 1:
-            raise ValueError(
-                f"the page has {page.count(mark)} places <!-- {name} --> ... <!-- end -->; it must have one"
-            )
-        start = page.index(mark) + len(mark)
-        end = page.index("<!-- end -->", start)
+        start, end = _place(page, name)
         page = f"{page[:start]}{text.rstrip()}\n{page[end:]}"
     return page
+
+
+def _place(page: str, name: str) -> tuple[int, int]:
+    """Where a part begins and ends."""
+    mark = f"<!-- {name} -->\n"
+    if page.count(mark) != 1:
+        raise ValueError(f"the page has {page.count(mark)} places <!-- {name} --> ... <!-- end -->; it must have one")
+    start = page.index(mark) + len(mark)
+    return start, page.index("<!-- end -->", start)
 
 
 def policy_table() -> str:
@@ -94,6 +100,10 @@ def merged(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Studies of one part as one: their workloads, policies and seeds add up, each seed counted once."""
     whole = {**documents[0], "runs": [], "capacity_seeds_rps": {}, "capacity_rps": {}, "bound_rps": {}}
     whole |= {"unloaded_s": {}, "own_capacity_rps": {}}
+    configs = [document["config"] for document in documents]
+    machines = {name: machine for config in configs for name, machine in config["machines"].items()}
+    codes = sorted({config["code"] for config in configs})
+    whole["config"] = {**configs[0], "machines": machines, "code": ", ".join(codes)}
     seen: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
     for document in documents:
         whole["runs"] += [run for run in document["runs"] if run not in whole["runs"]]
@@ -114,11 +124,13 @@ def merged(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return whole
 
 
-def study_part(documents: Sequence[dict[str, Any]]) -> str:
-    """The tables of a part, and what made them."""
-    whole = merged(documents)
-    codes = sorted({document["config"]["code"] for document in documents})
-    return f"{len(whole['runs'])} runs; code {', '.join(codes)}.\n\n{markdown(whole)}"
+def study_part(documents: Sequence[dict[str, Any]], before: str = "") -> str:
+    """The tables of a part: of each workload the one that was measured, else the one that was there before."""
+    tables = {found[1]: found[0].rstrip() for found in _TABLE.finditer(before)}
+    for label in dict.fromkeys(label for document in documents for label in document["capacity_rps"]):
+        of_label = [document for document in documents if label in document["capacity_rps"]]
+        tables[label] = markdown(merged(of_label), label)
+    return "\n\n".join(tables.values())
 
 
 def _first_sentence(text: str) -> str:
@@ -137,9 +149,13 @@ def main(arguments: Sequence[str]) -> int:
     for path in options.documents:
         document = json.loads(path.read_text())
         given.setdefault(place_of(document), []).append(document)
+    page = options.page.read_text()
     for place, documents in given.items():
-        parts[place] = fidelity_table(documents[-1]) if place == "fidelity" else study_part(documents)
-    options.page.write_text(fill(options.page.read_text(), parts))
+        if place == "fidelity":
+            parts[place] = fidelity_table(documents[-1])
+        else:
+            parts[place] = study_part(documents, page[slice(*_place(page, place))])
+    options.page.write_text(fill(page, parts))
     return 0
 
 

@@ -33,7 +33,7 @@ def at_common_rate(document: dict[str, Any], label: str) -> tuple[dict[str, dict
     """A run of every policy at one rate: the highest at which most have a complete run. Those without are left out."""
     curves = {policy: dict(curve(document, label, policy)) for policy in document["capacity_rps"][label]}
     rates = sorted({rate for points in curves.values() for rate in points})
-    rate = max(rates, key=lambda rate: (sum(rate in points for points in curves.values()), rate))
+    rate = max(rates, key=lambda rate: (sum(rate in points for points in curves.values()), rate), default=0.0)
     return {policy: points[rate] for policy, points in curves.items() if rate in points}, rate
 
 
@@ -88,7 +88,7 @@ def cells(document: dict[str, Any], label: str, row: dict[str, Any]) -> list[str
 
 
 def setting(document: dict[str, Any], label: str) -> str:
-    """Pools, length and seeds of a label's runs."""
+    """Pools, length, seeds, number and code of a label's runs."""
     runs = [run for run in document["runs"] if run["label"] == label]
     if not runs:
         return "no runs"
@@ -97,7 +97,9 @@ def setting(document: dict[str, Any], label: str) -> str:
     seeds = sorted({run["seed"] for run in runs})
     lengths = sorted({run["minutes"] for run in runs})
     minutes = "-".join(f"{length:g}" for length in (lengths[0], lengths[-1])[: len(lengths)])
-    return f"pool {kv:,} and host {host:,} tokens, runs of {minutes} minutes, seeds {', '.join(map(str, seeds))}"
+    sizes = f"pool {kv:,} and host {host:,} tokens"
+    made = f"seeds {', '.join(map(str, seeds))}; {len(runs)} runs, code {document['config']['code']}"
+    return f"{sizes}, runs of {minutes} minutes, {made}"
 
 
 def _title(document: dict[str, Any], label: str) -> str:
@@ -122,16 +124,13 @@ def screen(document: dict[str, Any]) -> list[Table]:
     return tables
 
 
-def markdown(document: dict[str, Any]) -> str:
-    """The same tables for a page."""
-    parts = []
-    for label in document["capacity_rps"]:
-        columns = headings(document, label)
-        lines = [f"**{_title(document, label)}** {setting(document, label)}", "", "| " + " | ".join(columns) + " |"]
-        lines.append("|---" + "|---:" * (len(columns) - 1) + "|")
-        lines += ["| " + " | ".join(cells(document, label, row)) + " |" for row in capacity_rows(document, label)]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
+def markdown(document: dict[str, Any], label: str) -> str:
+    """The table of one workload for a page. It begins with what it is and how it was made."""
+    columns = headings(document, label)
+    lines = [f"**{_title(document, label)}** {setting(document, label)}", "", "| " + " | ".join(columns) + " |"]
+    lines.append("|---" + "|---:" * (len(columns) - 1) + "|")
+    lines += ["| " + " | ".join(cells(document, label, row)) + " |" for row in capacity_rows(document, label)]
+    return "\n".join(lines)
 
 
 def curve(document: dict[str, Any], label: str, policy: str) -> list[tuple[float, dict[str, Any]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -47,12 +47,17 @@ class Study:
     engine: str = "simulated"
     tool_scale: float = 1.0
     guess_rps: float = 3.0
+    near: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # where to begin: by label, by policy
 
     def spec(self, workload: str, kv_tokens: int | None, policy: str, seed: int) -> RunSpec:
         """A run of this study, its rate still to be chosen."""
         minutes = self.minutes if workload == "mix" else self.short_minutes or self.minutes
         spec = RunSpec(workload, policy, 1.0, seed, minutes, self.machine, kv_tokens, self.host_tokens)
         return replace(spec, engine=self.engine, tool_scale=self.tool_scale)
+
+    def stretch(self, known: float | None) -> float:
+        """The steps of a search: small ones where its answer is about known."""
+        return max(SURE_STRETCH, self.tolerance) if known else UNSURE_STRETCH
 
 
 def quick_study(**changes: Any) -> Study:
@@ -251,23 +256,26 @@ def _bounds(
                 "endless memory": replace(spec, policy="preserve", kv_tokens=ENDLESS_TOKENS),
                 "free copies": replace(spec, machine=study.machine + FREE_COPIES, host_tokens=None),
             }
+            label = findings.label(workload, kv)
             for name, free in given.items():
-                chain = Chain("capacity", free, limits[workload], study.guess_rps, study.tolerance, UNSURE_STRETCH)
-                places.setdefault(chain, []).append((findings.label(workload, kv), name))
+                known = study.near.get(label, {}).get(name)
+                guess, stretch = known or study.guess_rps, study.stretch(known)
+                chain = Chain("capacity", free, limits[workload], guess, study.tolerance, stretch)
+                places.setdefault(chain, []).append((label, name))
     return places
 
 
 def _search(findings: Findings, case: tuple[str, int | None], policy: str, seed: int, limit_s: float) -> Chain:
-    """A capacity search that begins at what is known: of this policy with another seed, else of other policies."""
+    """A capacity search that begins at what is known: of this policy with another seed or from an earlier study, else
+    of other policies."""
     study, (workload, kv) = findings.study, case
     label = findings.label(workload, kv)
-    known = findings.median_rps(label, policy)
+    known = findings.median_rps(label, policy) or study.near.get(label, {}).get(policy)
     others = [findings.median_rps(label, other) or 0.0 for other in findings.capacities.get(label, {})]
     bound = [entry["rps"] for entry in findings.bounds.get(label, {}).get("free copies", [])]
     guess = known or statistics.median(others or bound or [study.guess_rps])
     spec = study.spec(workload, kv, policy, seed)
-    stretch = max(SURE_STRETCH, study.tolerance) if known else UNSURE_STRETCH
-    return Chain("capacity", spec, limit_s, guess, study.tolerance, stretch)
+    return Chain("capacity", spec, limit_s, guess, study.tolerance, study.stretch(known))
 
 
 def _curves(study: Study, findings: Findings, cases: list[tuple[str, int | None]]) -> list[Chain]:

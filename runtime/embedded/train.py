@@ -1,8 +1,9 @@
 """Train a model on all skills from nothing: ``python -m caesura.runtime.embedded.train --out FOLDER --seed 0``.
 
-On CPUs, bfloat16 arithmetic over float32 weights. The schedule is counted in steps, so that a seed and a thread count
-give the same model on the same kind of machine. The state is saved with every evaluation; ``--resume`` goes on from it,
-also with other ``--rates``. ``caesura eval embedded --model FOLDER`` asks the result through the engine.
+The arithmetic is bfloat16 over float32 weights on CPUs that have it, else float32. The schedule is counted in steps, so
+that a seed and a thread count give the same model on the same kind of machine. Every evaluation saves the state;
+``--resume`` goes on from it, also with other ``--rates``. ``caesura eval embedded --model FOLDER`` asks the result
+through the engine.
 """
 
 from __future__ import annotations

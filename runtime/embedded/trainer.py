@@ -1,4 +1,4 @@
-"""One training run: bfloat16 arithmetic over float32 weights, a schedule, and a state to resume from."""
+"""One training run: fast arithmetic over float32 weights, a schedule, and a state to resume from."""
 
 from __future__ import annotations
 
@@ -52,6 +52,12 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.lr * recipe.rates[-1][1]
 
 
+def arithmetic() -> torch.dtype:
+    """bfloat16 where the CPU has instructions for it; emulated, it takes twice the time of float32."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
 def collate(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
     """ids [batch, length], right-padded, and the flat indices in [batch, length - 1] whose successor is learned."""
     length = max(len(example.ids) for example in examples)
@@ -64,7 +70,8 @@ def collate(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 class Trainer:
-    """The weights in float32, a working copy in bfloat16, and the optimizers: Muon for matrices, AdamW for the rest."""
+    """The weights in float32, a working copy to compute with, and the optimizers: Muon for matrices, AdamW for the
+    rest."""
 
     def __init__(self, recipe: Recipe, shape: Shape, tokenizer: Tokenizer) -> None:
         torch.manual_seed(recipe.seed)
@@ -74,7 +81,7 @@ class Trainer:
         self.tokens = 0
         self.seconds = 0.0
         self._pool = (0, 0)  # the number of the pool in use, and the steps done before it
-        self._working = TinyLlama(shape).to(torch.bfloat16).train()
+        self._working = TinyLlama(shape).to(arithmetic()).train()
         self._pad_id = token_id(tokenizer, END_OF_TEXT)
         named = list(self.model.named_parameters())
         matrices = [p for name, p in named if p.dim() == 2 and "embed" not in name]

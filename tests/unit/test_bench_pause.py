@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,23 @@ from caesura.scheduler.types import Move, MoveId, MoveKind, PageId
 from benchmarks.calibrate import COLUMNS, StepSample, fit
 from benchmarks.fidelity import compare
 from benchmarks.pause.capacity import capacity, unloaded
-from benchmarks.pause.cli import main
-from benchmarks.pause.page import PAGE, fill, machine_table, merged, place_of, policy_table, workload_table
+from benchmarks.pause.cli import found_rps, main
+from benchmarks.pause.page import (
+    PAGE,
+    fill,
+    machine_table,
+    merged,
+    place_of,
+    policy_table,
+    study_part,
+    workload_table,
+)
 from benchmarks.pause.pool import Chain, run_all
-from benchmarks.pause.profiles import GPTJ, PUBLISHED, find_machine, write_machine
+from benchmarks.pause.profiles import FREE_COPIES, GPTJ, PUBLISHED, find_machine, write_machine
 from benchmarks.pause.report import capacity_rows, markdown
 from benchmarks.pause.runs import RunSpec, run
 from benchmarks.pause.store import Store
+from benchmarks.pause.study import SURE_STRETCH, UNSURE_STRETCH, conduct, full_study
 from benchmarks.workloads import WORKLOADS
 
 COSTS = MachineCosts(0.01, 0.001, copy_base_s=0.5, copy_token_s=0.01, slice_s=0.002, pair_s=1e-6, read_s=1e-5)
@@ -189,7 +200,28 @@ def test_a_study_writes_its_json_and_resumes(
     assert "min_waste" in capsys.readouterr().out
     rows = capacity_rows(document, "virtual_env")
     assert [row["policy"] for row in rows] == ["min_waste", "discard"]
-    assert "| min_waste |" in markdown(document)
+    assert "| min_waste |" in markdown(document, "virtual_env")
+
+
+def test_a_search_begins_at_what_an_earlier_study_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chains: list[Chain] = []
+
+    def note(given: Iterable[Chain], *_: object) -> Iterator[tuple[Chain, dict[str, Any]]]:
+        for chain in given:
+            chains.append(chain)
+            yield chain, {"unloaded_s": 0.01, "rps": 3.0, "low_rps": 3.0, "high_rps": 3.0, "runs": []}
+
+    monkeypatch.setattr("benchmarks.pause.study.run_all", note)
+    earlier = {"capacity_rps": {"qa": {"lru": 7.0}}, "bound_rps": {"qa": {"free copies": 9.0}}}
+    study = full_study(workloads=("qa",), policies=("lru", "swap"), seeds=(0,), own_limits=False, curves=False)
+    conduct(replace(study, near=found_rps(earlier)), Store(tmp_path / "runs.jsonl"), 1, lambda _: None)
+    begun = {(chain.spec.policy, chain.spec.machine): (chain.guess_rps, chain.stretch) for chain in chains[1:]}
+    assert begun == {
+        ("preserve", GPTJ.name): (study.guess_rps, UNSURE_STRETCH),  # endless memory, of which nothing was known
+        ("min_waste", GPTJ.name + FREE_COPIES): (9.0, SURE_STRETCH),
+        ("lru", GPTJ.name): (7.0, SURE_STRETCH),
+        ("swap", GPTJ.name): (3.0, UNSURE_STRETCH),  # a rival's
+    }
 
 
 def test_the_page_is_filled_between_its_marks() -> None:
@@ -215,6 +247,25 @@ def test_studies_in_pieces_add_up() -> None:
     rows = {row["policy"]: row for row in capacity_rows(together, "mix")}
     assert rows["lru"]["to_discard"] == 3.0
     assert rows["lru"]["to_bound"] == pytest.approx(1 / 3)
+
+
+def test_a_table_of_the_page_stays_until_its_workload_is_measured_again() -> None:
+    old = {
+        label: f"**{label} (unloaded: 1 ms)** seeds 0\n\n| policy | rps |\n|---|---:|\n| lru | 1 |" for label in "ab"
+    }
+    run = {"policy": "lru", "label": "b", "decided_early": True, "rate_rps": 2.0, "seed": 0, "minutes": 3.0}
+    config = {"machines": {"m": {"kv_tokens": 4, "host_tokens": 8}}, "code": "c0de", "study": {}}
+    document = {
+        "runs": [{**run, "machine": "m", "kv_tokens": None, "host_tokens": None}],
+        "unloaded_s": {"b": 0.01},
+        "capacity_rps": {"b": {"lru": 2.0}},
+        "capacity_seeds_rps": {"b": {"lru": [{"seed": 0, "rps": 2.0}]}},
+        "config": config,
+    }
+    kept, new = study_part([document], "\n\n".join(old.values()) + "\n").split("\n\n**")
+    assert kept == old["a"]
+    assert "pool 4 and host 8 tokens, runs of 3 minutes, seeds 0; 1 runs, code c0de" in new
+    assert "| lru | 2 |" in new
 
 
 def test_the_page_in_the_repository_lists_what_there_is() -> None:
