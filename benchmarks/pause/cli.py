@@ -21,12 +21,16 @@ from benchmarks.pause.store import STORE, Store
 from benchmarks.pause.study import Study, conduct, full_study, quick_study, real_study
 from benchmarks.workloads import WORKLOADS, find_workload
 
+FILE_WIDTH = 160  # of the tables in a file or a pipe, where nothing has to be folded
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run a study and print its tables; 2 for wrong usage."""
     parser = _parser()
     options = parser.parse_args(arguments)
     console = Console(stderr=options.json == "-")
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
     try:
         study = _study(options)
     except ValueError as error:
@@ -68,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--simulate", action="store_true", help="in virtual time on a cost profile (the default)")
     how.add_argument("--real", action="store_true", help="on the engine of this machine, with a dummy model")
     parser.add_argument("--model", default="15M", choices=tuple(SHAPES), help="--real: the dummy model")
-    parser.add_argument("--tool-scale", type=float, help="multiplies tool times; 0.1 with --real, else 1")
+    parser.add_argument("--tool-scale", type=float, help="multiplies tool times; 0.25 with --real, else 1")
     parser.add_argument("--guess", type=float, help="requests/s to begin the search at")
     parser.add_argument("--near", type=Path, help="begin each search at what an earlier study (--json) found")
     parser.add_argument("--quick", action="store_true", help="a few policies and workloads: under five minutes")
@@ -99,7 +103,7 @@ def _study(options: argparse.Namespace) -> Study:
     if options.real:
         if (options.jobs or 1) > 1:
             raise ValueError("--jobs must be 1 with --real: engines that run side by side measure each other")
-        study = real_study(options.model, 0.1 if options.tool_scale is None else options.tool_scale)
+        study = real_study(options.model, 0.25 if options.tool_scale is None else options.tool_scale)
     elif options.tool_scale is not None:
         study = replace(study, tool_scale=options.tool_scale)
     if options.profile:
