@@ -37,6 +37,12 @@ def at_common_rate(document: dict[str, Any], label: str) -> tuple[dict[str, dict
     return {policy: points[rate] for policy, points in curves.items() if rate in points}, rate
 
 
+def _overload(document: dict[str, Any], label: str) -> tuple[dict[str, dict[str, Any]], float] | None:
+    """Runs of several policies at one rate that none of them carries; None when there are none."""
+    common, rate = at_common_rate(document, label)
+    return (common, rate) if len(common) > 1 and rate > max(document["capacity_rps"][label].values()) else None
+
+
 def _below(document: dict[str, Any], label: str, policy: str, rps: float) -> dict[str, Any] | None:
     """The complete run at the highest rate that is still carried."""
     runs = [run for run in document["runs"] if run["policy"] == policy and run["label"] == label]
@@ -49,8 +55,8 @@ def headings(document: dict[str, Any], label: str) -> list[str]:
     own = ["own limit"] if label in document.get("own_capacity_rps", {}) else []
     rivals = [f"to {rival}" for rival in RIVALS if rival in document["capacity_rps"][label]]
     rivals += ["to bound"] if bound_rps(document, label) else []
-    common, rate = at_common_rate(document, label)
-    beyond = [f"done/s at {rate:.2g}"] if common and rate > max(document["capacity_rps"][label].values()) else []
+    overload = _overload(document, label)
+    beyond = [f"done/s at {overload[1]:.2g}"] if overload else []
     return [
         "policy",
         "requests/s",
@@ -75,9 +81,9 @@ def cells(document: dict[str, Any], label: str, row: dict[str, Any]) -> list[str
         parts.append(f"{own[label][row['policy']]:.3g}" if row["policy"] in own[label] else "-")
     parts += [f"{row[f'to_{rival}']:.2f}" for rival in RIVALS if rival in medians]
     parts += [f"{row['to_bound']:.2f}"] if bound_rps(document, label) else []
-    common, rate = at_common_rate(document, label)
-    if common and rate > max(medians.values()):
-        parts.append(f"{common[row['policy']]['throughput_rps']:.3g}" if row["policy"] in common else "-")
+    if overload := _overload(document, label):
+        done = overload[0].get(row["policy"])
+        parts.append(f"{done['throughput_rps']:.3g}" if done else "-")
     run = row["run"]
     if run is None:
         return [*parts, "-", "-", "-", "-", "-"]
