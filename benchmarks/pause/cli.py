@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         console.width = FILE_WIDTH
     try:
         study = _study(options)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     begun = time.monotonic()
     jobs = options.jobs or (2 if options.quick and not options.real else 1)
@@ -58,7 +58,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def found_rps(document: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What an earlier study found, by label: capacities by policy, and the bounds."""
+    """What an earlier study found, by label: capacities by policy, and the bounds. ValueError for another document."""
+    if "capacity_rps" not in document:
+        raise ValueError("--near: there is no capacity_rps in it; give a file that --json of this command wrote")
     bounds = document.get("bound_rps", {})
     return {label: {**found, **bounds.get(label, {})} for label, found in document["capacity_rps"].items()}
 

@@ -282,6 +282,7 @@ def test_the_page_in_the_repository_lists_what_there_is() -> None:
         (["--policies", "nonsense"], "min_waste"),
         (["--workloads", "nonsense"], "mix-4096"),
         (["--profile", "nonsense"], "gptj-6b-a100"),
+        (["--near", "nonsense.json"], "nonsense.json"),
     ],
 )
 def test_names_that_do_not_exist(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
