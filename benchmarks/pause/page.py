@@ -1,8 +1,8 @@
 """Fills the tables of docs/policies.md from what was measured, between ``<!-- NAME -->`` and ``<!-- end -->``.
 
 ``python -m benchmarks.pause.page STUDY.json ...`` takes any number of documents written by ``--json``, of studies and
-of ``benchmarks fidelity``; parts and workloads for which none was given stay as they are. No figure of the page is
-typed by hand.
+of ``benchmarks fidelity``; parts and workloads for which none was given stay as they are. No figure of a table is typed
+by hand.
 """
 
 from __future__ import annotations

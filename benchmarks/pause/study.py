@@ -80,16 +80,13 @@ def quick_study(**changes: Any) -> Study:
 
 
 def real_study(model: str, tool_scale: float, **changes: Any) -> Study:
-    """The engine of this machine in real time. With tools at a quarter of their time these pools are about as short as
-    the published machine's; with memory to spare the policies are not told apart."""
+    """The engine of this machine in real time."""
     settings = {
         "policies": REAL_POLICIES,
         "workloads": ("mix", "mix-512"),
         "seeds": (0, 1, 2),
         "minutes": 2.0,
         "machine": f"cpu-{model.lower()}",
-        "kv_tokens": (8_192,),
-        "host_tokens": 8_192,
         "engine": model,
         "tool_scale": tool_scale,
         "tolerance": 1.08,

@@ -54,8 +54,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 def arithmetic() -> torch.dtype:
     """bfloat16 where the CPU has instructions for it; emulated, it takes twice the time of float32."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def collate(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:

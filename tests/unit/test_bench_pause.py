@@ -222,6 +222,8 @@ def test_a_search_begins_at_what_an_earlier_study_found(tmp_path: Path, monkeypa
         ("lru", GPTJ.name): (7.0, SURE_STRETCH),
         ("swap", GPTJ.name): (3.0, UNSURE_STRETCH),  # a rival's
     }
+    with pytest.raises(ValueError, match="--json of this command"):
+        found_rps({"rows": []})  # of a fidelity run
 
 
 def test_the_page_is_filled_between_its_marks() -> None:
