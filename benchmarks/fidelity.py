@@ -1,4 +1,9 @@
-"""How far the simulator is from the real engine: the same arrivals through both, and the error of every metric."""
+"""How far the simulator is from the real engine: the same arrivals through both, and the error of every metric.
+
+Every real run has two counterparts in virtual time. *Foretold* knows what the machine cost before the run; on one that
+others use as well it errs by as much as the machine drifts. *Replayed* has costs fitted to the steps of that very run
+(five numbers for some thousands of steps): what is left is the error of the simulator, and that is what is promised.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,6 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,11 +19,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.calibrate import calibrate
+from benchmarks.calibrate import StepSample, StepWatch, calibrate, fit
 from benchmarks.common import CpuClock, hardware, software
-from benchmarks.dummy import SHAPES
-from benchmarks.pause.profiles import Machine, find_machine, machine_names, write_machine
-from benchmarks.pause.runs import RunSpec, run
+from benchmarks.dummy import SHAPES, VOCAB
+from benchmarks.pause.cli import FILE_WIDTH
+from benchmarks.pause.drive import Load
+from benchmarks.pause.profiles import Machine, find_machine, machine_names
+from benchmarks.pause.real import real_engine, real_simulation
+from benchmarks.pause.runs import RunSpec, play, simulated
+from benchmarks.workloads import find_workload
 
 METRICS: tuple[tuple[str, tuple[str, ...], float | None], ...] = (
     ("throughput, requests/s", ("throughput_rps",), 0.10),
@@ -39,36 +47,63 @@ METRICS: tuple[tuple[str, tuple[str, ...], float | None], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One metric: medians over the seeds of both worlds, the relative error of the medians, and what was promised."""
+    """One metric: medians over the seeds of all three worlds, the errors of the medians, and what was promised."""
 
     policy: str
+    rate_rps: float
     metric: str
     real: float
-    simulated: float
-    error: float | None
+    foretold: float
+    replayed: float
     limit: float | None
 
     @property
+    def foretold_error(self) -> float | None:
+        """Relative to the real engine, with the costs measured before; None where that has 0."""
+        return self.foretold / self.real - 1 if self.real else None
+
+    @property
+    def replayed_error(self) -> float | None:
+        """The same with the costs of the run's own steps."""
+        return self.replayed / self.real - 1 if self.real else None
+
+    @property
     def holds(self) -> bool | None:
-        """Within the limit; None when there is none."""
-        return None if self.limit is None or self.error is None else abs(self.error) <= self.limit
+        """The simulator's error is within the limit; None when there is none."""
+        return None if self.limit is None or self.replayed_error is None else abs(self.replayed_error) <= self.limit
 
 
-def compare(policy: str, real: Sequence[dict[str, Any]], simulated: Sequence[dict[str, Any]]) -> list[Compared]:
-    """Both worlds' runs of the same seeds, metric by metric."""
-    rows = []
-    for words, path, limit in METRICS:
-        values = []
-        for runs in (real, simulated):
-            found = [_at(one, path) for one in runs]
-            values.append(
-                statistics.median(value for value in found if value is not None)
-                if any(value is not None for value in found)
-                else 0.0
-            )
-        error = values[1] / values[0] - 1 if values[0] else None
-        rows.append(Compared(policy, words, values[0], values[1], error, limit))
-    return rows
+@dataclass(frozen=True, slots=True)
+class Twins:
+    """The same arrivals in three worlds, and the machines that the two in virtual time were given."""
+
+    real: dict[str, Any]
+    foretold: dict[str, Any]
+    replayed: dict[str, Any]
+    before: Machine
+    own: Machine
+    fit_error: float
+
+
+def compare(policy: str, rate_rps: float, seeds: Sequence[Twins]) -> list[Compared]:
+    """All worlds' runs of the same seeds, metric by metric."""
+    return [
+        Compared(
+            policy,
+            rate_rps,
+            words,
+            _median([twins.real for twins in seeds], path),
+            _median([twins.foretold for twins in seeds], path),
+            _median([twins.replayed for twins in seeds], path),
+            limit,
+        )
+        for words, path, limit in METRICS
+    ]
+
+
+def _median(runs: Sequence[dict[str, Any]], path: tuple[str, ...]) -> float:
+    found = [value for value in (_at(one, path) for one in runs) if value is not None]
+    return statistics.median(found) if found else 0.0
 
 
 def _at(result: dict[str, Any], path: tuple[str, ...]) -> float | None:
@@ -79,49 +114,37 @@ def _at(result: dict[str, Any], path: tuple[str, ...]) -> float | None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run both worlds, print the errors, and leave with 1 when a promise does not hold."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks fidelity", description=__doc__)
-    parser.add_argument("--workload", default="mix", help="a workload or a trace file")
-    parser.add_argument("--policies", default="discard,lru_host,min_waste")
-    parser.add_argument("--rate", type=float, default=2.0, help="requests per second")
-    parser.add_argument("--minutes", type=float, default=3.0)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tool-scale", type=float, default=0.1)
-    parser.add_argument("--model", default="15M", choices=tuple(SHAPES))
-    parser.add_argument("--profile", help=f"a file, or one of {', '.join(machine_names())}; cpu-MODEL by default")
-    parser.add_argument(
-        "--calibrate",
-        type=float,
-        metavar="SECONDS",
-        help="measure the machine anew before every real run: one that others use as well drifts",
-    )
-    parser.add_argument("--json", type=Path, help="write everything here")
+    """Run all worlds, print the errors, and leave with 1 when a promise does not hold."""
+    parser = _parser()
     options = parser.parse_args(arguments)
     console = Console()
-    profile = options.profile or f"cpu-{options.model.lower()}"
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    policies = options.policies.split(",")
     try:
-        machine = find_machine(profile)
+        machine = find_machine(options.profile or f"cpu-{options.model.lower()}")
     except ValueError as error:
         parser.error(f"{error}; measure one with python -m benchmarks calibrate")
+    rates = options.rates if len(options.rates) > 1 else options.rates * len(policies)
+    if len(rates) != len(policies):
+        parser.error(f"--rates has {len(rates)} for {len(policies)} policies; give one for all, or one each")
     cpu = CpuClock()
     rows: list[Compared] = []
     runs: list[dict[str, Any]] = []
-    for policy in options.policies.split(","):
+    for policy, rate_rps in zip(policies, rates, strict=True):
         base = RunSpec(
-            options.workload, policy, options.rate, 0, options.minutes, profile, tool_scale=options.tool_scale
+            options.workload, policy, rate_rps, 0, options.minutes, engine=options.model, tool_scale=options.tool_scale
         )
-        real, simulated = [], []
+        seeds = []
         for seed in range(options.seeds):
-            console.print(f"[dim]{policy}, seed {seed}[/]")
-            one, other = _both(replace(base, seed=seed), options.model, machine, options.calibrate)
-            real.append(one)
-            simulated.append(other)
-        rows += compare(policy, real, simulated)
-        runs += [*real, *simulated]
+            console.print(f"[dim]{policy}, {rate_rps:g} requests/s, seed {seed}[/]")
+            seeds.append(_twins(replace(base, seed=seed), machine, options.calibrate))
+        rows += compare(policy, rate_rps, seeds)
+        runs += [asdict(twins) for twins in seeds]
     console.print(_table(rows))
     if options.json:
         document = {
-            "rows": [{name: getattr(row, name) for name in Compared.__slots__} for row in rows],
+            "rows": [_record(row) for row in rows],
             "runs": runs,
             "hardware": hardware(),
             "software": software(),
@@ -132,30 +155,84 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if all(row.holds is not False for row in rows) else 1
 
 
-def _both(
-    spec: RunSpec, model: str, machine: Machine, calibrate_s: float | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the real engine and the simulator make of the same arrivals, on what machine."""
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks fidelity",
+        description="The same arrivals through the simulator and the real engine, and the error of every metric.",
+    )
+    parser.add_argument("--workload", default="mix", help="a workload or a trace file")
+    parser.add_argument("--policies", default="discard,lru_host,min_waste")
+    parser.add_argument("--rates", type=_numbers, default=[0.5], help="requests per second: one, or one a policy")
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tool-scale", type=float, default=0.25, help="multiplies tool times")
+    parser.add_argument("--model", default="15M", choices=tuple(SHAPES))
+    parser.add_argument("--profile", help=f"a file, or one of {', '.join(machine_names())}; cpu-MODEL by default")
+    parser.add_argument(
+        "--calibrate",
+        type=float,
+        metavar="SECONDS",
+        help="measure the machine anew before every real run: one that others use as well drifts",
+    )
+    parser.add_argument("--json", type=Path, help="write everything here")
+    return parser
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _twins(spec: RunSpec, machine: Machine, calibrate_s: float | None) -> Twins:
+    """What the real engine and the simulator make of the same arrivals."""
     if calibrate_s is not None:
-        machine, _, _ = calibrate(model, calibrate_s, machine)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{machine.name}.json"
-        write_machine(machine, path)
-        spec = replace(spec, machine=str(path))
-        measured = {"machine": asdict(machine)}  # the file is gone when the results are read
-        return run(replace(spec, engine=model)) | measured, run(spec) | measured
+        machine, _, _ = calibrate(spec.engine, calibrate_s, machine)
+    real, samples = _real(spec, machine)
+    costs, fit_error = fit(samples)
+    copies = machine.costs
+    costs = replace(costs, copy_base_s=copies.copy_base_s, copy_token_s=copies.copy_token_s)
+    own = replace(machine, costs=costs, given=f"fitted to {len(samples)} steps of the run")
+    return Twins(real, _simulated(spec, machine), _simulated(spec, own), machine, own, fit_error)
+
+
+def _real(spec: RunSpec, machine: Machine) -> tuple[dict[str, Any], list[StepSample]]:
+    watch = StepWatch()
+    arrivals = find_workload(spec.workload).arrivals(spec.rate_rps, spec.minutes, spec.seed)
+    with real_engine(spec.engine, spec.policy, machine) as engine:
+        engine.observers.append(watch)
+        load = Load(engine, real_simulation(engine), arrivals, tool_scale=spec.tool_scale, vocab_size=VOCAB)
+        return play(spec, machine, load, lambda share: None), watch.samples
+
+
+def _simulated(spec: RunSpec, machine: Machine) -> dict[str, Any]:
+    arrivals = find_workload(spec.workload).arrivals(spec.rate_rps, spec.minutes, spec.seed)
+    load = Load(*simulated(machine, spec.policy), arrivals, tool_scale=spec.tool_scale)
+    return play(replace(spec, engine="simulated"), machine, load, lambda share: None)
+
+
+def _record(row: Compared) -> dict[str, Any]:
+    return asdict(row) | {"foretold_error": row.foretold_error, "replayed_error": row.replayed_error}
 
 
 def _table(rows: Sequence[Compared]) -> Table:
     table = Table(title="simulator against the real engine", title_justify="left")
-    for heading in ("policy", "metric", "real", "simulated", "error", "promised"):
+    headings = ("policy", "requests/s", "metric", "real", "foretold", "error", "replayed", "error", "promised")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading in ("policy", "metric") else "right")
     for row in rows:
-        error = "-" if row.error is None else f"{row.error:+.1%}"
         verdict = {True: "holds", False: "FAILS", None: ""}[row.holds]
         limit = "" if row.limit is None else f"{row.limit:.0%} {verdict}"
-        table.add_row(row.policy, row.metric, f"{row.real:,.4g}", f"{row.simulated:,.4g}", error, limit)
+        foretold, replayed = _percent(row.foretold_error), _percent(row.replayed_error)
+        table.add_row(
+            row.policy,
+            f"{row.rate_rps:g}",
+            row.metric,
+            *(f"{row.real:,.4g}", f"{row.foretold:,.4g}", foretold, f"{row.replayed:,.4g}", replayed, limit),
+        )
     return table
+
+
+def _percent(error: float | None) -> str:
+    return "-" if error is None else f"{error:+.1%}"
 
 
 if __name__ == "__main__":

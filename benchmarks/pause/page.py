@@ -73,14 +73,17 @@ def machine_table() -> str:
 
 
 def fidelity_table(document: dict[str, Any]) -> str:
-    """Errors of the simulator."""
-    lines = ["| policy | metric | real | simulated | error | promised |", "|---|---|---:|---:|---:|---:|"]
+    """Errors of the simulator, and of what was foretold."""
+    lines = ["| policy | requests/s | metric | real | foretold | error | replayed | error | promised |"]
+    lines.append("|---|---:|---|---:|---:|---:|---:|---:|---:|")
     for row in document["rows"]:
-        error = "-" if row["error"] is None else f"{row['error']:+.1%}"
-        limit = "" if row["limit"] is None else f"{row['limit']:.0%}"
-        lines.append(
-            f"| {row['policy']} | {row['metric']} | {row['real']:,.4g} | {row['simulated']:,.4g} | {error} | {limit} |"
+        foretold, replayed = (
+            "-" if row[name] is None else f"{row[name]:+.1%}" for name in ("foretold_error", "replayed_error")
         )
+        limit = "" if row["limit"] is None else f"{row['limit']:.0%}"
+        figures = (f"{row['real']:,.4g}", f"{row['foretold']:,.4g}", foretold, f"{row['replayed']:,.4g}", replayed)
+        cells = (row["policy"], f"{row['rate_rps']:g}", row["metric"], *figures, limit)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from caesura.scheduler.policies import POLICIES
 from caesura.scheduler.types import Move, MoveId, MoveKind, PageId
 
 from benchmarks.calibrate import COLUMNS, StepSample, fit
-from benchmarks.fidelity import compare
+from benchmarks.fidelity import Twins, compare
 from benchmarks.pause.capacity import capacity, unloaded
 from benchmarks.pause.cli import found_rps, main
 from benchmarks.pause.page import (
@@ -327,13 +326,15 @@ def test_a_machine_survives_its_file(tmp_path: Path) -> None:
         find_machine(str(path))
 
 
-def test_errors_are_relative_and_judged() -> None:
-    real = [{"throughput_rps": 2.0, "served_s": {"p50": 1.0, "p99": 4.0}, "normalized_latency_s": 0.1}] * 3
-    simulated = [{"throughput_rps": 2.1, "served_s": {"p50": 1.2, "p99": 4.4}, "normalized_latency_s": 0.1}] * 3
-    rows = {row.metric: row for row in compare("lru", real, simulated)}
-    assert rows["throughput, requests/s"].error == pytest.approx(0.05)
+def test_errors_are_relative_and_judged_with_the_costs_of_the_run() -> None:
+    real = {"throughput_rps": 2.0, "served_s": {"p50": 1.0, "p99": 4.0}, "normalized_latency_s": 0.1}
+    foretold = {"throughput_rps": 1.0, "served_s": {"p50": 1.0, "p99": 4.0}, "normalized_latency_s": 0.1}
+    replayed = {"throughput_rps": 2.1, "served_s": {"p50": 1.2, "p99": 4.4}, "normalized_latency_s": 0.1}
+    rows = {row.metric: row for row in compare("lru", 0.5, [Twins(real, foretold, replayed, GPTJ, GPTJ, 0.1)] * 3)}
+    assert rows["throughput, requests/s"].foretold_error == pytest.approx(-0.5)
+    assert rows["throughput, requests/s"].replayed_error == pytest.approx(0.05)
     assert rows["throughput, requests/s"].holds is True
     assert rows["latency without tools, p50"].holds is False
     assert rows["latency without tools, p99"].holds is True
     assert rows["first token, p50"].holds is None
-    assert math.isclose(rows["normalized latency, mean"].error or 0.0, 0.0)
+    assert rows["normalized latency, mean"].replayed_error == pytest.approx(0.0)
