@@ -112,6 +112,7 @@ class Drain:
         """Start working when there is work."""
         if self.open and self._task is None and self._queue:
             self._task = runner().spawn(self._work(), context=contextvars.copy_context())
+            self._task.add_done_callback(self._ended)  # also of one that is stopped before it has begun
 
     async def _work(self) -> None:
         try:
@@ -125,17 +126,23 @@ class Drain:
             raise
         except BaseException as error:  # user code may raise anything
             self._failed(error)
-        finally:
-            self._task = None
-            self._changed()
-            self.kick()
+
+    def _ended(self, _: asyncio.Task[None]) -> None:
+        self._task = None
+        self._changed()
+        self.kick()
 
     def clear(self) -> list[ir.Expr]:
         """Drop what has not begun; returns it."""
-        dropped = [node for _, node, _ in self._queue]
+        dropped = self.waiting
         self._queue.clear()
         self._num_done = self._num_added
         return dropped
+
+    @property
+    def waiting(self) -> list[ir.Expr]:
+        """What has not begun."""
+        return [node for _, node, _ in self._queue]
 
     def stop(self) -> asyncio.Task[None] | None:
         """Drop everything; returns the task that is ending."""

@@ -121,8 +121,12 @@ class ProgramError(LangError):
     @staticmethod
     def wrap(cause: BaseException, program: str, node: str) -> ProgramError:
         """Build the error for ``cause``; class creation is cached per type."""
-        error = _instance(_class_for(type(cause)), cause)
-        error.program, error.node, error.cause = program, node, cause
+        try:
+            error = _instance(_class_for(type(cause)), cause)
+            error.program, error.node, error.cause = program, node, cause
+        except AttributeError:  # its class has a property of one of these names
+            error = ProgramError(*cause.args)
+            error.program, error.node, error.cause = program, node, cause
         error.__cause__ = cause
         return error
 

@@ -162,7 +162,7 @@ async def _program(state: ProgramState, node: ir.ProgramCall, context: contextva
         own.program = node.program.name
         raise own from own.cause
     finally:
-        task = inner.drain.stop()
+        task = inner.stop()
         if task is not None:
             await asyncio.wait((task,), timeout=5.0)
         inner.closed = "its program has ended"
@@ -185,9 +185,13 @@ async def _set_var(state: ProgramState, node: ir.SetVar, _: contextvars.Context)
 async def _fork(state: ProgramState, node: ir.ForkInto, _: contextvars.Context) -> None:
     """Children share everything computed so far: the text before the fork is always sent first, never by luck."""
     core = state.core
-    session = await core.flush()
-    await session.prefill()
-    sessions = await state.execution.fork_session(session, len(node.children))
+    try:
+        session = await core.flush()
+        await session.prefill()
+        sessions = await state.execution.fork_session(session, len(node.children))
+    except BaseException as error:
+        state.abandon_forks((node,), ProgramError.wrap(error, state.execution.program, state.position))
+        raise
     for number, (child, copy) in enumerate(zip(node.children, sessions, strict=True)):
         forked = core.fork(f"branch {number}")
         forked.session = copy

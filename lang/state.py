@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from caesura.lang import ir
@@ -128,12 +128,16 @@ class ProgramState:
         if self.failure is not None:
             return
         self.failure = failure
-        for node in self.drain.clear():
-            if isinstance(node, ir.ForkInto):
-                for child in node.children:
+        self.abandon_forks(self.drain.clear(), failure)
+        self.notify()
+
+    def abandon_forks(self, nodes: Iterable[ir.Expr], failure: ProgramError) -> None:
+        """Children of forks that will not come have failed, so that nobody waits for them."""
+        for node in nodes:
+            for child in node.children if isinstance(node, ir.ForkInto) else ():
+                if child.core_or_none is None:
                     child.fail(failure)
                     child.failure_seen = True
-        self.notify()
 
     def finish(self, failure: ProgramError | None) -> None:
         """The run is over."""
@@ -318,13 +322,15 @@ class ProgramState:
         execution = self._execution
         return RunTrace(execution.span, execution.begun_at, execution.backend.name)
 
-    def stop(self) -> None:
+    def stop(self) -> asyncio.Task[None] | None:
         """Interrupt what this state is doing and drop what is enqueued; the program goes on. Loop thread only.
 
         The variable of an interrupted generation is not set, and the context ends somewhere inside it: take a
-        snapshot before and roll back to it.
+        snapshot before and roll back to it. Returns the task that is ending.
         """
-        self.drain.stop()
+        dropped = StateError("the fork never came: its state was stopped before")
+        self.abandon_forks(self.drain.waiting, ProgramError.wrap(dropped, self._execution.program, self.position))
+        return self.drain.stop()
 
     def watch(self) -> ProgramState:
         """Show how the program goes on, in place, until it has ended: in a notebook or in a terminal."""

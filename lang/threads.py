@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextvars
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -154,12 +155,12 @@ def _settable(error: BaseException) -> BaseException:
 
 
 _depth = contextvars.ContextVar("caesura_tool_depth", default=0)  # of tools that run programs that call tools
-_pools: dict[int, ToolThreads] = {}
+_pools: dict[tuple[int, int], ToolThreads] = {}  # by process, since a fork copies the pool but not its threads
 
 
 def tool_threads() -> ToolThreads:
     """The process's pool for tools that are called from here."""
-    depth = _depth.get()
-    if depth not in _pools:
-        _pools.setdefault(depth, ToolThreads())
-    return _pools[depth]
+    which = os.getpid(), _depth.get()
+    if which not in _pools:
+        _pools.setdefault(which, ToolThreads())
+    return _pools[which]

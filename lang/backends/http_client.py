@@ -36,6 +36,10 @@ BUSY_S = 10.0  # how long a server may take to notice that a request was abandon
 Failure = Callable[["Refusal"], Exception]
 
 
+class NotServed(RemoteError):
+    """The server has no such path, or not for this model."""
+
+
 @dataclass(frozen=True, slots=True)
 class HttpOptions:
     """How a backend talks to its server. ``timeout_s`` bounds one computing request, ``retry_s`` the time spent on
@@ -299,8 +303,8 @@ def failure_of(refusal: Refusal) -> Exception:
             return InvalidRequest(message)
         case ((401 | 403), _):
             return RemoteError(f"the server refuses: {message}; give the right api_key")
-        case 404, _:
-            return RemoteError(f"the server does not have what was asked for: {message}")
+        case ((404 | 405 | 501), _):
+            return NotServed(f"the server does not have what was asked for: {message}")
         case 408, _:
             return DeadlineExceeded(message)
         case ((409 | 429 | 503), _):

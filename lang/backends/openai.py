@@ -25,7 +25,7 @@ from caesura.lang.backend import (
     Piece,
     TokenLogprob,
 )
-from caesura.lang.backends.http_client import HttpClient, HttpOptions, failure_of, refusal_of
+from caesura.lang.backends.http_client import HttpClient, HttpOptions, NotServed, failure_of, refusal_of
 from caesura.lang.backends.http_text import (
     LOWEST_LOGPROB,
     Notices,
@@ -53,6 +53,8 @@ _REASONS: dict[str, FinishReason] = {
     "function_call": "tool_calls",
     "abort": "abort",
 }
+
+_NO_ECHO = (ValueError, NotServed)  # the answers to what an endpoint does not do; InvalidRequest is a ValueError
 
 
 class OpenAIBackend:
@@ -94,7 +96,7 @@ class OpenAIBackend:
             chat=chat, tools=chat, pause=False, prompt_logprobs=False, constraints=frozenset(constraints)
         )
         self.chat: ChatFormat | None = MessageChat() if chat else None
-        self.can_echo = True  # until the endpoint refuses it
+        self.can_echo: bool | None = None  # not known yet
         self.max_tokens_field = "max_tokens"
         self._model = model
 
@@ -138,31 +140,33 @@ class OpenAIBackend:
 
     async def send(self, path: str, body: Mapping[str, Any]) -> Any:
         """A whole answer. A model that insists on the newer name of ``max_tokens`` is given it."""
+        sent = self._named(path, body)
         try:
-            return await self.client.post(path, self._named(path, body), computes=True)
+            return await self.client.post(path, sent, computes=True)
         except ValueError as error:  # InvalidRequest is one
-            self._rename(error, path)
+            self._rename(error, path, sent)
             return await self.client.post(path, self._named(path, body), computes=True)
 
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The objects of a streamed answer."""
         wanted = {**body, "stream": True, "stream_options": {"include_usage": True}}
         for attempt in (0, 1):
+            sent = self._named(path, wanted)
             try:
-                async with contextlib.aclosing(self.client.events(path, self._named(path, wanted))) as events:
+                async with contextlib.aclosing(self.client.events(path, sent)) as events:
                     async for event in events:
                         attempt = 1  # something came: too late to try again
                         if event.data == "[DONE]":
                             return
                         told = json.loads(event.data)
-                        if "error" in told:
-                            raise failure_of(refusal_of(int(told["error"].get("status") or 500), event.data.encode()))
+                        if told.get("error"):
+                            raise failure_of(refusal_of(_status(told["error"]), event.data.encode()))
                         yield told
                 return
             except ValueError as error:
                 if attempt:
                     raise
-                self._rename(error, path)
+                self._rename(error, path, sent)
 
     def _named(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         out = dict(body)
@@ -170,12 +174,31 @@ class OpenAIBackend:
             out[self.max_tokens_field] = out.pop("max_tokens")
         return out
 
-    def _rename(self, error: ValueError, path: str) -> None:
-        if not (path.startswith("/chat") and self.max_tokens_field == "max_tokens"):
-            raise error
-        if "max_completion_tokens" not in str(error):
+    def _rename(self, error: ValueError, path: str, sent: Mapping[str, Any]) -> None:
+        """Raise the error again unless it asks for the newer name and this request had the older one."""
+        if not (path.startswith("/chat") and "max_tokens" in sent and "max_completion_tokens" in str(error)):
             raise error
         self.max_tokens_field = "max_completion_tokens"
+
+    async def echoes(self) -> bool:
+        """Whether the endpoint gives logprobs of a prompt, by a prompt that nothing can be wrong with."""
+        if self.can_echo is None:
+            try:
+                await self.echoed(["a"])
+            except _NO_ECHO as error:
+                self.can_echo = False
+                self.notices.tell("echo", f"the endpoint gives no logprobs of a prompt ({error})")
+        return bool(self.can_echo)
+
+    async def echoed(self, prompts: Sequence[str]) -> list[tuple[TokenLogprob, ...]]:
+        """The tokens of each prompt with their logprobs."""
+        body = {"model": await self.model(), "prompt": list(prompts), "max_tokens": 0, "echo": True, "logprobs": 1}
+        choices = (await self.send("/completions", {**body, "temperature": 0})).get("choices") or ()
+        found = {choice["index"]: text_logprobs(choice.get("logprobs")) for choice in choices}
+        if len(found) != len(prompts) or not all(found.values()):
+            raise NotServed("its answer holds none")
+        self.can_echo = True
+        return [found[number] for number in range(len(prompts))]
 
 
 class OpenAISession(TextSession):
@@ -303,12 +326,12 @@ class OpenAISession(TextSession):
     async def score(self, texts: Sequence[str], *, unconditional: bool = False) -> list[OptionScore]:
         """By the echoed logprobs of a text completion. A chat, and an endpoint that echoes nothing, is asked to choose:
         its choice scores 0, every other option a very low number."""
-        if not read_pieces(self.pieces).turns and self._backend.can_echo:
+        if not read_pieces(self.pieces).turns and self._backend.can_echo is not False:
             try:
                 return await self._echoed(texts, unconditional)
-            except (ValueError, RemoteError) as error:
-                self._backend.can_echo = False
-                self._backend.notices.tell("echo", f"the endpoint gives no logprobs of a prompt ({error})")
+            except _NO_ECHO:
+                if await self._backend.echoes():  # so it is this prompt that is refused
+                    raise
         self._backend.notices.tell(
             "select", "select cannot compare logprobs here; the model is asked which option it takes"
         )
@@ -319,12 +342,8 @@ class OpenAISession(TextSession):
         prompts = [self.text + text for text in texts]
         if unconditional:
             prompts += ["\n" + text for text in texts]
-        body = {"model": await self._backend.model(), "prompt": prompts, "max_tokens": 0, "echo": True, "logprobs": 1}
-        choices = (await self._backend.send("/completions", {**body, "temperature": 0})).get("choices") or ()
-        found = {choice["index"]: text_logprobs(choice.get("logprobs")) for choice in choices}
-        if len(found) != len(prompts) or not all(found.values()):
-            raise RemoteError("its answer holds none")
-        scored = [last_tokens(found[i], texts[i % len(texts)]) for i in range(len(prompts))]
+        found = await self._backend.echoed(prompts)
+        scored = [last_tokens(tokens, texts[number % len(texts)]) for number, tokens in enumerate(found)]
         if not unconditional:
             return [OptionScore(tokens) for tokens in scored]
         pairs = zip(scored[: len(texts)], scored[len(texts) :], strict=True)
@@ -365,6 +384,12 @@ def closest(answer: str, options: Sequence[str]) -> str:
         return one == other, count
 
     return max(options, key=shared)
+
+
+def _status(error: Any) -> int:
+    """The HTTP status that an error in the middle of a stream would have had."""
+    told = (error.get("status"), error.get("code")) if isinstance(error, dict) else ()
+    return next((int(status) for status in told if isinstance(status, int) and 400 <= status < 600), 500)
 
 
 def _choice_score(text: str, chosen: bool, unconditional: bool) -> OptionScore:

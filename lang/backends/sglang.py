@@ -8,6 +8,7 @@ paused, and nobody tells which template the model has.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
@@ -34,7 +35,7 @@ from caesura.lang.backends.http_text import (
     last_tokens,
     without_control,
 )
-from caesura.lang.backends.sglang_formats import PLAIN, NamedFormat, format_named, format_of_model
+from caesura.lang.backends.sglang_formats import ALL_CONTROL, PLAIN, NamedFormat, format_named, format_of_model
 from caesura.lang.errors import RemoteError, ServerUnavailable, UnsupportedByBackend
 from caesura.lang.typed import plain_schema
 
@@ -127,7 +128,8 @@ class AutoFormat:
 
     @property
     def control(self) -> tuple[str, ...]:
-        return self._found.control if self._found is not None else ()
+        """While the model's own marks are not known, those of all formats."""
+        return (self._found.control if self._found is not None else ()) or ALL_CONTROL
 
     async def _format(self) -> NamedFormat:
         if self._found is None:
@@ -168,7 +170,9 @@ class SGLangSession(TextSession):
     def text(self) -> str:
         """The context as the server reads it: control tokens stand in the chat format's marks alone."""
         control = self._backend.control
-        return "".join(one.text if one.special else without_control(one.text, control) for one in self.pieces)
+        runs = itertools.groupby(self.pieces, lambda piece: piece.special)  # two pieces may hold half a mark each
+        texts = ((special, "".join(piece.text for piece in run)) for special, run in runs)
+        return "".join(text if special else without_control(text, control) for special, text in texts)
 
     def _body(self, text: str | Sequence[str], sampling: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         body = {"text": text, "sampling_params": dict(sampling), **more}

@@ -109,6 +109,7 @@ PLAIN = NamedFormat(
     (),
 )
 FORMATS = {one.name: one for one in (CHATML, LLAMA3, GEMMA, PLAIN)}
+ALL_CONTROL = tuple(dict.fromkeys(mark for one in FORMATS.values() for mark in one.control))
 _BY_MODEL = (
     (re.compile(r"qwen|chatml|hermes|smollm|internlm|yi-", re.IGNORECASE), CHATML),
     (re.compile(r"llama-?(3|4)", re.IGNORECASE), LLAMA3),

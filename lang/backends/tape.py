@@ -19,6 +19,7 @@ from typing import Any
 
 from caesura.lang.errors import ReplayError
 
+BEGINNING = b'{"key": "'
 ALWAYS = ("backend:", "model:", "turn:", "results:")  # facts: answered as often as they are asked for
 
 
@@ -117,19 +118,15 @@ class Tape:
 def _entries(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines, and the bytes they take; a last line that is torn is left out."""
     entries: list[dict[str, Any]] = []
-    size = 0
-    lines = data.splitlines(keepends=True)
+    *lines, torn = data.split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            if not line.endswith(b"\n"):
-                raise ValueError("the line has no end")
             entry = json.loads(line)
             if not isinstance(entry.get("key"), str) or "value" not in entry:
                 raise ValueError("it has no key or no value")
         except (ValueError, AttributeError) as error:
-            if number == len(lines):
-                break
             raise ReplayError(f"{path} is no recording: line {number}: {error}") from None
         entries.append(entry)
-        size += len(line)
-    return entries, size
+    if not entries and not torn.startswith(BEGINNING[: len(torn)]):  # what is torn is about to be cut off
+        raise ReplayError(f"{path} is no recording: it does not begin as one")
+    return entries, len(data) - len(torn)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import tempfile
+from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from caesura.lang.errors import DefinitionError, ToolError
@@ -21,6 +23,7 @@ MAX_PAGES = 100  # of a listing; a server that never ends it must not hang us
 HTTP_TIMEOUT_S = 30.0  # to connect and to send; how long an answer may take is the call's deadline
 CLOSE_TIMEOUT_S = 10.0
 LAST_WORDS_CHARS = 300
+CLOSED = "Connection closed"  # the SDK's own words; its code is also that of any error of a server's
 
 
 class McpUnavailable(ToolError):
@@ -34,15 +37,34 @@ class _Link:
         self._server = server
         self._end = asyncio.Event()
         self._said: IO[str] | None = None
+        self._calls = 0
+        self._retired = False
         self.ready: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
         self.task = runner().spawn(self._hold())
 
     def end(self) -> None:
         self._end.set()
 
+    def retire(self) -> None:
+        """Take no new calls, and end when those that run have ended."""
+        self._retired = True
+        if not self._calls:
+            self.end()
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """While a call runs."""
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            if self._retired and not self._calls:
+                self.end()
+
     @property
     def usable(self) -> bool:
-        return not self._end.is_set() and not self.task.done()
+        return not self._retired and not self._end.is_set() and not self.task.done()
 
     async def _hold(self) -> None:
         """Open the connection, keep it until it is told to end, and close it in this same task, as the SDK's
@@ -106,6 +128,7 @@ class Connection:
         self.server = server
         self._connect_timeout_s = connect_timeout_s
         self._link: _Link | None = None
+        self._links: set[_Link] = set()  # all that have not ended
         self._lock = asyncio.Lock()
         self._closed = False
 
@@ -135,13 +158,16 @@ class Connection:
 
         link, client = await self._open()
         try:
-            return await client.call_tool(tool, arguments)
+            with link.in_use():
+                return await client.call_tool(tool, arguments)
         except MCPError as error:
             if error.code in (INVALID_PARAMS, METHOD_NOT_FOUND):
                 raise ToolError(error.message) from error
             told = link.about(error)
-            if error.code == CONNECTION_CLOSED or self.server.url:
-                link.end()  # over HTTP every other failure is the transport's or the session's: begin afresh
+            if error.code == CONNECTION_CLOSED and error.message == CLOSED:
+                link.end()
+            elif self.server.url:  # the tool's, the transport's or the session's: the next call begins afresh
+                link.retire()
             raise McpUnavailable(told) from error
         except Exception as error:
             raise ToolError(f"MCP server {self.server.name!r} gave no valid result: {_reason(error)}") from error
@@ -153,6 +179,8 @@ class Connection:
             if self._link is None or not self._link.usable:
                 _require_sdk()
                 self._link = _Link(self.server)
+                self._links.add(self._link)
+                self._link.task.add_done_callback(functools.partial(self._ended, self._link))
             link = self._link
             try:
                 async with asyncio.timeout(self._connect_timeout_s):
@@ -170,13 +198,16 @@ class Connection:
     async def close(self) -> None:
         """End the connection, and the process when there is one."""
         self._closed = True
-        link = self._link
-        if link is None:
-            return
-        link.end()
-        if not link.ready.done():
-            link.task.cancel()
-        await asyncio.wait((link.task,), timeout=CLOSE_TIMEOUT_S)
+        tasks = [link.task for link in self._links]
+        for link in self._links:
+            link.end()
+            if not link.ready.done():
+                link.task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
+
+    def _ended(self, link: _Link, _: asyncio.Task[None]) -> None:
+        self._links.discard(link)
 
 
 def _require_sdk() -> None:

@@ -92,9 +92,9 @@ def mcp_tools(
     connections = [Connection(server, connect_timeout_s) for server in known]
     listings = runner().wait(_list(connections))
     pairs = [(c, remote) for c, listing in zip(connections, listings, strict=True) for remote in listing]
-    names = tool_names([(connection.server.name, remote.name) for connection, remote in pairs])
-    chosen = _allowed(names, [remote.name for _, remote in pairs], allow)
     try:
+        names = tool_names([(connection.server.name, remote.name) for connection, remote in pairs])
+        chosen = _allowed(names, [remote.name for _, remote in pairs], allow)
         tools = [
             _tool(connection, remote, name, timeout_s=timeout_s, expected_s=expected_s, max_chars=max_chars)
             for name, (connection, remote) in zip(names, pairs, strict=True)

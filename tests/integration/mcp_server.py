@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from mcp import MCPError
 from mcp.server.mcpserver import MCPServer
 from mcp.types import CallToolResult, EmbeddedResource, ImageContent, TextContent, TextResourceContents
 from pydantic import BaseModel
@@ -68,6 +69,12 @@ async def waits() -> str:
 
 
 @server.tool()
+def busy() -> str:
+    """Answer with an error of the protocol, whose code is also that of a closed connection."""
+    raise MCPError(code=-32000, message="come back later")
+
+
+@server.tool()
 def dies() -> str:
     """End the server in the middle of the call."""
     sys.stderr.write("the disk is full\n")
@@ -84,5 +91,6 @@ def environment() -> dict[str, object]:
 if __name__ == "__main__":
     if sys.argv[1] == "stdio":
         server.run()
+        mark("the server ends")
     else:
         server.run("streamable-http", port=int(sys.argv[1]))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +79,41 @@ def test_a_model_that_wants_the_newer_name_of_max_tokens() -> None:
     }  # fmt: skip
 
 
+def test_many_first_requests_at_once_to_a_model_that_wants_the_newer_name() -> None:
+    together = threading.Barrier(4)
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if "max_tokens" in body:
+            return 400, {"error": {"message": "Use 'max_completion_tokens' instead.", "param": "max_tokens"}}
+        return 200, _said("Hi.")
+
+    class Together(Endpoint):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] != "lifespan" and len(self.asked) < 4:
+                await asyncio.to_thread(together.wait, 20)
+            await super().__call__(scope, receive, send)
+
+    with live(Together(answer)) as server, OpenAIBackend(server.url, "m") as backend:
+        states = hello.run_batch([{}] * 4, backend=backend)
+    assert [state["x"] for state in states] == ["Hi."] * 4
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ("CUDA out of memory", r"RemoteError.*CUDA out of memory"),
+        ({"code": 400, "message": "too many tokens", "status": "INVALID_ARGUMENT"}, r"InvalidRequest.*too many tokens"),
+        (None, "None"),
+    ],
+)
+def test_errors_in_a_stream_have_many_shapes(told: Any, words: str) -> None:
+    events = [{"choices": [{"index": 0, "delta": {"content": "Hi."}, "finish_reason": "stop"}]}, {"error": told}]
+    endpoint = Endpoint(lambda path, body: (200, events))
+    with live(endpoint) as server, OpenAIBackend(server.url, "m") as backend:
+        error = hello.run(backend=backend, stream=True).error()
+    assert re.search(words, f"{error}")
+
+
 def test_streamed_calls_in_pieces_and_an_error_in_the_middle() -> None:
     def delta(finish: str | None = None, **delta: Any) -> dict[str, Any]:
         return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
@@ -135,7 +173,33 @@ def test_an_endpoint_without_echo_and_schemas_is_asked_in_words() -> None:
         assert chat.run(backend=backend)["x"] == "it is the carrot"
         scores = chat.run(backend=backend).get_meta_info("x")["normalized_prompt_logprobs"]
     assert scores[0] == 0.0 > scores[1]
-    assert sum(bool(body.get("echo")) for _, body in endpoint.asked) == 1, "what was refused is not asked for again"
+    echoes = [body["prompt"] for _, body in endpoint.asked if body.get("echo")]
+    assert echoes[1:] == [["a"]], "what was refused is asked for once more, with a prompt that cannot be at fault"
+
+
+@pytest.mark.parametrize("refused", [(500, "a worker crashed"), (400, "maximum context length is 4096 tokens")])
+def test_a_prompt_that_fails_does_not_change_how_others_are_compared(refused: tuple[int, str]) -> None:
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        prompts = body["prompt"]
+        if prompts[0].startswith("long"):
+            return refused[0], {"error": {"message": refused[1]}}
+        tokens = [[" " + word for word in prompt.split()] for prompt in prompts]
+        told = [{"tokens": words, "token_logprobs": [None, *[-len(w) for w in words[1:]]]} for words in tokens]
+        if prompts == ["a"]:
+            told = [{"tokens": ["a"], "token_logprobs": [-1.0]}]
+        return 200, {"choices": [{"index": number, "logprobs": one} for number, one in enumerate(told)]}
+
+    @function
+    def program(s: ProgramState, text: str) -> None:
+        s += text + select("x", [" yes", " certainly"])
+
+    with live(Endpoint(answer)) as server, OpenAIBackend(server.url, "m") as backend:
+        runs = [program.run(text, backend=backend) for text in ("long ago", "is it", "long ago", "is it")]
+        errors = [run.error() for run in runs]
+        assert [run["x"] for run in runs[1::2]] == [" yes"] * 2
+        assert runs[1].get_meta_info("x")["normalized_prompt_logprobs"] == [-4.0, -10.0]
+    assert errors[1] is errors[3] is None
+    assert all(refused[1] in str(error) for error in errors[::2])
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,12 @@ def wait_for(marks, text):
         time.sleep(0.02)
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def serve(port, marks):
     process = subprocess.Popen(
         [sys.executable, str(SERVER), str(port)],
@@ -137,9 +143,7 @@ def test_a_server_that_dies_fails_its_calls_and_is_started_again_at_the_next(std
 
 def test_over_http_a_cancelled_program_cancels_the_call_and_a_new_server_is_found_again(folder):
     marks = folder / "http"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = serve(port, marks)
     allowed = ["add", "there__waits", "dies"]
     try:
@@ -161,6 +165,32 @@ def test_over_http_a_cancelled_program_cancels_the_call_and_a_new_server_is_foun
     finally:
         process.kill()
         process.wait(timeout=30)
+
+
+def test_over_http_an_error_of_one_call_disturbs_no_other(folder):
+    marks = folder / "busy"
+    port = free_port()
+    process = serve(port, marks)
+    try:
+        with mcp_tools(McpServer("there", url=f"http://127.0.0.1:{port}/mcp")) as tools:
+            waiting = call.run(tools["there__waits"], backend=ScriptedBackend([]))
+            wait_for(marks, "waits begins")
+            assert "come back later" in result(tools["there__busy"]).text
+            assert result(tools["there__add"], a=1, b=2).text == "3"
+            assert not waiting.done
+            waiting.cancel()
+            wait_for(marks, "waits is cancelled")
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+
+
+def test_tools_that_are_refused_leave_no_server_behind(folder):
+    marks = folder / "refused"
+    started = McpServer("marks", command=(sys.executable, str(SERVER), "stdio"), env={"MCP_MARKS": str(marks)})
+    with pytest.raises(DefinitionError, match="allow names a tool 'rm' that no server has"):
+        mcp_tools(started, allow=["rm"])
+    wait_for(marks, "the server ends")
 
 
 def test_a_server_that_cannot_be_started_or_does_not_answer():

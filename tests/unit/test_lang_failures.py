@@ -15,6 +15,7 @@ from caesura.lang import (
     ScriptedBackend,
     ScriptedReply,
     ScriptError,
+    ServerUnavailable,
     StateError,
     assistant,
     call_tool,
@@ -25,6 +26,7 @@ from caesura.lang import (
     tool,
     user,
 )
+from caesura.lang.runner import runner
 
 
 class Boom(Exception):
@@ -170,6 +172,83 @@ def test_children_of_a_fork_that_never_came_fail_with_the_parent():
     backend = ScriptedBackend({})
     assert isinstance(program.run(backend=backend).error(), ScriptError)
     assert backend.open_sessions == 0
+
+
+class NoRoom(ScriptedBackend):
+    """A backend whose contexts can be computed no further once they hold something."""
+
+    def _session(self, ids):
+        session = super()._session(ids)
+
+        async def prefill():
+            raise ServerUnavailable("no room for more contexts")
+
+        session.prefill = prefill
+        return session
+
+
+def test_children_of_a_fork_that_fails_fail_with_it():
+    @function
+    def program(s):
+        s += "begin"
+        forks = s.fork(2)
+        forks += gen("x")
+        return forks[1]["x"]
+
+    backend = NoRoom(["1"])
+    state = program.run(backend=backend)
+    assert isinstance(state.error(), ServerUnavailable)
+    assert "fork(2)" in str(state.error())
+    assert backend.open_sessions == 0
+
+
+def test_a_program_goes_on_after_a_fork_that_failed():
+    @function
+    def program(s):
+        s += "begin"
+        point = s.snapshot()
+        s.sync()
+        forks = s.fork(2)
+        forks += gen("x")
+        with pytest.raises(ServerUnavailable):
+            s.sync()
+        s.rollback(point)
+        s += gen("y")
+        return s["y"]
+
+    state = program.run(backend=NoRoom(["1"] * 3))
+    assert (state.error(), state.ret_value) == (None, "1")
+
+
+def test_children_of_a_fork_that_was_dropped_fail():
+    @function
+    def program(s):
+        s += call_tool("x", hang)
+        forks = s.fork(2)
+        forks += gen("y")
+        runner().call(s.stop)
+        with pytest.raises(StateError, match="never came"):
+            forks[0]["y"]
+        return "went on"
+
+    backend = ScriptedBackend(["1"])
+    assert program.run(backend=backend).ret_value == "went on"
+    assert backend.open_sessions == 0
+
+
+def test_an_error_with_attributes_of_its_own_by_the_names_of_ours():
+    class ParseFailed(Exception):
+        @property
+        def cause(self):
+            return self.__cause__
+
+    @function
+    def program(s):
+        raise ParseFailed("a comma is missing")
+
+    error = program.run(backend=ScriptedBackend([])).error()
+    assert isinstance(error.root, ParseFailed)
+    assert "a comma is missing" in str(error)
 
 
 def test_a_failed_child_may_be_handled():

@@ -232,13 +232,16 @@ def test_programs_work_in_a_forked_child():
 import json
 import os
 from caesura.lang import *
+@tool
+def add(a: int, b: int) -> int:
+    return a + b
 @function
 def program(s):
-    s += gen("x")
-assert program.run(backend=ScriptedBackend(["a"])).text() == "a"
+    s += gen("x") + call_tool("y", add, 1, 2)
+assert program.run(backend=ScriptedBackend(["a"])).text() == "a3"
 pid = os.fork()
 if pid == 0:
-    ok = program.run(backend=ScriptedBackend(["b"])).text() == "b"
+    ok = program.run(backend=ScriptedBackend(["b"])).text() == "b3"
     os._exit(0 if ok else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 """

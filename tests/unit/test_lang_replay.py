@@ -200,6 +200,15 @@ def test_a_run_that_was_stopped_anywhere_goes_on_and_does_nothing_twice(tmp_path
         assert asked == []
 
 
+@pytest.mark.parametrize("content", ['{"precious": [1, 2, 3]}', "a note\n", "\n", '{"precious": 1}\n{"key": "x'])
+def test_a_file_that_is_no_recording_is_left_as_it_is(tmp_path, content):
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(ReplayError, match="no recording"):
+        durable(ScriptedBackend([]), path)
+    assert path.read_text() == content
+
+
 def key_of(line):
     return json.loads(line)["key"]
 
