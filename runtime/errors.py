@@ -39,6 +39,10 @@ class ContextTooLong(InvalidRequest):
     """The context cannot fit the model's window or the KV pool, whatever is evicted."""
 
 
+class Overloaded(CaesuraError):
+    """There is no room for this work now; the same request may succeed later."""
+
+
 class ContextClosed(CaesuraError):
     """The context was closed, aborted or expired while it was being used."""
 

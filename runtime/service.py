@@ -12,7 +12,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from caesura.runtime.api import PendingCall
@@ -58,7 +58,6 @@ class EngineService:
         self._stopped_because: Exception | None = None
         self._grammars = GrammarCompiler(runtime.tokenizer)
         self.tool_format = detect_format(runtime.template.source)
-        self._compile_thread = ThreadPoolExecutor(1, thread_name_prefix="caesura-grammar")
         self._thread = threading.Thread(target=self._run, name="caesura-engine", daemon=True)
         self._thread.start()
 
@@ -130,9 +129,9 @@ class EngineService:
         """Stop the thread and free the pools. Contexts still open get ContextClosed. Idempotent."""
         self._stopping = True
         self._wake.set()
+        self._grammars.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        self._compile_thread.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> EngineService:
         return self
@@ -197,8 +196,7 @@ class EngineService:
 
     async def compile(self, constraint: Constraint) -> Any:
         """A matcher for ``constraint``, compiled outside the engine loop."""
-        work = self._compile_thread.submit(self._grammars.compile, constraint, deadline_s=GRAMMAR_DEADLINE_S)
-        return await asyncio.wrap_future(work)
+        return await self._grammars.compile_async(constraint, deadline_s=GRAMMAR_DEADLINE_S)
 
     # -- the thread -------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ generation gets its own copy of the matcher.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections import OrderedDict
@@ -17,7 +18,9 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
-from caesura.runtime.errors import GrammarError
+from caesura.runtime.errors import GrammarError, Overloaded
+from caesura.runtime.futures import shielded
+from caesura.runtime.model.grammar_limits import check_lark, check_schema
 from caesura.runtime.sampling import Constraint, ConstraintKind, Matcher
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
@@ -25,6 +28,7 @@ MAX_SOURCE_BYTES = 256 << 10
 MAX_JSON_DEPTH = 64
 MAX_CHOICES = 4096
 MAX_COMPILED = 256
+LEXER_FUEL = 100_000  # a tenth of the compiler's own limit
 _COMPILERS = 2
 _MAX_REASON_CHARS = 400
 # JSON between tokens: enough to indent, never enough to loop in
@@ -62,16 +66,41 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._max_compiled = max_compiled
         self._lock = threading.Lock()
+        self._vocabulary_lock = threading.Lock()  # of its own: reading a large vocabulary takes a second
         self._compiled: OrderedDict[Constraint, Future[LLMatcher]] = OrderedDict()
         self._vocabulary: LLTokenizer | None = None
         self._pool: ThreadPoolExecutor | None = None
-        self._limits = LLParserLimits(verbose_errors=False)
+        self._limits = LLParserLimits(initial_lexer_fuel=LEXER_FUEL, verbose_errors=False)
 
     def compile(self, constraint: Constraint, *, deadline_s: float = 5.0) -> Matcher:
         """A fresh matcher at the grammar's start.
 
-        Raises GrammarError: over a limit, not parsable, unsatisfiable, or not compiled within ``deadline_s``.
+        Raises GrammarError: over a limit, not parsable, unsatisfiable, or not compiled within ``deadline_s``; and
+        Overloaded when others kept the compilers busy for that long.
         """
+        future = self._begin(constraint)
+        try:
+            return self._matcher_of(future.result(timeout=deadline_s))
+        except FutureTimeout:
+            raise _late(constraint, future, deadline_s) from None
+        except GrammarError:
+            raise
+        except Exception as error:
+            raise _failed(constraint, error) from error
+
+    async def compile_async(self, constraint: Constraint, *, deadline_s: float = 5.0) -> Matcher:
+        """As `compile`, without holding a thread while it waits."""
+        future = self._begin(constraint)
+        try:
+            return self._matcher_of(await asyncio.wait_for(shielded(future), deadline_s))
+        except TimeoutError:
+            raise _late(constraint, future, deadline_s) from None
+        except GrammarError:
+            raise
+        except Exception as error:
+            raise _failed(constraint, error) from error
+
+    def _begin(self, constraint: Constraint) -> Future[LLMatcher]:
         size_bytes = len(constraint.source.encode("utf-8", "replace"))
         if size_bytes > MAX_SOURCE_BYTES:
             raise GrammarError(f"{constraint.kind} has {size_bytes} bytes; at most {MAX_SOURCE_BYTES} are compiled")
@@ -84,14 +113,9 @@ class GrammarCompiler:
             self._compiled.move_to_end(constraint)
             while len(self._compiled) > self._max_compiled:
                 self._compiled.popitem(last=False)
-        try:
-            prototype = future.result(timeout=deadline_s)
-        except FutureTimeout as error:
-            raise GrammarError(f"{constraint.kind} was not compiled within {deadline_s} s; simplify it") from error
-        except GrammarError:
-            raise
-        except Exception as error:
-            raise GrammarError(f"{constraint.kind} cannot be compiled: {_short(str(error))}") from error
+        return future
+
+    def _matcher_of(self, prototype: LLMatcher) -> GrammarMatcher:
         with self._lock:
             return GrammarMatcher(prototype.deep_copy(), self._tokenizer.vocab_size)
 
@@ -105,7 +129,7 @@ class GrammarCompiler:
 
     def _build(self, constraint: Constraint) -> LLMatcher:
         grammar = _translate(constraint)
-        with self._lock:
+        with self._vocabulary_lock:
             if self._vocabulary is None:
                 self._vocabulary = _vocabulary(self._tokenizer)
             vocabulary = self._vocabulary
@@ -163,6 +187,16 @@ class GrammarMatcher:
         return bool(self._matcher.is_stopped())
 
 
+def _late(constraint: Constraint, future: Future[LLMatcher], deadline_s: float) -> Exception:
+    if future.running():
+        return GrammarError(f"{constraint.kind} was not compiled within {deadline_s} s; simplify it")
+    return Overloaded(f"{constraint.kind} was not begun within {deadline_s} s: other grammars are being compiled")
+
+
+def _failed(constraint: Constraint, error: Exception) -> GrammarError:
+    return GrammarError(f"{constraint.kind} cannot be compiled: {_short(str(error))}")
+
+
 class _Vocabulary:
     """The tokenizer as llguidance's wrapper protocol wants it."""
 
@@ -196,6 +230,7 @@ def _translate(constraint: Constraint) -> str:
         case ConstraintKind.REGEX:
             return str(LLMatcher.grammar_from_regex(source))
         case ConstraintKind.EBNF:
+            check_lark(source)
             return str(LLMatcher.grammar_from_lark(source))
         case ConstraintKind.JSON_SCHEMA:
             schema = _parse_json(source, "json_schema")
@@ -204,6 +239,7 @@ def _translate(constraint: Constraint) -> str:
             if not isinstance(schema, dict) and schema is not True:
                 raise GrammarError("json_schema must be an object, true or false")
             schema = {} if schema is True else schema
+            check_schema(schema, "json_schema")
             layout = schema.get("x-guidance")
             fixed = isinstance(layout, dict) and layout.get("whitespace_flexible") is False
             if fixed:

@@ -106,7 +106,8 @@ class ChatWork:
         kept in its reader for that. With ``truncate`` the oldest turns go when the conversation is too long.
         """
         plan = await self._state.on_text_thread(lambda: self._plan(body, remember))
-        opened = await self._context(plan.conversation, work, before, truncate)
+        room = await self._room(body) if truncate else None
+        opened = await self._context(plan.conversation, work, before, room)
         plan = dataclasses.replace(plan, conversation=opened.conversation)
         marks = detect_marks(self._service.template.source)
         if marks is not None and body.separate_reasoning is not False and not plan.conversation.continue_final:
@@ -178,17 +179,27 @@ class ChatWork:
 
     # -- the prompt -------------------------------------------------------------------------------------------
 
-    async def _context(self, conversation: Conversation, work: Work, before: Before | None, truncate: bool) -> _Opened:
-        """A context that holds the prompt: the one that was waiting for these tool results, else a new one."""
+    async def _room(self, body: ChatRequest) -> int:
+        """Tokens of the window that a shortened prompt leaves for the answer."""
+        budget = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        if budget is not None:
+            return budget
+        return min(self._state.config.default_max_tokens, await self._state.max_context_tokens() // 4)
+
+    async def _context(
+        self, conversation: Conversation, work: Work, before: Before | None, room: int | None
+    ) -> _Opened:
+        """A context that holds the prompt: the one that was waiting for these tool results, else a new one. With
+        ``room`` the oldest turns are left out where so many tokens would not fit behind it."""
         await self._state.kept.expire()
         found = self._goes_on_from(conversation, work.namespace, before)
         if found is not None:
             more = await self._state.on_text_thread(
                 lambda: next_prompt(conversation, found.num_messages, self._service.template, self._service.tokenizer)
             )
-            if more is not None:
+            if more is not None and await self._fits(len(found.kept.token_ids) + len(more.token_ids), room):
                 return _Opened(await self._continue(found.kept, more, work), conversation, more.end)
-        conversation, prompt = await self._whole_prompt(conversation, truncate)
+        conversation, prompt = await self._whole_prompt(conversation, room)
         handle = await work.open(self._state.config.request_deadline_s)
         await handle.append(prompt.token_ids)
         return _Opened(handle, conversation, prompt.end)
@@ -224,19 +235,20 @@ class ChatWork:
         await handle.append([*kept.token_ids, *more.token_ids])
         return handle
 
-    async def _whole_prompt(self, conversation: Conversation, truncate: bool) -> tuple[Conversation, Prompt]:
+    async def _fits(self, num_tokens: int, room: int | None) -> bool:
+        return room is None or num_tokens + room <= await self._state.max_context_tokens()
+
+    async def _whole_prompt(self, conversation: Conversation, room: int | None) -> tuple[Conversation, Prompt]:
         template, tokenizer = self._service.template, self._service.tokenizer
         prompt = await self._state.on_text_thread(lambda: prompt_of(conversation, template, tokenizer))
-        if not truncate:
-            return conversation, prompt
-        limit = await self._state.max_context_tokens()
-        starts = later_starts(conversation) if len(prompt.token_ids) >= limit else []
+        starts = [] if await self._fits(len(prompt.token_ids), room) else later_starts(conversation)
         if not starts:
             return conversation, prompt
+        longest = await self._state.max_context_tokens() - (room or 0)
 
         def shortened() -> tuple[Conversation, Prompt]:
             def fits(start: int) -> bool:
-                return len(prompt_of(from_start(conversation, start), template, tokenizer).token_ids) < limit
+                return len(prompt_of(from_start(conversation, start), template, tokenizer).token_ids) <= longest
 
             at = bisect_left(starts, True, key=fits)
             short = from_start(conversation, starts[min(at, len(starts) - 1)])

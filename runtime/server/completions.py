@@ -199,7 +199,8 @@ class Completions:
         def make(choice: int) -> Any:
             return body.params(max_tokens, logprobs=body.logprobs, constraint=constraint, choice=choice)
 
-        return TextJob(prompt, each(make, body.n or 1), 0 if body.echo and body.logprobs is not None else None)
+        start = 0 if body.echo and body.logprobs is not None else None
+        return TextJob(prompt, each(make, body.n or 1), start, body.logprobs or 0)
 
     def _take(self, choice: _Choice, item: TextItem) -> _Logprobs:
         choice.text.append(item.text)
@@ -213,9 +214,11 @@ class Completions:
 
     def _echoed(self, prompt: Sequence[int], scores: Scores) -> _Logprobs:
         out, offset = _Logprobs(), 0
-        for token_id, value in zip(prompt, scores.values, strict=True):
+        tops = scores.tops or [()] * len(prompt)
+        for token_id, value, likeliest in zip(prompt, scores.values, tops, strict=True):
             text = self._text(token_id)
-            offset = out.add(text, value, None if value is None else {text: value}, offset)
+            top = {self._text(other): logprob for other, logprob in likeliest}
+            offset = out.add(text, value, None if value is None else {**top, text: value}, offset)
         return out
 
     def _text(self, token_id: int) -> str:

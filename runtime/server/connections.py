@@ -1,13 +1,16 @@
-"""HTTP connections that cannot be held open for nothing: bounded in number, and in the time a request takes to arrive.
+"""HTTP connections that cannot be held open for nothing: bounded in number, in the time a request takes to arrive, and
+in the time for which nothing of an answer is taken.
 
 uvicorn bounds idle connections and h11 the size of headers; a client that sends its headers, or a body nobody reads any
-more, one byte at a time would still keep its connection for ever.
+more, one byte at a time would still keep its connection for ever, and so would one that never reads its answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import struct
 from typing import Any, cast
 
 import h11
@@ -23,6 +26,7 @@ class BoundedConnection(H11Protocol):
     """One connection. The application's state has the limits, and counts connections and refusals."""
 
     _timer: asyncio.TimerHandle | None = None
+    _taking: asyncio.TimerHandle | None = None
     _counted = False
 
     @property
@@ -32,6 +36,7 @@ class BoundedConnection(H11Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio. A connection too many is told so and closed before anything of it is read."""
         super().connection_made(cast("asyncio.Transport", transport))
+        self.transport.set_write_buffer_limits(high=0)  # so that we hear when all of an answer has been taken
         counts, limit = self._server.counts, self._server.config.max_connections
         counts.connections, self._counted = counts.connections + 1, True
         if counts.connections > limit:
@@ -42,6 +47,7 @@ class BoundedConnection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""
         self._disarm()
+        self._stop_watching()
         if self._counted:
             self._server.counts.connections -= 1
             self._counted = False
@@ -60,7 +66,38 @@ class BoundedConnection(H11Protocol):
         if not self.transport.is_closing():
             self._arm()
 
+    def pause_writing(self) -> None:
+        """See asyncio: something of an answer has to wait until the client takes it."""
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        """See asyncio: all was taken."""
+        self._stop_watching()
+        super().resume_writing()
+
     # -- parts ------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        waiting = self.transport.get_write_buffer_size()
+        self._taking = self.loop.call_later(self._server.config.send_deadline_s, self._look, waiting)
+
+    def _look(self, before: int) -> None:
+        """Cut off a client that has taken nothing since; closing alone would wait for it."""
+        if self.transport.get_write_buffer_size() < before:
+            self._watch()
+            return
+        self._taking = None
+        self._server.counts.refused["slow_reader"] += 1
+        note(log, logging.DEBUG, "connection_closed", reason="slow_reader")
+        linger = struct.pack("ii", 1, 0)  # what the system still holds of the answer goes at once as well
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.transport.abort()
+
+    def _stop_watching(self) -> None:
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
 
     def _arm(self) -> None:
         """Give what is under way its time: headers that have begun (or a new connection), or a body."""

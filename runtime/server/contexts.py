@@ -30,7 +30,7 @@ from caesura.runtime.server.kept import namespace_of
 from caesura.runtime.server.registry import ContextRegistry, NamedContext
 from caesura.runtime.server.state import ServerState
 from caesura.runtime.server.textgen import checked_ids
-from caesura.runtime.server.work import Work
+from caesura.runtime.server.work import Aborted, Work
 from caesura.runtime.text.tokenizer import encode_pieces
 from caesura.runtime.text.tool_parser import parse
 from starlette.requests import Request
@@ -205,13 +205,17 @@ class Contexts:
             ids = await self._encode(spec.pieces, context.handle.num_tokens)
             if ids:
                 await context.handle.append(ids)
-            start, text = context.handle.num_tokens, ""
+            start, text, count = context.handle.num_tokens, "", 0
             chunks = work.generate(context.handle, spec.params(), spec.calling())
-            async with contextlib.aclosing(chunks):
-                async for chunk in chunks:
-                    text += chunk.text
-                    finish = chunk.finish
-                    yield chunk, None if finish is None else await self._finished(context, spec, finish, start, text)
+            try:
+                async with contextlib.aclosing(chunks):
+                    async for chunk in chunks:
+                        text, count, finish = text + chunk.text, count + len(chunk.token_ids), chunk.finish
+                        told = None if finish is None else await self._finished(context, spec, finish, start, text)
+                        yield chunk, told
+            except Aborted:
+                finish = Finish("abort", None, (), start, count, 0)
+                yield TokenChunk("", (), (), finish), await self._finished(context, spec, finish, start, text)
 
     async def _compute(
         self,
@@ -221,8 +225,8 @@ class Contexts:
         more: Callable[[T], dict[str, Any]] = lambda _: {},
     ) -> Response:
         async def work() -> dict[str, Any]:
-            async with self._at_work(request), self._using(request) as context:
-                found = await do(context.handle)
+            async with self._at_work(request) as at_work, self._using(request) as context:
+                found = await at_work.unless_aborted(do(context.handle))
                 return {name: found, **more(found), **self._described(context)}
 
         return reply(await until_disconnect(request, work()))

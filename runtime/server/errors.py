@@ -13,6 +13,7 @@ from caesura.runtime.errors import (
     EngineStopped,
     GrammarError,
     InvalidRequest,
+    Overloaded,
 )
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -92,6 +93,8 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(408, "the request outlasted its deadline", code="deadline_exceeded")
         case EngineStopped():
             return ApiError(503, "the engine is not available; try again", code="engine_unavailable", retry_after_s=1)
+        case Overloaded():
+            return ApiError(503, str(error), code="overloaded", retry_after_s=1)
         case ContextClosed():
             return ApiError(503, "the context was closed while the request used it", code="context_closed")
         case CaesuraError():

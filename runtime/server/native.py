@@ -207,8 +207,14 @@ class Generate:
             return
         result.text += item.text
         result.output_ids += item.token_ids
-        if item.finish is not None and result.asked.sampling.no_stop_trim and isinstance(item.finish.matched, str):
-            result.text += item.finish.matched
+        sampling = result.asked.sampling
+        if item.finish is not None and sampling.no_stop_trim and isinstance(item.finish.matched, str):
+            if item.finish.matched in (sampling.stop_regex or ()):  # a pattern; what matched it is in the tokens
+                skip_special = sampling.skip_special_tokens is not False
+                whole = self._tokenizer.decode(result.output_ids, skip_special=skip_special, continuation=True)
+                result.text = whole if whole.startswith(result.text) else result.text
+            else:
+                result.text += item.finish.matched
 
     # -- the answer -------------------------------------------------------------------------------------------
 

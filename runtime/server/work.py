@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
 from typing import Any, Self, TypeVar, cast
 
 from caesura.runtime.api import Handle, Service
@@ -42,6 +42,7 @@ class Work:
         self.namespace = namespace
         self.request_id = request_id
         self.aborted = False
+        self._abort = asyncio.Event()
         self._board = board
         self._place = (key_id, request_id)
         self._handles: list[Handle] = []
@@ -83,6 +84,8 @@ class Work:
     ) -> AsyncGenerator[TokenChunk, None]:
         """The handle's chunks. Raises Aborted after an abort."""
         chunks = cast("AsyncGenerator[TokenChunk, None]", handle.generate(params, tools))
+        if handle not in self._handles:  # a context that outlives the request is not closed by an abort
+            chunks = self._until_aborted(chunks)
         counted = params.max_new_tokens == 0  # computing a prompt is no generation
         try:
             async with contextlib.aclosing(chunks):
@@ -94,7 +97,7 @@ class Work:
                             self._tally.finish(chunk.finish.reason)
                         counted = True
                     yield chunk
-        except (GeneratorExit, asyncio.CancelledError, ContextClosed) as error:
+        except (GeneratorExit, asyncio.CancelledError, ContextClosed, Aborted) as error:
             if not counted:
                 self._tally.finish("abort")
             if self.aborted and isinstance(error, ContextClosed):
@@ -104,9 +107,31 @@ class Work:
     def _prompt(self, handle: Handle) -> int:
         return self._prompts.setdefault(handle, len(self._prompts))
 
+    async def unless_aborted(self, work: Awaitable[T]) -> T:
+        """Await work on a context that outlives the request. An abort cancels it and raises Aborted."""
+        task, abort = asyncio.ensure_future(work), asyncio.ensure_future(self._abort.wait())
+        try:
+            await asyncio.wait((task, abort), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise Aborted
+            return task.result()
+        finally:
+            task.cancel()
+            abort.cancel()
+            await settled(asyncio.gather(task, abort, return_exceptions=True))
+
+    async def _until_aborted(self, chunks: AsyncGenerator[TokenChunk, None]) -> AsyncGenerator[TokenChunk, None]:
+        async def following() -> TokenChunk | None:
+            return await anext(chunks, None)
+
+        async with contextlib.aclosing(chunks):
+            while (chunk := await self.unless_aborted(following())) is not None:
+                yield chunk
+
     async def abort(self) -> None:
         """End what the request does, in whatever state it is."""
         self.aborted = True
+        self._abort.set()
         for handle in self._handles:
             await handle.close()
 

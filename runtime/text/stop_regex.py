@@ -17,6 +17,7 @@ from caesura.runtime.errors import InvalidRequest
 
 MAX_PATTERN_CHARS = 1024
 MAX_STATES = 2000
+MAX_STEPS = 4 * MAX_STATES  # of compiling: what is repeated may be empty and make no state
 MAX_PENDING_CHARS = 4096  # a match that is longer loses its beginning, which was shown by then
 
 _Test = Callable[[str], bool]
@@ -103,6 +104,7 @@ class _Program:
         self.jumps: list[tuple[int, ...]] = []
         self.line_start: dict[int, bool] = {}
         self.start = 0
+        self._steps = 0
         try:
             self._sequence(tree)
         except RecursionError as error:
@@ -117,8 +119,15 @@ class _Program:
         return len(self.tests) - 1
 
     def _sequence(self, tree: Iterable[tuple[Any, Any]]) -> None:
+        self._count()
         for op, arg in tree:
+            self._count()
             self._one(op, arg)
+
+    def _count(self) -> None:
+        self._steps += 1
+        if self._steps > MAX_STEPS:
+            raise InvalidRequest(f"stop_regex {self._source!r:.80} is too large with its repetitions; simplify it")
 
     def _one(self, op: Any, arg: Any) -> None:
         if op in (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN):

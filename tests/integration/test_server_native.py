@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 from typing import Any
 
 import httpx
@@ -236,6 +237,40 @@ def test_completions_echo_and_score_the_prompt() -> None:
         assert {TEXT + choice["text"] for choice in lists["choices"]} == {one["text"]}
         streamed = await client.post("/v1/completions", json={**body, "stream": True})
         assert "".join(event["choices"][0]["text"] for event in events_of(streamed.text)) == one["text"]
+        places = zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
+        prompt = list(places)[1 : len(ids)]
+        assert logprobs["top_logprobs"][0] is None
+        assert all(top[token] == value and 1 <= len(top) <= 2 for token, value, top in prompt)
+        assert any(max(top.values()) > value for _, value, top in prompt), "not every word is what comes to mind first"
+
+    run(test)
+
+
+def test_no_stop_trim_keeps_what_a_pattern_matched() -> None:
+    async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
+        sampling = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
+        whole = (await post(client, "/generate", {"text": TEXT, "sampling_params": sampling}))["text"]
+        stops = {**sampling, "stop_regex": "[a-z]+ [a-z]", "no_stop_trim": True}
+        kept = (await post(client, "/generate", {"text": TEXT, "sampling_params": stops}))["text"]
+        assert re.search("[a-z]+ [a-z]", kept) and whole.startswith(kept)
+
+    run(test)
+
+
+def test_an_abort_ends_what_a_context_computes_and_leaves_the_context() -> None:
+    async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
+        path = "/v1/contexts/" + (await post(client, "/v1/contexts", {"pieces": [{"text": TEXT}]}))["id"]
+        spec = {"max_new_tokens": 1500, "ignore_eos": True}
+        for stream in (False, True):
+            running = asyncio.create_task(client.post(f"{path}/generate", json={**spec, "stream": stream}))
+            while not len(app.state.server.board):
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0.1)
+            assert (await post(client, "/abort_request", {"abort_all": True}))["aborted"] == 1
+            answer = await asyncio.wait_for(running, 20)
+            told = named_events(answer.text)[-1][1] if stream else answer.json()
+            assert (told["reason"], told["usage"]["completion_tokens"] < 1500) == ("abort", True)
+        assert (await post(client, f"{path}/generate", {"max_new_tokens": 2, "stream": False}))["reason"] == "length"
 
     run(test)
 

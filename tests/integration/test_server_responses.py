@@ -231,7 +231,23 @@ def test_a_conversation_too_long_loses_its_oldest_turns_only_when_asked() -> Non
     async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
         assert (await client.post(ROUTE, json=body)).status_code == 400
         answer = await post(client, ROUTE, {**body, "truncation": "auto"})
-        assert 300 < answer["usage"]["input_tokens"] < 2048
+        assert 300 < answer["usage"]["input_tokens"] <= 2048 - 8
+        free = await post(client, ROUTE, {"input": body["input"], "truncation": "auto"})
+        assert free["usage"]["input_tokens"] <= 2048 - 512, "without a limit of the client's an answer needs room too"
+
+    run(test)
+
+
+def test_a_conversation_continued_by_its_last_answer_loses_its_oldest_turns_as_well() -> None:
+    async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
+        more: dict[str, Any] = {}
+        sizes = []
+        for _ in range(6):
+            body = {"input": "word " * 450, "max_output_tokens": 8, "truncation": "auto", "temperature": 0, **more}
+            answer = await post(client, ROUTE, body)
+            sizes.append(answer["usage"]["input_tokens"])
+            more = {"previous_response_id": answer["id"]}
+        assert sizes[0] < sizes[1] and max(sizes) <= 2048 - 8
 
     run(test)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from caesura.runtime.errors import GrammarError
+from caesura.runtime.errors import GrammarError, Overloaded
 from caesura.runtime.model.grammar import MAX_JSON_DEPTH, MAX_SOURCE_BYTES, GrammarCompiler
 from caesura.runtime.sampling import Constraint, ConstraintKind, Matcher
 
@@ -191,6 +192,66 @@ def test_a_compile_that_takes_too_long_ends_in_an_error() -> None:
     finally:
         release.set()
     assert allowed(compiler.compile(Constraint(ConstraintKind.REGEX, "a"))) == {ord("a")}
+
+
+def conjunctions(count: int) -> dict[str, dict[str, object]]:
+    """Ways to hold one string to many patterns."""
+    patterns = [f"^.*x.{{{number}}}y.*$" for number in range(count)]
+    nested: dict[str, object] = {"type": "string"}
+    for pattern in patterns:
+        nested = {"type": "string", "pattern": pattern, "anyOf": [nested]}
+    chain = {f"d{i}": {"pattern": pattern, "$ref": f"#/$defs/d{i + 1}"} for i, pattern in enumerate(patterns)}
+    merged = [{"properties": {"a": {"pattern": pattern}}, "required": ["a"]} for pattern in patterns]
+    return {
+        "allOf": {"type": "string", "allOf": [{"pattern": pattern} for pattern in patterns]},
+        "nested alternatives": nested,
+        "a chain of references": {"$ref": "#/$defs/d0", "$defs": {**chain, f"d{count}": {"type": "string"}}},
+        "merged members": {"type": "object", "allOf": merged},
+    }
+
+
+@pytest.mark.parametrize("name", conjunctions(1))
+def test_intersections_that_would_take_for_ever_are_refused_at_once(compiler: GrammarCompiler, name: str) -> None:
+    """What compiles in no time with a few patterns takes minutes and gigabytes with thirty."""
+    schema = json.dumps(conjunctions(30)[name])
+    with pytest.raises(GrammarError, match="at most 12 can be intersected"):
+        compiler.compile(Constraint(ConstraintKind.JSON_SCHEMA, schema))
+    with pytest.raises(GrammarError, match="at most 12 can be intersected"):
+        compiler.compile(Constraint(ConstraintKind.EBNF, f"start: A\nA: %json {schema}"))
+    compiler.compile(Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(conjunctions(1)[name])))
+
+
+def test_so_are_those_of_a_lark_grammar(compiler: GrammarCompiler) -> None:
+    terms = [f"/(?s:.*)x.{{{number}}}y(?s:.*)/" for number in range(30)]
+    with pytest.raises(GrammarError, match="at most 12 are compiled"):
+        compiler.compile(Constraint(ConstraintKind.EBNF, "start: A\nA: " + " & ".join(terms)))
+    compiler.compile(Constraint(ConstraintKind.EBNF, 'start: A\nA: "' + "&" * 30 + '" /[&]&&/ // & & &\n'))
+
+
+def test_many_patterns_of_different_values_are_fine(compiler: GrammarCompiler) -> None:
+    members = {f"m{number}": {"type": "string", "pattern": f"^[a-z]{{{number + 1}}}$"} for number in range(40)}
+    tree = {"type": "object", "properties": {"next": {"$ref": "#"}, "name": {"pattern": "^a+$", "type": "string"}}}
+    for schema in ({"type": "object", "properties": members}, tree):
+        compiler.compile(Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(schema)))
+
+
+def test_a_grammar_that_waits_behind_slow_ones_is_not_blamed() -> None:
+    release = threading.Event()
+
+    class Slow(ByteTokenizer):
+        def token_bytes(self, token_id: int) -> bytes:
+            release.wait(10)
+            return super().token_bytes(token_id)
+
+    compiler = GrammarCompiler(Slow())
+    try:
+        for letter in "ab":  # one for each compiler
+            with pytest.raises(GrammarError, match="was not compiled"):
+                compiler.compile(Constraint(ConstraintKind.REGEX, letter), deadline_s=0.05)
+        with pytest.raises(Overloaded, match="other grammars"):
+            asyncio.run(compiler.compile_async(Constraint(ConstraintKind.REGEX, "c"), deadline_s=0.05))
+    finally:
+        release.set()
 
 
 def test_the_cache_of_compiled_grammars_is_bounded_and_shared_between_threads() -> None:

@@ -15,6 +15,7 @@ import pytest
 from caesura.runtime.api import Service
 from caesura.runtime.server import ServerConfig, connections
 from caesura.runtime.server.run import Server, make_server
+from starlette.responses import Response
 
 from tests.unit.test_server_guard import BrokenService
 
@@ -110,6 +111,32 @@ def test_a_body_that_nobody_reads_does_not_hold_the_connection(monkeypatch: pyte
                 client.sendall(b"x")
                 time.sleep(0.05)
         assert rest(client) == b""
+
+
+def test_sec_20_an_answer_that_nobody_reads_does_not_hold_the_connection_and_a_slow_reader_gets_all() -> None:
+    size = 16 << 20  # more than the system holds for both sides
+    with running(send_deadline_s=0.4) as (server, port):
+        app = cast(Any, server.config.app)
+        app.add_api_route("/big", lambda: Response(bytes(size)))
+        clients = [connect(port) for _ in range(6)]
+        for client in clients:
+            client.sendall(b"GET /big HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+        slow = clients[-1]  # the others are deaf
+        received, began = 0, time.monotonic()
+        while received < size:
+            received += len(slow.recv(1 << 20))
+            time.sleep(0.05)
+        assert time.monotonic() - began > 0.8, "twice the deadline, and still served"
+        counts = app.state.server.counts
+        for _ in range(500):
+            if counts.connections == 1:
+                break
+            time.sleep(0.02)
+        assert (counts.connections, counts.refused["slow_reader"]) == (1, 5)
+        slow.sendall(HEALTH + b"\r\n")
+        assert b"HTTP/1.1 200" in answer(slow)
+        for client in clients:
+            client.close()
 
 
 def test_connections_beyond_the_limit_are_refused_until_one_closes() -> None:

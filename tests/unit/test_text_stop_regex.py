@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 import pytest
-from caesura.runtime.text.stop_regex import StopRegex
+from caesura.runtime.errors import InvalidRequest
+from caesura.runtime.text.stop_regex import StopRegex, _Program
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,3 +54,20 @@ def test_a_character_visits_each_state_once() -> None:
         jumps.reads = 0
         search.step(char)
         assert jumps.reads <= 2 * len(jumps)  # once for those under way, once for a match that begins here
+
+
+@pytest.mark.parametrize("empty", ["()", "(?:)", "(?:(){2000})", "b{0}"])
+def test_repetitions_of_nothing_are_bounded_too(monkeypatch: pytest.MonkeyPatch, empty: str) -> None:
+    """They make no state, so only the work of compiling them can be counted."""
+    work = 0
+    one = _Program._one
+
+    def counted(self: _Program, op: Any, arg: Any) -> None:
+        nonlocal work
+        work += 1
+        one(self, op, arg)
+
+    monkeypatch.setattr(_Program, "_one", counted)
+    with pytest.raises(InvalidRequest, match="too large with its repetitions"):
+        StopRegex(f"a(({empty}{{2000}}){{2000}}){{2000}}")
+    assert work < 10_000
