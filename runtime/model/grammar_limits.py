@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from typing import Any
+from urllib.parse import unquote
 
 from caesura.runtime.errors import GrammarError
 
@@ -53,19 +54,30 @@ class _Conjunctions:
             return 0
         if id(schema) not in self._known:
             self._known[id(schema)] = 0  # a reference back to here asks for nothing new
-            both = [schema["pattern"]] if isinstance(schema.get("pattern"), str) else []
+            own = isinstance(schema.get("pattern"), str)
             parts = [*schema["allOf"]] if isinstance(schema.get("allOf"), list) else []
-            if isinstance(schema.get("$ref"), str):
-                parts.append(self._target(schema["$ref"]))
             parts += [schema.get("anyOf"), schema.get("oneOf")]  # of each, the largest alternative
             others = max((self.of(value) for key, value in schema.items() if key not in _COMBINING), default=0)
-            self._known[id(schema)] = len(both) + sum(map(self.of, parts)) + others
+            self._known[id(schema)] = own + sum(map(self.of, parts)) + self._behind(schema.get("$ref")) + others
         return self._known[id(schema)]
 
-    def _target(self, reference: str) -> Any:
-        """What a reference within the document leads to, None for any other."""
+    def _behind(self, reference: Any) -> int:
+        """The patterns that a reference asks for; all there are when it is not clear where it leads."""
+        if not isinstance(reference, str):
+            return 0
         found = self._root
-        for part in reference.removeprefix("#").split("/")[1:]:
+        for part in unquote(reference).removeprefix("#").split("/")[1:]:
             part = part.replace("~1", "/").replace("~0", "~")
-            found = found.get(part) if isinstance(found, dict) else None
-        return found
+            if isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+                found = found[int(part)]
+            else:
+                found = found.get(part) if isinstance(found, dict) else None
+        clear = found is not None and (reference == "#" or reference.startswith("#/"))
+        return self.of(found) if clear else _patterns(self._root)
+
+
+def _patterns(schema: Any) -> int:
+    """All patterns of a document."""
+    if isinstance(schema, dict):
+        return isinstance(schema.get("pattern"), str) + sum(map(_patterns, schema.values()))
+    return sum(map(_patterns, schema)) if isinstance(schema, list) else 0

@@ -206,6 +206,12 @@ def conjunctions(count: int) -> dict[str, dict[str, object]]:
         "allOf": {"type": "string", "allOf": [{"pattern": pattern} for pattern in patterns]},
         "nested alternatives": nested,
         "a chain of references": {"$ref": "#/$defs/d0", "$defs": {**chain, f"d{count}": {"type": "string"}}},
+        "a chain of anchors": {
+            "$ref": "#a0",
+            "$defs": {
+                f"d{i}": {"$anchor": f"a{i}", "pattern": p, "$ref": f"#a{i + 1}"} for i, p in enumerate(patterns)
+            },
+        },
         "merged members": {"type": "object", "allOf": merged},
     }
 
@@ -218,7 +224,8 @@ def test_intersections_that_would_take_for_ever_are_refused_at_once(compiler: Gr
         compiler.compile(Constraint(ConstraintKind.JSON_SCHEMA, schema))
     with pytest.raises(GrammarError, match="at most 12 can be intersected"):
         compiler.compile(Constraint(ConstraintKind.EBNF, f"start: A\nA: %json {schema}"))
-    compiler.compile(Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(conjunctions(1)[name])))
+    if "anchors" not in name:  # which the compiler does not know anyway
+        compiler.compile(Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(conjunctions(1)[name])))
 
 
 def test_so_are_those_of_a_lark_grammar(compiler: GrammarCompiler) -> None:
