@@ -34,10 +34,12 @@ class Runtime:
     tokenizer: Tokenizer
     template: ChatTemplate
     model_name: str
+    vocab_size: int  # the model's own, which the tokenizer may exceed
 
 
 def build(config: EngineConfig) -> Runtime:
     """Load the model, size the pools, measure the machine, wire the engine. Errors come before anything runs."""
+    from caesura.runtime.model.config import read_config
     from caesura.runtime.model.weights import resolve_source
 
     folder = _embedded_folder() if config.model == EMBEDDED else resolve_source(config.model, config.revision)
@@ -66,7 +68,7 @@ def build(config: EngineConfig) -> Runtime:
         share_prefixes=config.share_prefixes,
         overlapping=overlapping,
     )
-    return Runtime(engine, tokenizer, template, config.model)
+    return Runtime(engine, tokenizer, template, config.model, read_config(folder).vocab_size)
 
 
 def _build_cpu(config: EngineConfig, folder: Path, tokenizer: Tokenizer) -> tuple[Executor, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -70,18 +71,17 @@ class Generation:
     sink: Callable[[TokenChunk], None]
     tool_format: ToolFormat | None = None
     tool_names: tuple[str, ...] = ()
+    stops: StopChecker | None = None  # made by the caller: compiling patterns takes a while
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     _sampled: list[SampledToken] = field(default_factory=list)
     _unsent: list[int] = field(default_factory=list)
     _num_sent: int = 0  # characters
     _detokenizer: IncrementalDetokenizer = field(init=False)
-    _stops: StopChecker | None = field(init=False)
+    _shown_at: list[int] = field(default_factory=list)  # characters decoded up to and with each token
 
     def __post_init__(self) -> None:
         self._detokenizer = IncrementalDetokenizer(self.tokenizer, self.params.skip_special_tokens, continuation=True)
-        has_stops = self.params.stop or self.params.stop_regex
-        self._stops = StopChecker(self.params.stop, self.params.stop_regex) if has_stops else None
 
     def push(self, sampled: SampledToken) -> Ending | None:
         """Take one sampled token; send what it completes; return how it ends the generation, if it does.
@@ -103,7 +103,9 @@ class Generation:
         self._unsent.append(token)
         if self.params.logprobs is not None:
             self._sampled.append(sampled)
-        text, matched = self._visible(self._detokenizer.push(token))
+        decoded = self._detokenizer.push(token)
+        self._shown_at.append((self._shown_at[-1] if self._shown_at else 0) + len(decoded))
+        text, matched = self._visible(decoded)
         self.text += text
         if matched is not None:
             return self._end(Ending("stop", matched, keep=True))
@@ -121,15 +123,15 @@ class Generation:
         return token in self.params.stop_token_ids or (token in self.eos_ids and not self.params.ignore_eos)
 
     def _visible(self, text: str) -> tuple[str, str | None]:
-        if self._stops is None:
+        if self.stops is None:
             return text, None
-        return self._stops.push(text)
+        return self.stops.push(text)
 
     def _end(self, ending: Ending) -> Ending:
         if not isinstance(ending.matched, str):
             text, matched = self._visible(self._detokenizer.flush())
-            if matched is None and self._stops is not None:
-                text += self._stops.flush()
+            if matched is None and self.stops is not None:
+                text += self.stops.flush()
             self.text += text
             if matched is not None:
                 ending.matched = matched
@@ -140,7 +142,7 @@ class Generation:
         """After a stop string: how many generated tokens stay, and the re-tokenized rest of the kept text."""
         if not isinstance(ending.matched, str):
             return len(self.token_ids), []
-        keep = len(self.token_ids)
+        keep = bisect_right(self._shown_at, len(self.text))
         while keep:
             head = self.tokenizer.decode(
                 self.token_ids[:keep], skip_special=self.params.skip_special_tokens, continuation=True

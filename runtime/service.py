@@ -19,7 +19,7 @@ from caesura.runtime.api import PendingCall
 from caesura.runtime.build import Runtime, build
 from caesura.runtime.config import EngineConfig
 from caesura.runtime.engine import Engine, Observer
-from caesura.runtime.errors import CaesuraError, ContextClosed, EngineStopped, GrammarError
+from caesura.runtime.errors import CaesuraError, ContextClosed, EngineStopped, GrammarError, InvalidRequest
 from caesura.runtime.executors.base import SampledToken
 from caesura.runtime.futures import shielded
 from caesura.runtime.generation import Generation, TokenChunk, ToolCalling
@@ -29,6 +29,7 @@ from caesura.runtime.model.grammar import GrammarCompiler
 from caesura.runtime.sampling import GRAMMAR_FAULT, Constraint, ConstraintKind, SamplerState, SamplingParams
 from caesura.runtime.snapshot import EngineSnapshot, take_snapshot
 from caesura.runtime.telemetry import Telemetry, stats_of
+from caesura.runtime.text.detokenizer import StopChecker
 from caesura.runtime.text.template import ChatTemplate
 from caesura.runtime.text.tokenizer import Tokenizer
 from caesura.runtime.text.tool_parser import ToolFormat, detect_format, tool_grammar
@@ -60,6 +61,11 @@ class EngineService:
         self.tool_format = detect_format(runtime.template.source)
         self._thread = threading.Thread(target=self._run, name="caesura-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the model has an embedding for: 0 to this less one."""
+        return self._runtime.vocab_size
 
     @classmethod
     def start(cls, config: EngineConfig | None = None) -> EngineService:
@@ -277,14 +283,19 @@ class ContextHandle:
         return await self._service.call(command)
 
     async def append(self, token_ids: Sequence[int]) -> int:
-        """Add tokens; returns the context's new length. Computed with the next request."""
-        tokens = list(token_ids)
+        """Add tokens; returns the context's new length. Computed with the next request. Raises InvalidRequest for an id
+        that the model does not have, be it the tokenizer's."""
+        tokens, limit = list(token_ids), self._service.vocab_size
+        if tokens and not 0 <= min(tokens) <= max(tokens) < limit:
+            wrong = next(token for token in tokens if not 0 <= token < limit)
+            raise InvalidRequest(f"token id {wrong} is outside the model's vocabulary: ids are 0 to {limit - 1}")
         self.num_tokens = await self._call(lambda engine: engine.append(self.id, tokens))
         return self.num_tokens
 
     async def generate(self, params: SamplingParams, tools: ToolCalling | None = None) -> AsyncIterator[TokenChunk]:
         """Generate from the end of the context; the last chunk has ``finish``. Leaving early aborts."""
         sampler, tool_format = await self._prepare(params, tools)
+        stops = await _stops_of(params)
         loop = asyncio.get_running_loop()
         chunks: asyncio.Queue[TokenChunk] = asyncio.Queue()
 
@@ -306,6 +317,7 @@ class ContextHandle:
                 sink,
                 tool_format,
                 names,
+                stops,
             )
             engine.generate(self.id, generation)
 
@@ -440,3 +452,10 @@ class ContextHandle:
 def _failure(reason: str) -> CaesuraError:
     """What a generation that failed for ``reason`` raises: a grammar at fault is the request's."""
     return GrammarError(reason) if reason.startswith(GRAMMAR_FAULT) else ContextClosed(reason)
+
+
+async def _stops_of(params: SamplingParams) -> StopChecker | None:
+    """What looks for the stops of a generation. Patterns are compiled on a thread of their own."""
+    if params.stop_regex:
+        return await asyncio.to_thread(StopChecker, params.stop, params.stop_regex)
+    return StopChecker(params.stop) if params.stop else None

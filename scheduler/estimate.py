@@ -13,6 +13,7 @@ Both are infinite (``GONE_S``) once the pause has outlasted its deadline: such a
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from caesura.scheduler.context import Call, Pause
 
 PRIOR_S = 0.5  # nothing known of a tool: between a shell command and a search
 KEPT_CALLS = 256
+KEPT_TOOLS = 512
+MAX_NAME_CHARS = 256
 MIN_CALLS = 3
 GONE_S = 1e9  # finite, so that it can be multiplied by tokens and written as JSON
 STALE_SHARE = 16
@@ -126,6 +129,7 @@ class History:
         self._sums: list[float] = [0.0]  # of its first i durations
         self._best: dict[int, int] = {}  # at how many outlasted: the duration to hold to, as an index
         self._new = 0
+        self.errors: tuple[float, float] | None = None  # running ones of the tool's hints and of its history
 
     def __len__(self) -> int:
         return len(self._latest)
@@ -175,16 +179,35 @@ class History:
         return held / (last + 1 - passed)
 
 
+class Histories:
+    """The durations of the tools that answered last: names come from clients and from models, and never end."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, History] = {}  # the one that answered longest ago first
+
+    def get(self, name: str) -> History | None:
+        """None for a tool that was never seen, or is forgotten."""
+        return self._by_name.get(name)
+
+    def add(self, name: str, duration_s: float) -> None:
+        """Remember a duration, and forget a tool when there are too many."""
+        seen = self._by_name.pop(name, None)
+        self._by_name[name] = seen = History() if seen is None else seen
+        seen.add(duration_s)
+        if len(self._by_name) > KEPT_TOOLS:
+            del self._by_name[next(iter(self._by_name))]
+
+
 class Profiled(PerCall):
     """T_int = the mean of the tool's calls, whatever has elapsed (InferCept, section 4.4, the rule it does not use)."""
 
     def __init__(self, prior_s: float = PRIOR_S) -> None:
         self._prior_s = prior_s
-        self._seen: dict[str, History] = {}
+        self._seen = Histories()
 
     def observe(self, pause: Pause, duration_s: float) -> None:
         for call in pause.calls:
-            self._seen.setdefault(call.tool, History()).add(duration_s)
+            self._seen.add(call.tool, duration_s)
 
     def _call_s(self, pause: Pause, index: int, elapsed: float) -> float:
         seen = self._seen.get(pause.calls[index].tool) if pause.calls else None
@@ -200,21 +223,20 @@ class Conditional(PerCall):
 
     def __init__(self, prior_s: float = PRIOR_S) -> None:
         self._prior_s = prior_s
-        self._seen: dict[str, History] = {}
-        self._errors: dict[str, tuple[float, float]] = {}  # running errors of a tool's hints and of its history
+        self._seen = Histories()
 
     def observe(self, pause: Pause, duration_s: float) -> None:
         if len(pause.calls) == 1:
             self._score_hint(pause.calls[0], duration_s)
-        self._seen.setdefault(_name(pause), History()).add(duration_s)
+        self._seen.add(_name(pause), duration_s)
 
     def _score_hint(self, call: Call, duration_s: float) -> None:
         seen = self._seen.get(call.tool)
         if call.expected_s is None or seen is None or len(seen) < MIN_CALLS:
             return
         errors = abs(call.expected_s - duration_s), abs(seen.mean_s - duration_s)
-        before = self._errors.get(call.tool, errors)
-        self._errors[call.tool] = (
+        before = seen.errors or errors
+        seen.errors = (
             before[0] + ERROR_WEIGHT * (errors[0] - before[0]),
             before[1] + ERROR_WEIGHT * (errors[1] - before[1]),
         )
@@ -252,7 +274,7 @@ class Conditional(PerCall):
         if seen is None or len(seen) < MIN_CALLS:
             return None
         if call is not None and call.expected_s is not None:
-            of_hints, of_history = self._errors.get(call.tool, (1.0, 0.0))
+            of_hints, of_history = seen.errors or (1.0, 0.0)
             if of_hints < of_history:
                 return None
         return seen
@@ -304,7 +326,8 @@ def _name(pause: Pause) -> str:
     """One tool's name, or those of a set of parallel calls in an order that does not matter."""
     if len(pause.calls) == 1:
         return pause.calls[0].tool
-    return ("|" if pause.wait_any else "+").join(sorted(call.tool for call in pause.calls))
+    together = ("|" if pause.wait_any else "+").join(sorted(call.tool for call in pause.calls))
+    return together if len(together) <= MAX_NAME_CHARS else hashlib.sha256(together.encode()).hexdigest()
 
 
 ESTIMATORS: dict[str, Callable[[], Estimator]] = {

@@ -83,10 +83,8 @@ class GrammarCompiler:
             return self._matcher_of(future.result(timeout=deadline_s))
         except FutureTimeout:
             raise _late(constraint, future, deadline_s) from None
-        except GrammarError:
-            raise
         except Exception as error:
-            raise _failed(constraint, error) from error
+            raise _failed(constraint, error) from None
 
     async def compile_async(self, constraint: Constraint, *, deadline_s: float = 5.0) -> Matcher:
         """As `compile`, without holding a thread while it waits."""
@@ -95,10 +93,8 @@ class GrammarCompiler:
             return self._matcher_of(await asyncio.wait_for(shielded(future), deadline_s))
         except TimeoutError:
             raise _late(constraint, future, deadline_s) from None
-        except GrammarError:
-            raise
         except Exception as error:
-            raise _failed(constraint, error) from error
+            raise _failed(constraint, error) from None
 
     def _begin(self, constraint: Constraint) -> Future[LLMatcher]:
         size_bytes = len(constraint.source.encode("utf-8", "replace"))
@@ -194,6 +190,10 @@ def _late(constraint: Constraint, future: Future[LLMatcher], deadline_s: float) 
 
 
 def _failed(constraint: Constraint, error: Exception) -> GrammarError:
+    """A new error for each caller: the kept one would gather the frames of all of them."""
+    error.__traceback__ = None
+    if isinstance(error, GrammarError):
+        return GrammarError(str(error))
     return GrammarError(f"{constraint.kind} cannot be compiled: {_short(str(error))}")
 
 

@@ -9,6 +9,7 @@ distribution (a token must pass all three).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
@@ -114,9 +115,9 @@ def _shape_row(row: Tensor, state: SamplerState, eos_ids: frozenset[int]) -> str
         counts = {token: count for token, count in state.counts.items() if 0 <= token < vocab and count > 0}
         lowered = [params.frequency_penalty * count + params.presence_penalty for count in counts.values()]
         row[torch.tensor(list(counts), dtype=torch.int64)] -= torch.tensor(lowered, dtype=row.dtype)
-    for token, bias in params.logit_bias:
-        if 0 <= token < vocab:
-            row[token] += bias
+    if params.logit_bias:
+        ids, values = _bias(params.logit_bias, vocab)
+        row[ids] += values.to(row)
     if state.matcher is not None:
         failure = _apply_mask(row, state)
         if failure is not None:
@@ -124,6 +125,16 @@ def _shape_row(row: Tensor, state: SamplerState, eos_ids: frozenset[int]) -> str
     if state.num_generated < params.min_new_tokens:
         _ban(row, eos_ids | frozenset(params.stop_token_ids))
     return None
+
+
+@functools.lru_cache(maxsize=256)
+def _bias(pairs: tuple[tuple[int, float], ...], vocab: int) -> tuple[Tensor, Tensor]:
+    """Ids [n] and what is added to their logits [n], each id once; those beyond the vocabulary are left out."""
+    total: dict[int, float] = {}
+    for token, bias in pairs:
+        if 0 <= token < vocab:
+            total[token] = total.get(token, 0.0) + bias
+    return torch.tensor(list(total), dtype=torch.int64), torch.tensor(list(total.values()), dtype=torch.float32)
 
 
 def _apply_mask(row: Tensor, state: SamplerState) -> str | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 from collections import deque
 
-from caesura.runtime.text.stop_regex import StopRegex
+from caesura.runtime.errors import InvalidRequest
+from caesura.runtime.text.stop_regex import MAX_STATES, StopRegex
 from caesura.runtime.text.tokenizer_base import Tokenizer
 
 
@@ -51,6 +52,11 @@ class StopChecker:
     def __init__(self, stop: tuple[str, ...], stop_regex: tuple[str, ...] = ()) -> None:
         self._strings = _Automaton(stop) if stop else None
         self._patterns = [(source, StopRegex(source)) for source in stop_regex]
+        num_states = sum(pattern.num_states for _, pattern in self._patterns)
+        if num_states > MAX_STATES:
+            raise InvalidRequest(
+                f"stop_regex: the patterns need {num_states} states together; the limit is {MAX_STATES}; simplify them"
+            )
         self._held = ""
         self.matched: str | None = None
 

@@ -7,10 +7,13 @@ look-around and back-references are refused.
 
 from __future__ import annotations
 
+import _sre  # type: ignore[import-not-found]
+import functools
 import re
 from collections.abc import Callable, Iterable
 from re import _constants as ops  # type: ignore[attr-defined]
 from re import _parser as regex_parser  # type: ignore[attr-defined]
+from re._casefix import _EXTRA_CASES  # type: ignore[import-not-found]
 from typing import Any
 
 from caesura.runtime.errors import InvalidRequest
@@ -42,6 +45,11 @@ class StopRegex:
         if self._closure([program.start], "") & {self._accept}:
             raise InvalidRequest(f"stop_regex {source!r} matches the empty text, so it would stop at once")
         self._start = program.start
+
+    @property
+    def num_states(self) -> int:
+        """What a character may have to visit."""
+        return len(self._tests)
 
     @property
     def pending_chars(self) -> int:
@@ -94,7 +102,6 @@ class _Program:
         if len(source) > MAX_PATTERN_CHARS:
             raise InvalidRequest(f"stop_regex has {len(source)} characters; the limit is {MAX_PATTERN_CHARS}")
         try:
-            re.compile(source)
             tree = regex_parser.parse(source)
         except (re.error, RecursionError, OverflowError) as error:
             raise InvalidRequest(f"stop_regex {source!r:.80} is not a valid pattern: {error}") from error
@@ -105,6 +112,7 @@ class _Program:
         self.line_start: dict[int, bool] = {}
         self.start = 0
         self._steps = 0
+        self._made: dict[Any, _Test] = {}  # a repeated class has one test
         try:
             self._sequence(tree)
         except RecursionError as error:
@@ -181,41 +189,86 @@ class _Program:
             self.jumps[fork] = (fork + 1, len(self.tests))
 
     def _test(self, op: Any, arg: Any) -> _Test:
-        """One character's test, by a compiled pattern of one character (bounded, so it cannot backtrack)."""
-        flags = self._flags & (re.IGNORECASE | re.DOTALL | re.ASCII)
+        """One character's test. Made without ``re``, which under IGNORECASE walks through all of a range."""
         if op is ops.ANY:
-            text = "."
-        elif op is ops.LITERAL:
-            if not flags & re.IGNORECASE:
-                literal = chr(arg)
-                return lambda char: char == literal
-            text = re.escape(chr(arg))
-        elif op is ops.NOT_LITERAL:
-            text = f"[^{re.escape(chr(arg))}]"
-        else:
-            text = self._class_text(arg)
-        match = re.compile(text, flags).match
-        return lambda char: match(char) is not None
+            return _always if self._flags & re.DOTALL else _not_line_end
+        items = arg if op is ops.IN else [(ops.LITERAL, arg)]
+        negated = op is ops.NOT_LITERAL or bool(items and items[0][0] is ops.NEGATE)
+        key = (negated, tuple(items))
+        if key not in self._made:
+            self._made[key] = self._class_test([item for item in items if item[0] is not ops.NEGATE], negated)
+        return self._made[key]
 
-    def _class_text(self, items: Iterable[tuple[Any, Any]]) -> str:
-        names = {
-            ops.CATEGORY_DIGIT: r"\d",
-            ops.CATEGORY_NOT_DIGIT: r"\D",
-            ops.CATEGORY_SPACE: r"\s",
-            ops.CATEGORY_NOT_SPACE: r"\S",
-            ops.CATEGORY_WORD: r"\w",
-            ops.CATEGORY_NOT_WORD: r"\W",
-        }
-        body, sign = "", ""
+    def _class_test(self, items: list[tuple[Any, Any]], negated: bool) -> _Test:
+        ascii_only, ignores_case = bool(self._flags & re.ASCII), bool(self._flags & re.IGNORECASE)
+        single: set[str] = set()
+        ranges: list[tuple[str, str]] = []
+        categories: list[tuple[_Test, bool]] = []
         for op, arg in items:
-            if op is ops.NEGATE:
-                sign = "^"
-            elif op is ops.LITERAL:
-                body += re.escape(chr(arg))
+            if op is ops.LITERAL:
+                single.add(chr(arg))
             elif op is ops.RANGE:
-                body += f"{re.escape(chr(arg[0]))}-{re.escape(chr(arg[1]))}"
-            elif op is ops.CATEGORY and arg in names:
-                body += names[arg]
+                ranges.append((chr(arg[0]), chr(arg[1])))
+            elif op is ops.CATEGORY and arg in _CATEGORIES:
+                of, wanted = _CATEGORIES[arg]
+                categories.append((_is_ascii_space if ascii_only and of is str.isspace else of, wanted))
             else:
                 raise self._refused(str(op).lower())
-        return f"[{sign}{body}]"
+
+        def test(char: str) -> bool:
+            cases = _cases(char, ascii_only) if ignores_case else (char,)
+            found = not single.isdisjoint(cases) or any(low <= one <= high for low, high in ranges for one in cases)
+            return negated is not (
+                found or any((of(char) and (char.isascii() or not ascii_only)) is wanted for of, wanted in categories)
+            )
+
+        return test
+
+
+def _always(char: str) -> bool:
+    return True
+
+
+def _not_line_end(char: str) -> bool:
+    return char != "\n"
+
+
+def _is_word(char: str) -> bool:
+    return char.isalnum() or char == "_"
+
+
+def _is_ascii_space(char: str) -> bool:
+    return char in " \t\n\r\f\v"
+
+
+_CATEGORIES: dict[Any, tuple[_Test, bool]] = {
+    ops.CATEGORY_DIGIT: (str.isdecimal, True),
+    ops.CATEGORY_NOT_DIGIT: (str.isdecimal, False),
+    ops.CATEGORY_SPACE: (str.isspace, True),
+    ops.CATEGORY_NOT_SPACE: (str.isspace, False),
+    ops.CATEGORY_WORD: (_is_word, True),
+    ops.CATEGORY_NOT_WORD: (_is_word, False),
+}
+_OTHER_UPPER = {
+    "k": "\u212a",
+    "\u00e5": "\u212b",
+    "\u03c9": "\u2126",
+    "\u00df": "\u1e9e",
+    "\u03b8": "\u03f4",
+    "i": "\u0130",
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def _cases(char: str, ascii_only: bool) -> frozenset[str]:
+    """What a pattern may say for this character when case does not count, as Python's own engine has it."""
+    code = ord(char)
+    if ascii_only:
+        return frozenset((char, char.lower(), char.upper())) if char.isascii() else frozenset(char)
+    lower = _sre.unicode_tolower(code)
+    cases = set()
+    for one in (lower, *_EXTRA_CASES.get(lower, ())):
+        text = chr(one)
+        uppers = (text.upper(), text.title(), _OTHER_UPPER.get(text, text))
+        cases |= {text, *(upper for upper in uppers if len(upper) == 1 and _sre.unicode_tolower(ord(upper)) == one)}
+    return frozenset(cases)

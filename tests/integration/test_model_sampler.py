@@ -128,6 +128,8 @@ def test_greedy_takes_the_largest_with_and_without_other_options() -> None:
     assert one(logits, state(temperature=0.0, logprobs=0)).token_id == best
     assert one(logits, state(temperature=0.0, logit_bias=((best, -100.0),))).token_id != best
     assert one(logits, state(temperature=0.0, logit_bias=((17, 100.0), (5000, 100.0)))).token_id == 17
+    twice = ((17, 60.0), (18, 100.0), (17, 60.0))
+    assert one(logits, state(temperature=0.0, logit_bias=twice)).token_id == 17, "what is given twice adds up"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 2.0])

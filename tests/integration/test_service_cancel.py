@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from caesura.runtime.config import EngineConfig
+from caesura.runtime.errors import InvalidRequest
 from caesura.runtime.sampling import SamplingParams
 from caesura.runtime.service import ContextHandle, EngineService
 
@@ -67,6 +68,26 @@ def test_cancelling_an_open_or_a_fork_closes_what_it_made(service: EngineService
                 for opened in made if isinstance(made, list) else [made]:
                     await opened.close()
         await _settled(service, 1)
+        await handle.close()
+        await _settled(service, 0)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("wrong", [-1, 1 << 30])
+def test_a_token_that_the_model_does_not_have_is_refused_and_disturbs_nobody(
+    service: EngineService, wrong: int
+) -> None:
+    async def main() -> None:
+        bystander, handle = await service.open(), await service.open()
+        await bystander.append([5] * 40)
+        running = asyncio.create_task(_generate(bystander))
+        await asyncio.sleep(0.05)
+        with pytest.raises(InvalidRequest, match="outside the model's vocabulary"):
+            await handle.append([5, wrong])
+        assert handle.num_tokens == 0
+        await running
+        await bystander.close()
         await handle.close()
         await _settled(service, 0)
 

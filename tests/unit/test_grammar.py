@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Mapping
 
 import numpy as np
@@ -259,6 +260,19 @@ def test_a_grammar_that_waits_behind_slow_ones_is_not_blamed() -> None:
             asyncio.run(compiler.compile_async(Constraint(ConstraintKind.REGEX, "c"), deadline_s=0.05))
     finally:
         release.set()
+
+
+def test_a_refusal_keeps_nothing_of_those_who_asked(compiler: GrammarCompiler) -> None:
+    """The failed compilation is kept; its error must not gather the frames, and so the requests, of all callers."""
+    found = []
+    for _ in range(20):
+        with pytest.raises(GrammarError) as caught:
+            compiler.compile(Constraint(ConstraintKind.REGEX, "(kept"))
+        found.append(caught.value)
+    assert len({id(error) for error in found}) == 20
+    assert all(len(list(traceback.walk_tb(error.__traceback__))) < 10 for error in found)
+    kept = compiler._compiled[Constraint(ConstraintKind.REGEX, "(kept")].exception()
+    assert kept is not None and kept.__traceback__ is None
 
 
 def test_the_cache_of_compiled_grammars_is_bounded_and_shared_between_threads() -> None:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from caesura.scheduler.context import Call, Context, IllegalTransition, Pause, Progress
-from caesura.scheduler.estimate import GONE_S, Conditional, Elapsed, Hint, Oracle, Profiled, Reported, make_estimator
+from caesura.scheduler.estimate import (
+    GONE_S,
+    KEPT_TOOLS,
+    Conditional,
+    Elapsed,
+    Hint,
+    Oracle,
+    Profiled,
+    Reported,
+    make_estimator,
+)
 from caesura.scheduler.profile import GPT_J_6B_A100, CostProfile
 from caesura.scheduler.types import ContextId, Phase
 from caesura.scheduler.waste import (
@@ -184,6 +196,21 @@ def test_hints_are_believed_as_long_as_they_are_nearer_than_history() -> None:
     for _ in range(6):
         liar.observe(Pause(0.0, (Call("job", 60.0),)), 1.0)
     assert liar.remaining_s(Pause(0.0, (Call("job", 60.0),)), 0.0) == 1.0
+
+
+@pytest.mark.parametrize("make", [Conditional, Profiled])
+def test_tools_without_end_are_forgotten_the_oldest_first(make: Callable[[], Conditional | Profiled]) -> None:
+    estimator = make()
+    for number in range(3 * KEPT_TOOLS):
+        for name in (f"made up {number}", "search"):
+            for _ in range(3):
+                estimator.observe(Pause(0.0, (Call(name),)), 7.0)
+        calls = tuple(Call(f"{number} {'x' * 200} {index}") for index in range(20))
+        estimator.observe(Pause(0.0, calls), 1.0)
+    assert len(estimator._seen._by_name) == KEPT_TOOLS
+    assert estimator.remaining_s(Pause(0.0, (Call("search"),)), 0.0) == 7.0
+    if make is Conditional:  # the other knows tools alone
+        assert max(map(len, estimator._seen._by_name)) <= 256
 
 
 def test_phases_change_by_the_table_alone() -> None:

@@ -37,6 +37,22 @@ def test_the_first_match_is_found_as_it_ends(pattern: str, text: str) -> None:
     assert found == first_match(pattern, text)
 
 
+CLASSES = [
+    r"[a-z]", r"[^a-z]", r"[A-Z0-9_]", r"\w", r"\W", r"[\d\s]", r"[^\S]", "k", "[^k]", "s", "i", ".", r"[\w-]",
+    "\u00b5", "\u03c3", "\u0130", "\u1e9e", "\u01c5", "[\u0370-\u03ff]", "[K-\u00ff]", "[\u1f80-\u1fff]",
+    "[\u0100-\uff00]", "[^\u0100-\uff00]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", CLASSES)
+@pytest.mark.parametrize("flags", ["", "(?i)", "(?a)", "(?ia)", "(?s)"])
+def test_a_character_is_in_a_class_when_python_says_so(pattern: str, flags: str) -> None:
+    (test, _), compiled = _Program(flags + pattern).tests, re.compile(flags + pattern)
+    assert test is not None
+    for code in [*range(0x2200), *range(0x2C00, 0x2E00), *range(0xA640, 0xABC0), 0xFB05, 0xFB06, 0xFF21, 0x10400]:
+        assert test(chr(code)) == bool(compiled.match(chr(code))), f"{code:x}"
+
+
 class Counted(list[Any]):
     """A list that counts how often it is read."""
 
@@ -56,7 +72,7 @@ def test_a_character_visits_each_state_once() -> None:
         assert jumps.reads <= 2 * len(jumps)  # once for those under way, once for a match that begins here
 
 
-@pytest.mark.parametrize("empty", ["()", "(?:)", "(?:(){2000})", "b{0}"])
+@pytest.mark.parametrize("empty", ["()", "(?:)", "(?:(){2000})", "(b{0})"])
 def test_repetitions_of_nothing_are_bounded_too(monkeypatch: pytest.MonkeyPatch, empty: str) -> None:
     """They make no state, so only the work of compiling them can be counted."""
     work = 0
