@@ -237,7 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = list(runnable) if options.names == ["all"] else options.names
     unknown = [name for name in names if name not in runnable]
     if unknown:
-        parser.error(f"no benchmark named {', '.join(unknown)}; there are: {', '.join(runnable)}")
+        parser.error(
+            f"no benchmark named {', '.join(unknown)}; there are: {', '.join(sorted([*OWN_ARGUMENTS, *runnable]))}"
+        )
     if not names:
         listed = {name: import_module(f"{__package__}.{name}") for name in OWN_ARGUMENTS} | runnable
         for name, module in listed.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -35,9 +36,10 @@ def main(arguments: Sequence[str]) -> int:
         find_workload(spec.workload)
         machine = spec.sized_machine()
         make_policy(spec.policy)
-        if not spec.rate_rps > 0 or not spec.minutes > 0:
-            raise ValueError("rate and minutes must be positive")
-    except ValueError as error:
+        _check(spec, machine.page_size)
+    except UnicodeDecodeError:
+        parser.error(f"workload is {spec.workload!r}; a trace is JSON lines, and this is no text")
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     console = Console(stderr=True)
     with console.status("simulating") as status:
@@ -49,6 +51,17 @@ def main(arguments: Sequence[str]) -> int:
     out.print(_table(result))
     out.print(f"[dim]machine {machine.name}: given {machine.given}; assumed {machine.assumed}[/]")
     return 0
+
+
+def _check(spec: RunSpec, page_tokens: int) -> None:
+    """Raise ValueError for numbers that make no run."""
+    for name, value in (("--rate", spec.rate_rps), ("--minutes", spec.minutes)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value:g}; it must be above 0 and finite")
+    if spec.kv_tokens is not None and spec.kv_tokens < page_tokens:
+        raise ValueError(f"--kv-tokens is {spec.kv_tokens}; the pool needs at least a page of {page_tokens}")
+    if spec.host_tokens is not None and spec.host_tokens < 0:
+        raise ValueError(f"--host-tokens is {spec.host_tokens}; it must be at least 0")
 
 
 def _parser() -> argparse.ArgumentParser:

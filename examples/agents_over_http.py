@@ -75,13 +75,14 @@ def work(number: int, url: str, key: str, stop: threading.Event) -> None:
 
 def main(url: str = "http://127.0.0.1:30000", key: str = "", agents: int = 12, seconds: float = 60.0) -> None:
     """Run the fleet against the server at --url; --key is an API key, where it wants one."""
-    stop = threading.Event()
+    stop, failed = threading.Event(), list[int]()
 
     def agent(number: int) -> None:
         try:
             work(number, url.rstrip("/"), key, stop)
         except urllib.error.URLError as error:
-            print(f"agent {number}: {error}")
+            print(f"agent {number}: {error}; is `caesura serve` running at {url}?")
+            failed.append(number)
             stop.set()
 
     threads = [threading.Thread(target=agent, args=(number,), daemon=True) for number in range(agents)]
@@ -92,6 +93,8 @@ def main(url: str = "http://127.0.0.1:30000", key: str = "", agents: int = 12, s
     stop.set()
     for thread in threads:
         thread.join(timeout=30)
+    if failed:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

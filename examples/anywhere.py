@@ -8,8 +8,9 @@ On the first two the context is paused while the tool runs, and the runtime deci
 OpenAI endpoint gets the conversation again after every call.
 """
 
-import sys
+from typing import Annotated
 
+import typer
 from caesura.lang import Engine, assistant, connect, function, gen, tool, user
 from caesura.runtime.embedded.tools import calculate
 
@@ -26,9 +27,14 @@ def ask(s, question="What is 4827 * 396?"):
     s += assistant(gen("answer", tools=[calculator], max_tokens=96, temperature=0))
 
 
-if __name__ == "__main__":
-    with connect(sys.argv[1]) if len(sys.argv) > 1 else Engine() as backend:
+def main(address: Annotated[str, typer.Argument(help="Where the model is; without one, in this process.")] = ""):
+    """Ask one question, wherever the model is."""
+    with connect(address) if address else Engine() as backend:
         state = ask.run(backend=backend)
         for call, result in state.tool_calls("answer"):
             print(f"{call.tool}({call.arguments}) = {result.text}")
         print(state["answer"])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -147,7 +147,7 @@ def picture(policies: list[str]) -> str:
 
 
 def main(policies: str = "discard,min_waste", out: Path = Path("out/pause.svg")):
-    """Draw the scene under some policies (`caesura demo --help` lists them)."""
+    """Draw the scene under some policies (`caesura run --help` lists them)."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(picture([name.strip() for name in policies.split(",")]))
     print(f"drawn: {out}")

@@ -8,9 +8,10 @@ The engine loop, radix tree, ledger and scheduler are the real ones; only the mo
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from typing import Annotated
 
+import typer
 from caesura.runtime.clock import VirtualClock
 from caesura.runtime.engine import Engine
 from caesura.runtime.executors.sim import SimExecutor
@@ -96,9 +97,12 @@ class Timeline:
             self.before = shown
 
 
-def main() -> None:
-    policy = sys.argv[1] if len(sys.argv) > 1 else "min_waste"
-    timeline = Timeline(policy)
+def main(policy: Annotated[str, typer.Argument(help="See `caesura run --help`.")] = "min_waste") -> None:
+    """Three agents on a pool too small for them, under one policy."""
+    try:
+        timeline = Timeline(policy)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     for name, (start_s, *_) in AGENTS.items():
         timeline.sim.after(start_s, Agent(timeline, name).start)
     timeline.sim.run()
@@ -110,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from caesura.lang import Engine, Tool, assistant, connect, function, gen, user
@@ -66,7 +67,12 @@ def ask(s, question: str, search: Tool):
     s += assistant(gen("answer", tools=[search], max_tokens=64, temperature=0))
 
 
-def main(folder: Path = TOWN, question: list[str] = QUESTIONS, url: str = "", model: str = ""):
+def main(
+    folder: Annotated[Path, typer.Option(exists=True, file_okay=False)] = TOWN,
+    question: list[str] = QUESTIONS,
+    url: str = "",
+    model: str = "",
+):
     """Ask about a folder; --url names a server, --model a checkpoint, otherwise the embedded model answers."""
     states = []
     with connect(url) if url else Engine(model or None) as backend:

@@ -82,6 +82,10 @@ class ReplayError(LangError):
     """A replayed program asked for something else than what was recorded."""
 
 
+class NoRecording(ReplayError):
+    """A file that was given as a recording is none, or cannot be read or written."""
+
+
 class BatchError(LangError):
     """Some programs of a batch failed. ``states`` holds all of them, finished ones with their results."""
 

@@ -17,7 +17,7 @@ from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
 
-from caesura.lang.errors import ReplayError
+from caesura.lang.errors import NoRecording, ReplayError
 
 BEGINNING = b'{"key": "'
 ALWAYS = ("backend:", "model:", "turn:", "results:")  # facts: answered as often as they are asked for
@@ -31,7 +31,8 @@ def key(kind: str, *parts: Any) -> str:
 class Tape:
     """Recorded answers, and the file that new ones are appended to (none for a replay)."""
 
-    def __init__(self, entries: list[dict[str, Any]], fd: int | None) -> None:
+    def __init__(self, entries: list[dict[str, Any]], fd: int | None, path: Path) -> None:
+        self.path = path
         self._answers: defaultdict[str, deque[dict[str, Any]]] = defaultdict(deque)
         for entry in entries:
             self._answers[entry["key"]].append(entry)
@@ -44,8 +45,8 @@ class Tape:
         try:
             entries, _ = _entries(path.read_bytes(), path)
         except OSError as error:
-            raise ReplayError(f"{path} cannot be read: {error.strerror}") from None
-        return Tape(entries, None)
+            raise NoRecording(f"{path} cannot be read: {error.strerror}") from None
+        return Tape(entries, None, path)
 
     @staticmethod
     def open(path: Path, *, anew: bool) -> Tape:
@@ -54,7 +55,7 @@ class Tape:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise ReplayError(f"{path} cannot be written: {error.strerror}") from None
+            raise NoRecording(f"{path} cannot be written: {error.strerror}") from None
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,12 +63,17 @@ class Tape:
                 raise ReplayError(
                     f"{path} is being written to by another run; give each run a file of its own"
                 ) from None
-            entries, size = ([], 0) if anew else _entries(path.read_bytes(), path)
+            entries: list[dict[str, Any]] = []
+            size = 0
+            if anew:
+                _check_beginning(os.pread(fd, len(BEGINNING), 0), path)  # replaced is a recording, and no other file
+            else:
+                entries, size = _entries(path.read_bytes(), path)
             os.ftruncate(fd, size)
         except BaseException:
             os.close(fd)
             raise
-        return Tape(entries, fd)
+        return Tape(entries, fd, path)
 
     def take(self, asked: str) -> Any:
         """The recorded answer, None when there is none (left). An answer itself is never None."""
@@ -125,8 +131,13 @@ def _entries(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
             if not isinstance(entry.get("key"), str) or "value" not in entry:
                 raise ValueError("it has no key or no value")
         except (ValueError, AttributeError) as error:
-            raise ReplayError(f"{path} is no recording: line {number}: {error}") from None
+            raise NoRecording(f"{path} is no recording: line {number}: {error}") from None
         entries.append(entry)
-    if not entries and not torn.startswith(BEGINNING[: len(torn)]):  # what is torn is about to be cut off
-        raise ReplayError(f"{path} is no recording: it does not begin as one")
+    if not entries:  # what is torn is about to be cut off
+        _check_beginning(torn[: len(BEGINNING)], path)
     return entries, len(data) - len(torn)
+
+
+def _check_beginning(data: bytes, path: Path) -> None:
+    if not BEGINNING.startswith(data):
+        raise NoRecording(f"{path} is no recording: it does not begin as one")

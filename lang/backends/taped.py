@@ -36,7 +36,7 @@ from caesura.lang.backend import (
     ToolSpec,
 )
 from caesura.lang.backends.tape import Tape, key
-from caesura.lang.errors import ReplayError, ToolTimeout
+from caesura.lang.errors import NoRecording, ReplayError, ToolTimeout
 from caesura.lang.tools import ToolResult
 
 log = logging.getLogger("caesura.lang")
@@ -45,7 +45,8 @@ SHOWN_CHARS = 60
 
 
 def record(backend: Backend, path: str | Path) -> TapedBackend:
-    """``backend``, with everything written to ``path`` (replaced if there is one)."""
+    """``backend``, with everything written to ``path`` (a recording that is there is replaced; another file is not, it
+    raises NoRecording, a ReplayError)."""
     return TapedBackend(Tape.open(Path(path), anew=True), backend)
 
 
@@ -94,7 +95,7 @@ class TapedBackend:
             about = {"name": live.name, "chat": live.chat is not None, "stop": stop, "able": able}
             self.tape.write("backend:", live.name, about)
         if not isinstance(about, dict) or {"name", "chat", "stop", "able"} - set(about):
-            raise ReplayError("this is no recording: it does not begin with a backend")
+            raise NoRecording(f"{self.tape.path} is no recording: it does not begin with a backend")
         if live is not None and about["chat"] != (live.chat is not None):
             raise ReplayError(f"the recording was made with {about['name']}, and does not fit {live.name}")
         return about

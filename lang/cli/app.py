@@ -214,7 +214,8 @@ def config_show(
 def top(
     url: Annotated[str, typer.Option(envvar="CAESURA_URL", help="The server.")] = "http://127.0.0.1:30000",
     key: Annotated[
-        str | None, typer.Option(envvar="CAESURA_KEY", help="An API key, where the server wants one.")
+        str | None,
+        typer.Option(envvar=["CAESURA_API_KEY", "CAESURA_KEY"], help="An API key, where the server wants one."),
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Print one view and leave.")] = False,
     as_json: Json = False,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from caesura.lang.cli.output import FAILED, USAGE, CliError
+from caesura.lang.cli.output import USAGE, CliError
 
 
 def bench_command(what: str, arguments: Sequence[str]) -> None:
@@ -22,10 +21,8 @@ def bench_command(what: str, arguments: Sequence[str]) -> None:
         )
     command = [sys.executable, "-P", "-m", "benchmarks", what, *arguments]  # -P: not from the folder one is in
     found_in = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    finished = subprocess.run(command, env={**os.environ, "PYTHONPATH": found_in}, check=False)
-    if finished.returncode:
-        help_command = f"caesura bench {what} -- --help"
-        raise CliError(f"the benchmark ended with exit code {finished.returncode}", help_command, FAILED)
+    sys.stdout.flush()
+    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": found_in})  # signals and exit codes are its own
 
 
 def repository() -> Path | None:

@@ -54,15 +54,20 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+def plain(text: str) -> str:
+    """Text of a model, a tool or a server, without what would command the terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
 def fail(error: CliError) -> NoReturn:
     """Print the error and leave with its code."""
     from rich.text import Text
 
     console = stderr()
     if error.details:
-        console.print(Text(error.details.rstrip()))
-    console.print(Text.assemble(("error: ", "bold red"), str(error)))
-    console.print(Text.assemble(("try: ", "bold"), error.next_command))
+        console.print(Text(plain(error.details.rstrip())))
+    console.print(Text.assemble(("error: ", "bold red"), plain(str(error))))
+    console.print(Text.assemble(("try: ", "bold"), plain(error.next_command)))
     raise SystemExit(error.code)
 
 
@@ -91,13 +96,13 @@ def guarded(command: Callable[P, T]) -> Callable[P, T]:
 
 def as_cli_error(error: Exception) -> CliError:
     """The exit code and the next command for an error of the engine or the language."""
-    from caesura.lang.errors import DefinitionError, ReplayError
+    from caesura.lang.errors import DefinitionError, NoRecording, ReplayError
     from caesura.runtime.errors import EngineStopped, InvalidRequest, ModelError
 
     message = str(error) or type(error).__name__
     if isinstance(error, (ModelError, EngineStopped)):
         return CliError(message, "caesura doctor", NO_ENGINE)
-    if isinstance(error, (InvalidRequest, DefinitionError)):
+    if isinstance(error, (InvalidRequest, DefinitionError, NoRecording)):
         return CliError(message, "caesura --help", USAGE)
     if isinstance(error, ReplayError):
         return CliError(message, "caesura run FILE --record NEW.jsonl", FAILED)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from caesura.lang.cli.output import NO_ENGINE, POLICY_HELP, CliError
+from caesura.lang.cli.output import NO_ENGINE, POLICY_HELP, CliError, stderr
 
 if TYPE_CHECKING:
     from caesura.runtime.server.settings import Settings
@@ -82,6 +82,10 @@ def serve(
     """
     flags = dict(locals())
     settings = resolve(flags, flags.pop("config"))
+    if "CAESURA_API_KEY" in os.environ and not settings.config.api_keys:
+        stderr().print(
+            "CAESURA_API_KEY is read by clients; this server asks for no key (CAESURA_API_KEYS gives it some)"
+        )
     from caesura.runtime.server import serve as run
 
     run(settings.config)

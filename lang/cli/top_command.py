@@ -83,7 +83,7 @@ class StateSource:
         if status == 403:
             return CliError(f"{self.url}: this key may not look; an admin key may", "caesura top --key KEY", USAGE)
         what = "does not know this key" if self._has_key else "asks for a key"
-        return CliError(f"{self.url} {what}", "caesura top --key KEY (or CAESURA_KEY=KEY caesura top)", USAGE)
+        return CliError(f"{self.url} {what}", "caesura top --key KEY (or CAESURA_API_KEY=KEY caesura top)", USAGE)
 
     def _take(self, engine: dict[str, Any]) -> None:
         if engine["life"] != self._life:

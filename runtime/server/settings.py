@@ -25,7 +25,9 @@ from caesura.runtime.server.config import ServerConfig
 
 PREFIX = "CAESURA_"
 CONFIG_VARIABLE = "CAESURA_CONFIG"
-CLIENT_VARIABLES = frozenset({"CAESURA_URL", "CAESURA_KEY"})  # what clients of a server read; none of its settings
+CLIENT_VARIABLES = frozenset(
+    {"CAESURA_URL", "CAESURA_KEY", "CAESURA_API_KEY"}
+)  # what clients of a server read; none of its settings
 SECRETS = frozenset({"api_keys", "admin_keys"})
 HIDDEN = "(hidden)"
 MAX_FILE_BYTES = 1 << 20

@@ -128,7 +128,9 @@ def test_a_run_is_recorded_replayed_and_resumed(programs: Path, tmp_path: Path) 
     changed = invoke("run", f"{programs}:ask", "--arg", "word=hi", "--replay", tape)
     assert changed.exit_code == 1
     assert "the program has changed since the recording: it has no (further) turn of user" in changed.stderr
-    assert invoke("run", f"{programs}:plain", "--replay", str(tmp_path / "none")).exit_code == 1
+    assert invoke("run", f"{programs}:plain", "--replay", str(tmp_path / "none")).exit_code == 2
+    assert invoke("run", f"{programs}:plain", "--record", str(programs)).exit_code == 2
+    assert programs.read_text() == PROGRAMS
     both = invoke("run", f"{programs}:plain", "--replay", tape, "--record", tape)
     assert both.exit_code == 2
     assert "do not go together" in both.stderr
@@ -222,6 +224,25 @@ def test_usage_errors_exit_with_2() -> None:
     assert invoke("dance").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("simulate", "nope"), "nope"),
+        (("simulate", "mix", "--rate", "-1"), "--rate is -1"),
+        (("simulate", "mix", "--minutes", "inf"), "--minutes is inf"),
+        (("simulate", "mix", "--kv-tokens", "0"), "--kv-tokens is 0"),
+        (("simulate", "mix", "--host-tokens", "-1"), "--host-tokens is -1"),
+        (("simulate", sys.executable), "JSON lines"),
+        (("bench", "foo"), "simulate"),
+    ],
+)
+def test_wrong_usage_of_benchmarks_exits_with_2_and_one_message(arguments: tuple[str, ...], told: str) -> None:
+    run_app = "import sys; from caesura.lang.cli import main; sys.argv[0] = 'caesura'; main()"
+    done = subprocess.run([sys.executable, "-c", run_app, *arguments], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr and "Traceback" not in done.stderr
+
+
 def test_benchmarks_need_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from caesura.lang.cli import bench_command
 
@@ -229,6 +250,17 @@ def test_benchmarks_need_the_repository(tmp_path: Path, monkeypatch: pytest.Monk
     result = invoke("bench", "engine")
     assert result.exit_code == 2
     assert "clone" in result.stderr
+
+
+def test_what_a_model_or_a_tool_says_does_not_command_the_terminal(
+    programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile = "a\x1b]0;owned\x07b\x1b[2Jc\x9bd"
+    monkeypatch.setattr(run_command, "start_engine", lambda model, policy: _Closing([hostile] * 4))
+    for arguments in (("ask", "--arg", f"word={hostile}"), ("plain",), ("plain", "--stream"), ("broken",)):
+        result = invoke("run", f"{programs}:{arguments[0]}", *arguments[1:])
+        assert not {"\x1b", "\x07", "\x9b"} & set(result.stdout + result.stderr)
+        assert "a\ufffd]0;owned\ufffdb" in result.stdout or arguments[0] == "broken"
 
 
 def test_no_escape_codes_where_there_is_no_terminal(programs: Path) -> None:

@@ -101,7 +101,7 @@ WRONG = [
     ({}, {"CAESURA_DRAIN_S": "inf"}, "drain_s", "it must be a number"),
     ({}, {"CAESURA_INSECURE": "maybe"}, "insecure is 'maybe'", "true or false"),
     ({}, {"CAESURA_PROT": "1"}, "CAESURA_PROT", "did you mean 'CAESURA_PORT'"),
-    ({}, {"CAESURA_API_KEY": KEY}, "CAESURA_API_KEY", "did you mean 'CAESURA_API_KEYS'"),
+    ({}, {"CAESURA_APIKEYS": KEY}, "CAESURA_APIKEYS", "did you mean 'CAESURA_API_KEYS'"),
     ({"page_size": 65}, {}, "page_size is 65; it must lie between 1 and 64", "flag --page-size"),
     ({"quantization": "int4"}, {}, "quantization is 'int4'; it must be int8, or left out", "flag --quantization"),
     ({"policy": "none"}, {}, "policy is 'none'; it must be one of", "flag --policy"),
