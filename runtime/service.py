@@ -8,35 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from caesura.runtime.api import PendingCall
 from caesura.runtime.build import Runtime, build
 from caesura.runtime.config import EngineConfig
 from caesura.runtime.engine import Engine, Observer
-from caesura.runtime.errors import CaesuraError, ContextClosed, EngineStopped, GrammarError, InvalidRequest
-from caesura.runtime.executors.base import SampledToken
+from caesura.runtime.errors import EngineStopped
 from caesura.runtime.futures import shielded
-from caesura.runtime.generation import Generation, TokenChunk, ToolCalling
+from caesura.runtime.handle import ContextHandle
 from caesura.runtime.history import History
 from caesura.runtime.logs import note
 from caesura.runtime.model.grammar import GrammarCompiler
-from caesura.runtime.sampling import GRAMMAR_FAULT, Constraint, ConstraintKind, SamplerState, SamplingParams
+from caesura.runtime.sampling import Constraint
 from caesura.runtime.snapshot import EngineSnapshot, take_snapshot
 from caesura.runtime.telemetry import Telemetry, stats_of
-from caesura.runtime.text.detokenizer import StopChecker
 from caesura.runtime.text.template import ChatTemplate
 from caesura.runtime.text.tokenizer import Tokenizer
-from caesura.runtime.text.tool_parser import ToolFormat, detect_format, tool_grammar
-from caesura.scheduler.context import Call
-from caesura.scheduler.types import ContextId, PauseDecision
-
-__all__ = ["ContextHandle", "EngineService", "PendingCall"]
+from caesura.runtime.text.tool_parser import detect_format
+from caesura.scheduler.types import ContextId
 
 T = TypeVar("T")
 log = logging.getLogger("caesura.engine")
@@ -97,7 +90,7 @@ class EngineService:
             deadline_at = None if deadline_s is None else engine.clock.now() + deadline_s
             return engine.open(namespace, deadline_at, handle._engine_closed)
 
-        handle.id = await self._owned(self.submit(run), lambda context: [context])
+        handle.id = await self.owned(self.submit(run), lambda context: [context])
         return handle
 
     async def flush_cache(self) -> None:
@@ -179,7 +172,7 @@ class EngineService:
             self._refuse()
         return future
 
-    async def _owned(self, future: Future[T], contexts: Callable[[T], Sequence[ContextId]]) -> T:
+    async def owned(self, future: Future[T], contexts: Callable[[T], Sequence[ContextId]]) -> T:
         """Await contexts being made; if the caller is cancelled meanwhile, close them, for nobody else will."""
         try:
             return await shielded(future)
@@ -254,208 +247,3 @@ class EngineService:
         self._thread.join(timeout=5.0)
         while self._commands:
             self._commands.popleft()()
-
-
-class ContextHandle:
-    """One context, as asyncio code sees it. Made by ``EngineService.open`` and ``fork``."""
-
-    id: ContextId
-
-    def __init__(self, service: EngineService) -> None:
-        self._service = service
-        self._closed: Exception | None = None
-        self.num_tokens = 0
-        self.on_closed: Callable[[Exception], None] | None = None  # hears of an end nobody asked for, on any thread
-
-    def _engine_closed(self, reason: Exception) -> None:
-        self._closed = reason
-        if self.on_closed is not None:
-            self.on_closed(reason)
-
-    @property
-    def is_open(self) -> bool:
-        """Neither closed nor lost with its engine, as far as is known here."""
-        return self._closed is None and self._service.ready
-
-    async def _call(self, command: Callable[[Engine], T]) -> T:
-        if self._closed is not None:
-            raise self._closed
-        return await self._service.call(command)
-
-    async def append(self, token_ids: Sequence[int]) -> int:
-        """Add tokens; returns the context's new length. Computed with the next request. Raises InvalidRequest for an id
-        that the model does not have, be it the tokenizer's."""
-        tokens, limit = list(token_ids), self._service.vocab_size
-        if tokens and not 0 <= min(tokens) <= max(tokens) < limit:
-            wrong = next(token for token in tokens if not 0 <= token < limit)
-            raise InvalidRequest(f"token id {wrong} is outside the model's vocabulary: ids are 0 to {limit - 1}")
-        self.num_tokens = await self._call(lambda engine: engine.append(self.id, tokens))
-        return self.num_tokens
-
-    async def generate(self, params: SamplingParams, tools: ToolCalling | None = None) -> AsyncIterator[TokenChunk]:
-        """Generate from the end of the context; the last chunk has ``finish``. Leaving early aborts."""
-        sampler, tool_format = await self._prepare(params, tools)
-        stops = await _stops_of(params)
-        loop = asyncio.get_running_loop()
-        chunks: asyncio.Queue[TokenChunk] = asyncio.Queue()
-
-        def sink(chunk: TokenChunk) -> None:
-            try:
-                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
-            except RuntimeError:  # that loop is gone, and with it whoever was listening
-                self._service.post(lambda engine: engine.stop(self.id))
-
-        def begin(engine: Engine) -> None:
-            names = tuple(str(tool["name"]) for tool in tools.tools) if tools else ()
-            sampler.prompt_ids = frozenset(engine.tokens(self.id)) if params.repetition_penalty != 1.0 else frozenset()
-            generation = Generation(
-                params,
-                sampler,
-                self._service.tokenizer,
-                self._service.tokenizer.eos_ids,
-                engine.num_tokens(self.id),
-                sink,
-                tool_format,
-                names,
-                stops,
-            )
-            engine.generate(self.id, generation)
-
-        begun = finished = False
-        try:
-            await self._call(begin)
-            begun = True
-            while not finished:
-                chunk = await chunks.get()
-                finished = chunk.finish is not None
-                if chunk.finish is not None and chunk.finish.error is not None:
-                    raise self._closed or _failure(chunk.finish.error)
-                if finished:
-                    self.num_tokens = await self._call(lambda engine: engine.num_tokens(self.id))
-                yield chunk
-        except asyncio.CancelledError:  # the command may still be on its way
-            begun = True
-            raise
-        finally:
-            if begun and not finished:
-                self._service.post(lambda engine: engine.stop(self.id))
-
-    async def _prepare(
-        self, params: SamplingParams, tools: ToolCalling | None
-    ) -> tuple[SamplerState, ToolFormat | None]:
-        constraint, tool_format = params.constraint, None
-        if tools is not None:
-            tool_format = self._service.tool_format
-            source = tool_grammar(
-                tool_format,
-                list(tools.tools),
-                choice=tools.choice,
-                parallel=tools.parallel,
-                special_ids=self._service.tokenizer.special_ids,
-            )
-            if source is not None and constraint is None:
-                constraint = Constraint(ConstraintKind.EBNF, source)
-        matcher = None if constraint is None else await self._service.compile(constraint)
-        seed = params.seed if params.seed is not None else secrets.randbits(62)
-        return SamplerState(params, seed, matcher=matcher), tool_format
-
-    async def score(self, start: int) -> list[float]:
-        """Logprobs of the context's tokens from ``start`` (>= 1) on."""
-        scores: list[float] = await self._request(lambda engine, done: engine.score(self.id, start, done))
-        return scores
-
-    async def score_top(self, start: int, top: int) -> list[SampledToken]:
-        """As ``score``, with the ``top`` likeliest tokens in each place."""
-        scored: list[SampledToken] = await self._request(
-            lambda engine, done: engine.score(self.id, start, done, top=top)
-        )
-        return scored
-
-    async def prefill(self) -> int:
-        """Compute everything appended so far, so that others can share it; returns the number of tokens."""
-        computed: int = await self._request(lambda engine, done: engine.prefill(self.id, done))
-        return computed
-
-    async def _request(self, begin: Callable[[Engine, Callable[[Any], None]], None]) -> Any:
-        answer: Future[Any] = Future()
-
-        def done(result: Any) -> None:
-            if isinstance(result, Exception):
-                answer.set_exception(self._closed or result)
-            else:
-                answer.set_result(result)
-
-        try:
-            await self._call(lambda engine: begin(engine, done))
-            return await shielded(answer)
-        except asyncio.CancelledError:
-            self._service.post(lambda engine: engine.stop(self.id))
-            raise
-
-    async def fork(self, count: int) -> list[ContextHandle]:
-        """``count`` copies that share this context's KV."""
-        handles = [ContextHandle(self._service) for _ in range(count)]
-
-        def run(engine: Engine) -> list[ContextId]:
-            for handle in handles:
-                handle.id = engine.fork(self.id, handle._engine_closed)
-                handle.num_tokens = engine.num_tokens(handle.id)
-            return [handle.id for handle in handles]
-
-        if self._closed is not None:
-            raise self._closed
-        await self._service._owned(self._service.submit(run), lambda made: made)
-        return handles
-
-    async def truncate(self, num_tokens: int) -> None:
-        """Roll back to the first ``num_tokens`` tokens."""
-        await self._call(lambda engine: engine.truncate(self.id, num_tokens))
-        self.num_tokens = num_tokens
-
-    async def pause(self, calls: Sequence[PendingCall], wait: str = "all") -> None:
-        """These tools are about to start; the runtime may take the KV for something better."""
-        deadlines = [call.deadline_s for call in calls if call.deadline_s is not None]
-
-        def run(engine: Engine) -> None:
-            deadline_at = engine.clock.now() + max(deadlines) if deadlines else None
-            pending = [Call(call.tool, call.expected_s) for call in calls]
-            engine.pause(self.id, pending, wait_any=wait == "any", deadline_at=deadline_at)
-
-        await self._call(run)
-
-    async def resume(self, deadline_s: float | None = None) -> None:
-        """The tools have answered. Idempotent. ``deadline_s`` from now takes the place of the context's deadline."""
-
-        def run(engine: Engine) -> None:
-            engine.resume(self.id, None if deadline_s is None else engine.clock.now() + deadline_s)
-
-        await self._call(run)
-
-    async def token_ids(self) -> list[int]:
-        """The context's tokens."""
-        return await self._call(lambda engine: engine.tokens(self.id))
-
-    async def read_decisions(self) -> list[PauseDecision]:
-        """As ``decisions``, without blocking the event loop."""
-        return await self._call(lambda engine: engine.decisions(self.id))
-
-    def decisions(self) -> list[PauseDecision]:
-        """The latest pause decisions, oldest first."""
-        return self._service.call_now(lambda engine: engine.decisions(self.id))
-
-    async def close(self) -> None:
-        """Close the context, aborting what it does. Idempotent."""
-        self._service.post(lambda engine: engine.close(self.id))
-        self._closed = self._closed or ContextClosed(f"context {self.id} is closed")
-
-
-def _failure(reason: str) -> CaesuraError:
-    """What a generation that failed for ``reason`` raises: a grammar at fault is the request's."""
-    return GrammarError(reason) if reason.startswith(GRAMMAR_FAULT) else ContextClosed(reason)
-
-
-async def _stops_of(params: SamplingParams) -> StopChecker | None:
-    """What looks for the stops of a generation. Patterns are compiled on a thread of their own."""
-    if params.stop_regex:
-        return await asyncio.to_thread(StopChecker, params.stop, params.stop_regex)
-    return StopChecker(params.stop) if params.stop else None

@@ -211,7 +211,7 @@ class EngineSession:
         return [EngineSession(self._service, handle) for handle in await self._handle.fork(n)]
 
     async def pause(self, calls: Sequence[PendingCall], *, wait: Literal["all", "any"] = "all") -> None:
-        from caesura.runtime.service import PendingCall as EngineCall
+        from caesura.runtime.api import PendingCall as EngineCall
 
         pending = [
             EngineCall(call.tool, call.expected_s, None if call.deadline_s is None else call.deadline_s + TOOL_GRACE_S)

@@ -19,8 +19,9 @@ from caesura.runtime.embedded.skills.mixture import SKILLS, Exam, held_out_task
 from caesura.runtime.embedded.skills.task import Call
 from caesura.runtime.embedded.tools import ToolFault
 from caesura.runtime.errors import ContextTooLong
+from caesura.runtime.handle import ContextHandle
 from caesura.runtime.sampling import Constraint, ConstraintKind, SamplingParams
-from caesura.runtime.service import ContextHandle, EngineService
+from caesura.runtime.service import EngineService
 from caesura.runtime.text.tool_grammar import tool_grammar
 from caesura.runtime.text.tool_parser import ToolFormat
 

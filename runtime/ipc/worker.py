@@ -7,8 +7,9 @@ from collections.abc import Callable
 from functools import partial
 
 from caesura.runtime.errors import ContextClosed, EngineStopped, InvalidRequest
+from caesura.runtime.handle import ContextHandle
 from caesura.runtime.ipc import messages as m
-from caesura.runtime.service import ContextHandle, EngineService
+from caesura.runtime.service import EngineService
 from caesura.scheduler.types import ContextId
 
 MAX_FORKS = 4096

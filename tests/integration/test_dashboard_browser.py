@@ -12,10 +12,11 @@ from urllib.parse import urlsplit
 import pytest
 from caesura.runtime.api import PendingCall
 from caesura.runtime.config import EngineConfig
+from caesura.runtime.handle import ContextHandle
 from caesura.runtime.sampling import SamplingParams
 from caesura.runtime.server import ServerConfig
 from caesura.runtime.server.run import make_server
-from caesura.runtime.service import ContextHandle, EngineService
+from caesura.runtime.service import EngineService
 
 from tests.integration import chromium
 from tests.integration.server_client import embedded_service

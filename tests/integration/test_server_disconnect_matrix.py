@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 from caesura.runtime.config import EngineConfig
 from caesura.runtime.engine import Engine
+from caesura.runtime.handle import ContextHandle
 from caesura.runtime.sampling import SamplingParams
 from caesura.runtime.server.errors import ApiError
-from caesura.runtime.service import ContextHandle, EngineService
+from caesura.runtime.service import EngineService
 from caesura.scheduler.profile import CostProfile
 from caesura.scheduler.types import ContextId, Phase, StepPlan, StepResult
 from fastapi import FastAPI

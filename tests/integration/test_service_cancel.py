@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 from caesura.runtime.config import EngineConfig
 from caesura.runtime.errors import InvalidRequest
+from caesura.runtime.handle import ContextHandle
 from caesura.runtime.sampling import SamplingParams
-from caesura.runtime.service import ContextHandle, EngineService
+from caesura.runtime.service import EngineService
 
 
 @pytest.fixture(scope="module")
