@@ -270,7 +270,8 @@ def test_an_abort_ends_what_a_context_computes_and_leaves_the_context() -> None:
             answer = await asyncio.wait_for(running, 20)
             told = named_events(answer.text)[-1][1] if stream else answer.json()
             assert (told["reason"], told["usage"]["completion_tokens"] < 1500) == ("abort", True)
-        assert (await post(client, f"{path}/generate", {"max_new_tokens": 2, "stream": False}))["reason"] == "length"
+        more = await post(client, f"{path}/generate", {**spec, "max_new_tokens": 2, "stream": False})
+        assert more["reason"] == "length"
 
     run(test)
 
