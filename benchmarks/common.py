@@ -24,6 +24,7 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parent.parent / "out" / "benchmarks"
 OWN_ARGUMENTS = ("pause", "simulate", "calibrate", "fidelity")  # these have a command line of their own
+FILE_WIDTH = 160  # of tables in a file or a pipe, where nothing has to be folded
 Setting = str | int | float | bool | None
 
 
@@ -211,6 +212,19 @@ def show(value: float, unit: str) -> str:
         if abs(value) >= scale:
             return f"{value / scale:.3g} {prefix}s"
     return f"{value:.3g} s"
+
+
+def wide_console(*, stderr: bool = False) -> Console:
+    """A console whose tables are whole also where there is no terminal."""
+    console = Console(stderr=stderr)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    return console
+
+
+def numbers(text: str) -> list[float]:
+    """Of an option that lists them with commas."""
+    return [float(part) for part in text.split(",") if part.strip()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,18 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.calibrate import StepSample, StepWatch, calibrate, fit
-from benchmarks.common import CpuClock, hardware, software
-from benchmarks.dummy import SHAPES, VOCAB
-from benchmarks.pause.cli import FILE_WIDTH
-from benchmarks.pause.drive import Load
+from benchmarks.calibrate import StepWatch, calibrate, fit
+from benchmarks.common import CpuClock, hardware, numbers, software, wide_console
+from benchmarks.dummy import SHAPES
 from benchmarks.pause.profiles import Machine, find_machine, machine_names
-from benchmarks.pause.real import real_engine, real_simulation
-from benchmarks.pause.runs import RunSpec, play, simulated
-from benchmarks.workloads import find_workload
+from benchmarks.pause.runs import RunSpec, run_on
 
 METRICS: tuple[tuple[str, tuple[str, ...], float | None], ...] = (
     ("throughput, requests/s", ("throughput_rps",), 0.10),
@@ -117,9 +112,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run all worlds, print the errors, and leave with 1 when a promise does not hold."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    console = Console()
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    console = wide_console()
     policies = options.policies.split(",")
     try:
         machine = find_machine(options.profile or f"cpu-{options.model.lower()}")
@@ -162,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workload", default="mix", help="a workload or a trace file")
     parser.add_argument("--policies", default="discard,lru_host,min_waste")
-    parser.add_argument("--rates", type=_numbers, default=[0.5], help="requests per second: one, or one a policy")
+    parser.add_argument("--rates", type=numbers, default=[0.5], help="requests per second: one, or one a policy")
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tool-scale", type=float, default=0.25, help="multiplies tool times")
@@ -178,35 +171,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
 def _twins(spec: RunSpec, machine: Machine, calibrate_s: float | None) -> Twins:
     """What the real engine and the simulator make of the same arrivals."""
     if calibrate_s is not None:
         machine, _, _ = calibrate(spec.engine, calibrate_s, machine)
-    real, samples = _real(spec, machine)
-    costs, fit_error = fit(samples)
+    watch = StepWatch()
+    real = run_on(machine, spec, observers=(watch,))
+    costs, fit_error = fit(watch.samples)
     copies = machine.costs
     costs = replace(costs, copy_base_s=copies.copy_base_s, copy_token_s=copies.copy_token_s)
-    own = replace(machine, costs=costs, given=f"fitted to {len(samples)} steps of the run")
-    return Twins(real, _simulated(spec, machine), _simulated(spec, own), machine, own, fit_error)
-
-
-def _real(spec: RunSpec, machine: Machine) -> tuple[dict[str, Any], list[StepSample]]:
-    watch = StepWatch()
-    arrivals = find_workload(spec.workload).arrivals(spec.rate_rps, spec.minutes, spec.seed)
-    with real_engine(spec.engine, spec.policy, machine) as engine:
-        engine.observers.append(watch)
-        load = Load(engine, real_simulation(engine), arrivals, tool_scale=spec.tool_scale, vocab_size=VOCAB)
-        return play(spec, machine, load, lambda share: None), watch.samples
-
-
-def _simulated(spec: RunSpec, machine: Machine) -> dict[str, Any]:
-    arrivals = find_workload(spec.workload).arrivals(spec.rate_rps, spec.minutes, spec.seed)
-    load = Load(*simulated(machine, spec.policy), arrivals, tool_scale=spec.tool_scale)
-    return play(replace(spec, engine="simulated"), machine, load, lambda share: None)
+    own = replace(machine, costs=costs, given=f"fitted to {len(watch.samples)} steps of the run")
+    simulated = replace(spec, engine="simulated")
+    return Twins(real, run_on(machine, simulated), run_on(own, simulated), machine, own, fit_error)
 
 
 def _record(row: Compared) -> dict[str, Any]:

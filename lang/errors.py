@@ -125,12 +125,8 @@ class ProgramError(LangError):
     @staticmethod
     def wrap(cause: BaseException, program: str, node: str) -> ProgramError:
         """Build the error for ``cause``; class creation is cached per type."""
-        try:
-            error = _instance(_class_for(type(cause)), cause)
-            error.program, error.node, error.cause = program, node, cause
-        except AttributeError:  # its class has a property of one of these names
-            error = ProgramError(*cause.args)
-            error.program, error.node, error.cause = program, node, cause
+        error = _instance(_class_for(type(cause)), cause)
+        error.program, error.node, error.cause = program, node, cause
         error.__cause__ = cause
         return error
 
@@ -145,8 +141,9 @@ _CLASSES: dict[type[BaseException], type[ProgramError]] = {}
 def _class_for(kind: type[BaseException]) -> type[ProgramError]:
     if kind not in _CLASSES:
         made: type[ProgramError] = ProgramError
-        # StopIteration and non-Exceptions have a meaning to the interpreter itself.
-        if issubclass(kind, Exception) and not issubclass(kind, (StopIteration, StopAsyncIteration)):
+        # StopIteration and non-Exceptions have a meaning to the interpreter itself; a property of ours cannot be set.
+        taken = any(isinstance(getattr(kind, name, None), property) for name in ("program", "node", "cause"))
+        if issubclass(kind, Exception) and not issubclass(kind, (StopIteration, StopAsyncIteration)) and not taken:
             try:
                 bases = (kind,) if issubclass(kind, ProgramError) else (ProgramError, kind)
                 made = type(f"ProgramError[{kind.__name__}]", bases, {"__str__": ProgramError.__str__})

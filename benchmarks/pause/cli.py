@@ -14,6 +14,7 @@ from typing import Any
 from caesura.scheduler.policies import POLICIES, make_policy
 from rich.console import Console
 
+from benchmarks.common import numbers, wide_console
 from benchmarks.dummy import SHAPES
 from benchmarks.pause.profiles import find_machine, machine_names
 from benchmarks.pause.report import screen, seconds_used
@@ -21,16 +22,12 @@ from benchmarks.pause.store import STORE, Store
 from benchmarks.pause.study import Study, conduct, full_study, quick_study, real_study
 from benchmarks.workloads import WORKLOADS, find_workload
 
-FILE_WIDTH = 160  # of the tables in a file or a pipe, where nothing has to be folded
-
 
 def main(arguments: Sequence[str]) -> int:
     """Run a study and print its tables; 2 for wrong usage."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    console = Console(stderr=options.json == "-")
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    console = wide_console(stderr=options.json == "-")
     try:
         study = _study(options)
     except (OSError, ValueError) as error:
@@ -81,11 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--policies", type=_names, help=f"comma-separated, or all: {', '.join(POLICIES)}")
     parser.add_argument("--workloads", type=_names, help=f"comma-separated, or trace files: {', '.join(WORKLOADS)}")
     parser.add_argument("--trace", type=Path, help="a trace file (JSON lines) instead of the workloads")
-    parser.add_argument("--rates", type=_numbers, help="requests/s of the curves; around the capacities by default")
+    parser.add_argument("--rates", type=numbers, help="requests/s of the curves; around the capacities by default")
     parser.add_argument("--seeds", type=int, help="how many seeds; the tables show medians")
     parser.add_argument("--minutes", type=float, help="length of a run, in simulated minutes")
     parser.add_argument("--profile", help=f"the machine: a file, or one of {', '.join(machine_names())}")
-    parser.add_argument("--kv-tokens", type=_numbers, help="device pool sizes to compare")
+    parser.add_argument("--kv-tokens", type=numbers, help="device pool sizes to compare")
     parser.add_argument("--host-tokens", type=int, help="size of the host pool")
     parser.add_argument("--tolerance", type=float, help="how close capacity is bracketed; 1.03 is 3 %%")
     parser.add_argument("--no-curves", action="store_true", help="capacities alone")
@@ -141,10 +138,6 @@ def _study(options: argparse.Namespace) -> Study:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",") if part.strip()]
 
 
 def _say(console: Console, quiet: bool, begun: float) -> Callable[[str], None]:

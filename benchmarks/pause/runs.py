@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from caesura.runtime.clock import VirtualClock
-from caesura.runtime.engine import Engine
+from caesura.runtime.engine import Engine, Observer
 from caesura.runtime.executors.cost import CostExecutor
 from caesura.runtime.sim import Simulation
 from caesura.scheduler.policies import make_policy
@@ -61,11 +61,21 @@ class RunSpec:
 
 def run(spec: RunSpec, progress: Callable[[float], None] = lambda share: None) -> dict[str, Any]:
     """Carry a run out; the result is plain data (see ``measure``)."""
+    return run_on(spec.sized_machine(), spec, progress)
+
+
+def run_on(
+    machine: Machine,
+    spec: RunSpec,
+    progress: Callable[[float], None] = lambda share: None,
+    observers: Sequence[Observer] = (),
+) -> dict[str, Any]:
+    """The same on this machine, whatever the spec calls it; ``observers`` see the steps."""
     begun = time.perf_counter()
-    machine = spec.sized_machine()
     arrivals = find_workload(spec.workload).arrivals(spec.rate_rps, spec.minutes, spec.seed)
     if spec.engine == "simulated":
         engine, simulation = simulated(machine, spec.policy)
+        engine.observers += observers
         load = Load(engine, simulation, arrivals, tool_scale=spec.tool_scale)
         result = play(spec, machine, load, progress)
     else:
@@ -74,6 +84,7 @@ def run(spec: RunSpec, progress: Callable[[float], None] = lambda share: None) -
 
         with real_engine(spec.engine, spec.policy, machine) as engine:
             simulation = real_simulation(engine)
+            engine.observers += observers
             load = Load(engine, simulation, arrivals, tool_scale=spec.tool_scale, vocab_size=VOCAB)
             result = play(spec, machine, load, progress)
     return result | {"wall_s": time.perf_counter() - begun}

@@ -289,6 +289,16 @@ def refusal_of(status: int, content: bytes, retry_after: str | None = None) -> R
     )
 
 
+def status_of(error: Any) -> int:
+    """The HTTP status that an error in the middle of a stream would have had, whatever its shape."""
+    if not isinstance(error, dict):
+        return 500
+    numbers = (error.get("status"), error.get("code"))
+    kinds = {"invalid_request_error": 400, "service_unavailable": 503}
+    found = next((number for number in numbers if isinstance(number, int) and 400 <= number < 600), None)
+    return found or kinds.get(str(error.get("type")), 500)
+
+
 def failure_of(refusal: Refusal) -> Exception:
     """The exception for a refusal: the runtime's own kinds where there are such."""
     from caesura.runtime.errors import ContextTooLong, DeadlineExceeded, GrammarError, InvalidRequest

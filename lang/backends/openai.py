@@ -25,7 +25,7 @@ from caesura.lang.backend import (
     Piece,
     TokenLogprob,
 )
-from caesura.lang.backends.http_client import HttpClient, HttpOptions, NotServed, failure_of, refusal_of
+from caesura.lang.backends.http_client import HttpClient, HttpOptions, NotServed, failure_of, refusal_of, status_of
 from caesura.lang.backends.http_text import (
     LOWEST_LOGPROB,
     Notices,
@@ -160,7 +160,7 @@ class OpenAIBackend:
                             return
                         told = json.loads(event.data)
                         if told.get("error"):
-                            raise failure_of(refusal_of(_status(told["error"]), event.data.encode()))
+                            raise failure_of(refusal_of(status_of(told["error"]), event.data.encode()))
                         yield told
                 return
             except ValueError as error:
@@ -384,12 +384,6 @@ def closest(answer: str, options: Sequence[str]) -> str:
         return one == other, count
 
     return max(options, key=shared)
-
-
-def _status(error: Any) -> int:
-    """The HTTP status that an error in the middle of a stream would have had."""
-    told = (error.get("status"), error.get("code")) if isinstance(error, dict) else ()
-    return next((int(status) for status in told if isinstance(status, int) and 400 <= status < 600), 500)
 
 
 def _choice_score(text: str, chosen: bool, unconditional: bool) -> OptionScore:

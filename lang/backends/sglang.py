@@ -25,7 +25,7 @@ from caesura.lang.backend import (
     ToolCallRequest,
     ToolSpec,
 )
-from caesura.lang.backends.http_client import HttpClient, HttpOptions, failure_of, refusal_of
+from caesura.lang.backends.http_client import HttpClient, HttpOptions, failure_of, refusal_of, status_of
 from caesura.lang.backends.http_text import (
     Notices,
     TextSession,
@@ -208,8 +208,8 @@ class SGLangSession(TextSession):
                 if event.data == "[DONE]":
                     return
                 told = json.loads(event.data)
-                if "error" in told:
-                    raise failure_of(refusal_of(_status(told["error"]), event.data.encode()))
+                if told.get("error"):
+                    raise failure_of(refusal_of(status_of(told["error"]), event.data.encode()))
                 yield told
 
     async def prefill(self) -> None:
@@ -353,11 +353,3 @@ def _logprobs(entries: Sequence[Any], tops: Sequence[Any] = ()) -> tuple[TokenLo
             top = tops[number] if number < len(tops) else None
             out.append(TokenLogprob(logprob, token_id, text, tuple((lp, i, t) for lp, i, t in top or ())))
     return tuple(out)
-
-
-def _status(error: Any) -> int:
-    code = error.get("code") if isinstance(error, dict) else None
-    if isinstance(code, int):
-        return code
-    kind = error.get("type") if isinstance(error, dict) else None
-    return 400 if kind == "invalid_request_error" else 503 if kind == "service_unavailable" else 500

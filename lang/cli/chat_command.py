@@ -10,9 +10,10 @@ from typing import Any
 
 from caesura.lang import HTTPBackend, Tool, assistant, gen, get_server_info, system, user
 from caesura.lang.backends.engine import EngineBackend
-from caesura.lang.cli.output import plain, print_json, stdout
+from caesura.lang.cli.output import print_json, stdout
 from caesura.lang.cli.run_command import call_arguments, start_backend
 from caesura.lang.errors import ProgramError, UnknownVariable
+from caesura.lang.printable import printable
 from caesura.lang.program import Program
 from caesura.lang.runner import runner
 from caesura.lang.state import ProgramState
@@ -202,13 +203,13 @@ class Printer:
 
     def _write(self, text: str) -> None:
         if text and (self._mid_line or text.strip()):
-            self._console.print(Text(plain(text)), end="", soft_wrap=True)
+            self._console.print(Text(printable(text)), end="", soft_wrap=True)
             self._mid_line = True
 
     def note(self, text: str) -> None:
         """A line about the answer."""
         self.end()
-        self._console.print(Text(plain(text), "dim"), soft_wrap=True)
+        self._console.print(Text(printable(text), "dim"), soft_wrap=True)
 
     def end(self) -> None:
         """End the line that is being written."""

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
+from caesura.lang.printable import printable
+
 POLICY_HELP = (  # spelled out, so that --help need not import them
     "Pause policy, or POLICY+ESTIMATOR. Policies: min_waste (default), discard, improved_discard, preserve, swap, "
     "swap_blocking, lru, lru_host, session_refs, admission_only, infercept, infercept_oracle, infercept_profiled, "
@@ -54,20 +56,15 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
-def plain(text: str) -> str:
-    """Text of a model, a tool or a server, without what would command the terminal."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
-
-
 def fail(error: CliError) -> NoReturn:
     """Print the error and leave with its code."""
     from rich.text import Text
 
     console = stderr()
     if error.details:
-        console.print(Text(plain(error.details.rstrip())))
-    console.print(Text.assemble(("error: ", "bold red"), plain(str(error))))
-    console.print(Text.assemble(("try: ", "bold"), plain(error.next_command)))
+        console.print(Text(printable(error.details.rstrip())))
+    console.print(Text.assemble(("error: ", "bold red"), printable(str(error))))
+    console.print(Text.assemble(("try: ", "bold"), printable(error.next_command)))
     raise SystemExit(error.code)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from caesura.lang.backend import Backend
-from caesura.lang.cli.output import USAGE, CliError, plain, print_json, stderr, stdout
+from caesura.lang.cli.output import USAGE, CliError, print_json, stderr, stdout
 from caesura.lang.cli.program_file import (
     choose_program,
     load_programs,
@@ -19,6 +19,7 @@ from caesura.lang.cli.program_file import (
     split_target,
 )
 from caesura.lang.errors import ProgramError
+from caesura.lang.printable import printable
 from caesura.lang.state import ProgramState
 from rich.console import Console
 from rich.text import Text
@@ -147,7 +148,7 @@ def as_document(state: ProgramState) -> dict[str, Any]:
 
 def _stream(state: ProgramState, console: Console) -> None:
     for text in state.text_iter():
-        console.print(Text(plain(text)), end="", soft_wrap=True)
+        console.print(Text(printable(text)), end="", soft_wrap=True)
     console.print()
 
 
@@ -158,9 +159,9 @@ def show(state: ProgramState, console: Console) -> None:
         for message in messages:
             _show_message(message, console)
     else:
-        console.print(Text(plain(state.text())), soft_wrap=True)
+        console.print(Text(printable(state.text())), soft_wrap=True)
     if state.ret_value is not None:
-        console.print(Text.assemble(("returned: ", "bold"), plain(str(state.ret_value))), soft_wrap=True)
+        console.print(Text.assemble(("returned: ", "bold"), printable(str(state.ret_value))), soft_wrap=True)
     usage = state.usage()
     decided = [str(item.action.value) for item in state.decisions() if hasattr(item, "action")]
     parts = [f"{usage.generations} generations", f"{usage.completion_tokens} tokens"]
@@ -176,14 +177,14 @@ def _show_message(message: Mapping[str, Any], console: Console) -> None:
     label = f"{role} {message['name']}" if role == "tool" and "name" in message else role
     content = str(message.get("content") or "")
     if content:
-        told = Text.assemble((f"{plain(label)}: ", ROLE_STYLES.get(role, "bold")), plain(content))
+        told = Text.assemble((f"{printable(label)}: ", ROLE_STYLES.get(role, "bold")), printable(content))
         console.print(told, soft_wrap=True)
     for call in message.get("tool_calls") or ():
         function = call["function"]
         console.print(
             Text.assemble(
                 (f"{role} calls: ", ROLE_STYLES.get(role, "bold")),
-                plain(f"{function['name']}({call_arguments(function['arguments'])})"),
+                printable(f"{function['name']}({call_arguments(function['arguments'])})"),
             ),
             soft_wrap=True,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from caesura.lang.cli.live import SHORT, STYLES, megabytes
+from caesura.lang.printable import printable
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -194,7 +195,7 @@ def _table(*columns: tuple[str, Any, int | None]) -> Table:
 
 def _clean(text: str) -> str:
     """Without control characters: a tool's name must not steer the terminal."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return printable(text, keep="")
 
 
 def _cost(value: float | None) -> str:

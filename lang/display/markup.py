@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 
+from caesura.lang.printable import printable
+
 MAX_CHARS = 20_000
 
 
@@ -15,10 +17,7 @@ class Markup(str):
 
 def text(value: str) -> Markup:
     """Escaped, with line breaks that survive without styles."""
-    clean = "".join(
-        char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in clip(value)
-    )
-    return Markup(html.escape(clean).replace("\n", "<br>"))
+    return Markup(html.escape(printable(clip(value))).replace("\n", "<br>"))
 
 
 def tag(name: str, *content: str, **attributes: str | None) -> Markup:

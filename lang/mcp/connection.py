@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import tempfile
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
@@ -178,9 +177,9 @@ class Connection:
                 raise McpUnavailable(f"MCP server {self.server.name!r}: its tools are closed")
             if self._link is None or not self._link.usable:
                 _require_sdk()
-                self._link = _Link(self.server)
-                self._links.add(self._link)
-                self._link.task.add_done_callback(functools.partial(self._ended, self._link))
+                self._link = begun = _Link(self.server)
+                self._links.add(begun)
+                begun.task.add_done_callback(lambda _: self._links.discard(begun))
             link = self._link
             try:
                 async with asyncio.timeout(self._connect_timeout_s):
@@ -205,9 +204,6 @@ class Connection:
                 link.task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
-
-    def _ended(self, link: _Link, _: asyncio.Task[None]) -> None:
-        self._links.discard(link)
 
 
 def _require_sdk() -> None:

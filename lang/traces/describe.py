@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from caesura.lang.printable import printable
 from caesura.lang.spans import Span
 
 
@@ -22,7 +23,7 @@ def duration(seconds: float) -> str:
 
 def one_line(text: str, max_chars: int) -> str:
     """A text cut to one line."""
-    flat = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
+    flat = printable(" ".join(text.split()), keep="")
     return flat if len(flat) <= max_chars else flat[: max_chars - 1] + "…"
 
 

@@ -118,6 +118,11 @@ class ChatRequest(SamplingFields, kw_only=True):
     stream_reasoning: bool | None = None
 
     @property
+    def budget(self) -> int | None:
+        """The limit on new tokens, under its newer or its older name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
     def choice(self) -> str:
         """``tool_choice`` as the runtime takes it: auto, none, required or a name."""
         if isinstance(self.tool_choice, NamedChoice):

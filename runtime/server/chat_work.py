@@ -181,9 +181,8 @@ class ChatWork:
 
     async def _room(self, body: ChatRequest) -> int:
         """Tokens of the window that a shortened prompt leaves for the answer."""
-        budget = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        if budget is not None:
-            return budget
+        if body.budget is not None:
+            return body.budget
         return min(self._state.config.default_max_tokens, await self._state.max_context_tokens() // 4)
 
     async def _context(
@@ -295,7 +294,7 @@ class ChatWork:
     ) -> AsyncGenerator[TokenChunk, None]:
         """Chunks of one choice. Without a limit of the client's, as many tokens as fit and the server gives."""
         body = plan.body
-        budget = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        budget = body.budget
         if budget is None:
             room = await self._state.max_context_tokens() - handle.num_tokens
             budget = max(1, min(self._state.config.default_max_tokens, room))

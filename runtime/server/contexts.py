@@ -226,7 +226,7 @@ class Contexts:
     ) -> Response:
         async def work() -> dict[str, Any]:
             async with self._at_work(request) as at_work, self._using(request) as context:
-                found = await at_work.unless_aborted(do(context.handle))
+                found = await at_work.unless_aborted(lambda: do(context.handle))
                 return {name: found, **more(found), **self._described(context)}
 
         return reply(await until_disconnect(request, work()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Self, TypeVar, cast
 
 from caesura.runtime.api import Handle, Service
@@ -42,7 +42,7 @@ class Work:
         self.namespace = namespace
         self.request_id = request_id
         self.aborted = False
-        self._abort = asyncio.Event()
+        self._interruptible: set[asyncio.Task[Any]] = set()  # that wait for contexts which outlive the request
         self._board = board
         self._place = (key_id, request_id)
         self._handles: list[Handle] = []
@@ -107,31 +107,34 @@ class Work:
     def _prompt(self, handle: Handle) -> int:
         return self._prompts.setdefault(handle, len(self._prompts))
 
-    async def unless_aborted(self, work: Awaitable[T]) -> T:
-        """Await work on a context that outlives the request. An abort cancels it and raises Aborted."""
-        task, abort = asyncio.ensure_future(work), asyncio.ensure_future(self._abort.wait())
+    async def unless_aborted(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do work on a context that outlives the request. An abort cancels it and raises Aborted."""
+        task = asyncio.current_task()
+        assert task is not None
+        if self.aborted:
+            raise Aborted
+        self._interruptible.add(task)
         try:
-            await asyncio.wait((task, abort), return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise Aborted
-            return task.result()
+            return await work()
+        except asyncio.CancelledError:
+            if self.aborted and task.uncancel() == 0:  # nobody else has cancelled it as well
+                raise Aborted from None
+            raise
         finally:
-            task.cancel()
-            abort.cancel()
-            await settled(asyncio.gather(task, abort, return_exceptions=True))
+            self._interruptible.discard(task)
 
     async def _until_aborted(self, chunks: AsyncGenerator[TokenChunk, None]) -> AsyncGenerator[TokenChunk, None]:
-        async def following() -> TokenChunk | None:
-            return await anext(chunks, None)
-
         async with contextlib.aclosing(chunks):
-            while (chunk := await self.unless_aborted(following())) is not None:
+            while (chunk := await self.unless_aborted(lambda: anext(chunks, None))) is not None:
                 yield chunk
 
     async def abort(self) -> None:
         """End what the request does, in whatever state it is."""
+        if self.aborted:
+            return
         self.aborted = True
-        self._abort.set()
+        for task in self._interruptible:
+            task.cancel()
         for handle in self._handles:
             await handle.close()
 

@@ -15,7 +15,6 @@ from caesura.lang import (
     ScriptedBackend,
     ScriptedReply,
     ScriptError,
-    ServerUnavailable,
     StateError,
     assistant,
     call_tool,
@@ -26,7 +25,6 @@ from caesura.lang import (
     tool,
     user,
 )
-from caesura.lang.runner import runner
 
 
 class Boom(Exception):
@@ -145,97 +143,6 @@ def test_odd_exceptions_in_a_body_do_not_end_the_loop(error):
     assert backend.open_sessions == 0
 
 
-def test_a_failed_fork_fails_the_join_with_its_error():
-    @function
-    def program(s):
-        forks = s.fork(3)
-        forks += ["", "", gen("missing")]
-        forks.join()
-        s += "after"
-
-    backend = ScriptedBackend({})
-    state = program.run(backend=backend)
-    with pytest.raises(ScriptError, match=r"join.*gen\('missing'\)"):
-        state.text()
-    assert backend.open_sessions == 0
-
-
-def test_children_of_a_fork_that_never_came_fail_with_the_parent():
-    @function
-    def program(s):
-        s += gen("missing")
-        forks = s.fork(2)
-        forks += gen("x")
-        with pytest.raises(ScriptError, match="missing"):
-            forks[0]["x"]
-
-    backend = ScriptedBackend({})
-    assert isinstance(program.run(backend=backend).error(), ScriptError)
-    assert backend.open_sessions == 0
-
-
-class NoRoom(ScriptedBackend):
-    """A backend whose contexts can be computed no further once they hold something."""
-
-    def _session(self, ids):
-        session = super()._session(ids)
-
-        async def prefill():
-            raise ServerUnavailable("no room for more contexts")
-
-        session.prefill = prefill
-        return session
-
-
-def test_children_of_a_fork_that_fails_fail_with_it():
-    @function
-    def program(s):
-        s += "begin"
-        forks = s.fork(2)
-        forks += gen("x")
-        return forks[1]["x"]
-
-    backend = NoRoom(["1"])
-    state = program.run(backend=backend)
-    assert isinstance(state.error(), ServerUnavailable)
-    assert "fork(2)" in str(state.error())
-    assert backend.open_sessions == 0
-
-
-def test_a_program_goes_on_after_a_fork_that_failed():
-    @function
-    def program(s):
-        s += "begin"
-        point = s.snapshot()
-        s.sync()
-        forks = s.fork(2)
-        forks += gen("x")
-        with pytest.raises(ServerUnavailable):
-            s.sync()
-        s.rollback(point)
-        s += gen("y")
-        return s["y"]
-
-    state = program.run(backend=NoRoom(["1"] * 3))
-    assert (state.error(), state.ret_value) == (None, "1")
-
-
-def test_children_of_a_fork_that_was_dropped_fail():
-    @function
-    def program(s):
-        s += call_tool("x", hang)
-        forks = s.fork(2)
-        forks += gen("y")
-        runner().call(s.stop)
-        with pytest.raises(StateError, match="never came"):
-            forks[0]["y"]
-        return "went on"
-
-    backend = ScriptedBackend(["1"])
-    assert program.run(backend=backend).ret_value == "went on"
-    assert backend.open_sessions == 0
-
-
 def test_an_error_with_attributes_of_its_own_by_the_names_of_ours():
     class ParseFailed(Exception):
         @property
@@ -249,24 +156,6 @@ def test_an_error_with_attributes_of_its_own_by_the_names_of_ours():
     error = program.run(backend=ScriptedBackend([])).error()
     assert isinstance(error.root, ParseFailed)
     assert "a comma is missing" in str(error)
-
-
-def test_a_failed_child_may_be_handled():
-    @function
-    def program(s):
-        forks = s.fork(2)
-        forks += [gen("good"), gen("missing")]
-        got = []
-        for fork, name in zip(forks, ("good", "missing"), strict=True):
-            try:
-                got.append(fork[name])
-            except ScriptError:
-                got.append(None)
-        return got
-
-    backend = ScriptedBackend({"good": "1"})
-    assert program.run(backend=backend).ret_value == ["1", None]
-    assert backend.open_sessions == 0
 
 
 def endings():
