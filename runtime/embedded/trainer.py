@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from caesura.runtime.embedded.chat import END_OF_TEXT
 from caesura.runtime.embedded.data import Example, batches, token_id
+from caesura.runtime.embedded.muon import Muon
 from caesura.runtime.embedded.net import Shape, TinyLlama
 from rich.console import Console
 from safetensors.torch import load_file, save
@@ -85,9 +86,8 @@ class Trainer:
         named = list(self.model.named_parameters())
         matrices = [p for name, p in named if p.dim() == 2 and "embed" not in name]
         others = [p for name, p in named if p.dim() != 2 or "embed" in name]
-        decay = recipe.weight_decay
         self._optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+            Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, dtype=arithmetic()),
             torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
         self._copy_weights()

@@ -15,6 +15,7 @@ from caesura.runtime.embedded.attention import attend
 from caesura.runtime.embedded.chat import CALCULATOR_TOOL, CHAT_TEMPLATE, calls_message, render
 from caesura.runtime.embedded.data import ConversationMaker, encode_example
 from caesura.runtime.embedded.evaluate import Chat, ask_each, ask_in_a_row, copies_results
+from caesura.runtime.embedded.muon import Muon
 from caesura.runtime.embedded.net import Cache, Shape, TinyLlama, load_net
 from caesura.runtime.embedded.tasks import Split, make_tasks
 from caesura.runtime.embedded.train import export
@@ -147,6 +148,30 @@ def test_training_is_reproducible_resumes_and_exports_what_it_trained(tokenizer:
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.inference_mode():
         assert torch.equal(load_net(tmp_path / "out").hidden_states(ids), models[0].model.hidden_states(ids))
+
+
+def test_muon_is_muon() -> None:
+    """Updates near those of torch's, which orthogonalizes each matrix by itself in bfloat16."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(24, 24), (40, 24), (24, 40), (24, 24)]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(each.clone()) for each in start] for _ in range(2))
+    optimizers: list[torch.optim.Optimizer] = [
+        Muon(ours, lr=0.1, weight_decay=0.05, dtype=torch.float32),
+        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(3):
+        gradients = [torch.randn(shape, generator=generator) for shape in shapes]
+        for parameters, optimizer in zip((ours, theirs), optimizers, strict=True):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+    for before, mine, wanted in zip(start, ours, theirs, strict=True):
+        moved, expected = (mine - before).flatten(), (wanted - before).flatten()
+        assert F.cosine_similarity(moved, expected, dim=0) > 0.999
+        torch.testing.assert_close(moved.norm(), expected.norm(), rtol=0.01, atol=0.0)
+    with pytest.raises(ValueError, match="matrices"):
+        Muon([torch.zeros(3)], lr=0.1, weight_decay=0.0, dtype=torch.float32)
 
 
 def test_attention_for_training_is_attention() -> None:
