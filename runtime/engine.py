@@ -7,7 +7,7 @@ executor that overlaps, a step is launched, the one before it is read and emitte
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ from caesura.scheduler.context import Call, Context
 from caesura.scheduler.policies import PausePolicy
 from caesura.scheduler.profile import CostProfile
 from caesura.scheduler.scheduler import Scheduler, SchedulerConfig
-from caesura.scheduler.types import ContextId, MoveId, PauseDecision, Phase, StepPlan, StepResult
+from caesura.scheduler.types import ContextId, MoveId, PageId, PauseDecision, Phase, StepPlan, StepResult
 
 COPY_WAIT_S = 0.05
 BLOCKING_WAITS = 200  # of COPY_WAIT_S at most, for a policy that lets everything wait for its copies
@@ -288,8 +288,11 @@ class Engine:
         try:
             output = self._overlapping.collect(flight.ticket)
         except Exception as error:
-            self._fail_step(flight.plan, error)
+            self._fail_step(flight.plan, error, flight.live)
             raise
+        broken = _broken(output)
+        if broken:
+            self._spoil(flight.plan, broken, flight.live)
         output = replace(output, outputs=tuple(out for out in output.outputs if out.context_id in flight.live))
         endings: dict[ContextId, Ending] = {}
         tokens = self._records.read(output, endings)
@@ -299,25 +302,13 @@ class Engine:
             duration_s=now - flight.plan.now,
             tokens=tokens,
             finished=frozenset(endings),
-            broken=_broken(output),
+            broken=broken & flight.live,
             pending=frozenset(),
             last=frozenset(),
         )
-        for context in self._built_on(result.broken, flight.plan):
-            self._give_up(context, "the KV it shares could not be computed")
         self.scheduler.settle(flight.live, result, now)
         self._records.emit(flight.plan, output, endings)
         self._show(flight.plan, result)
-
-    def _built_on(self, broken: frozenset[ContextId], plan: StepPlan) -> set[ContextId]:
-        """Other contexts that already hold what ``plan`` should have computed for the broken ones."""
-        starts = {piece.context_id: piece.start for piece in plan.slices if piece.context_id in broken}
-        return {
-            holder
-            for context, start in starts.items()
-            for holder in self.ledger.holders_beyond(context, start)
-            if holder not in broken
-        }
 
     def _needs_one_more(self, context: ContextId) -> bool:
         """The token under way is the last one that the context's generation may have."""
@@ -379,9 +370,30 @@ class Engine:
 
     # -- failures ---------------------------------------------------------------------------------------------
 
-    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
-        for piece in plan.slices:
-            self._give_up(piece.context_id, f"the step failed: {error}")
+    def _fail_step(self, plan: StepPlan, error: Exception, live: Set[ContextId] | None = None) -> None:
+        """Nothing of ``plan`` came about. ``live``: its contexts, but for those that have ended or stopped since."""
+        contexts = frozenset(piece.context_id for piece in plan.slices)
+        own = contexts if live is None else contexts & live
+        self._spoil(plan, contexts, own)
+        for context in own:
+            self._give_up(context, f"the step failed: {error}")
+
+    def _spoil(self, plan: StepPlan, broken: Set[ContextId], live: Set[ContextId]) -> None:
+        """What ``plan`` should have computed for the broken contexts is not to be found, though it may be in the cache
+        by now. Who runs on it is given up, who rests computes it again; the broken ones that are ``live`` are the
+        caller's business."""
+        size, written = self.ledger.page_size, set[PageId]()
+        pieces = [piece for piece in plan.slices if piece.context_id in broken]
+        for piece in pieces:
+            written.update(piece.pages[piece.start // size : -(-(piece.start + piece.num_tokens) // size)])
+        had_it = self.ledger.spoil(written)
+        for context in (had_it | broken) - (broken & live):
+            state = self.scheduler.contexts.get(context)
+            if state is not None and state.phase is Phase.RUNNING:
+                self._give_up(context, "the KV it shares could not be computed")
+        for piece in pieces:
+            if piece.context_id in self._records and piece.context_id not in live:  # stopped in between, and still open
+                self.ledger.truncate(piece.context_id, piece.start)
 
     def _give_up(self, context: ContextId, why: str) -> None:
         """Close a context and leave nothing of its KV to be found."""

@@ -178,8 +178,8 @@ class Records(dict[ContextId, Record]):
         if state.phase is not Phase.PAUSED:
             return
         if scoring is not None:
-            record.scoring = None
-            scoring.done(scoring.of(state.tokens))
+            scores, record.scoring = scoring.of(state.tokens), None
+            scoring.done(scores)
         if record.prefilled is not None:
             done, record.prefilled = record.prefilled, None
             done(state.num_tokens)

@@ -6,7 +6,7 @@ plan made from the same history is the same plan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -136,6 +136,12 @@ class Ledger(Protocol):
 
     def discard(self, context: ContextId) -> int:
         """Let go and free what no other context holds; returns pages freed."""
+
+    def spoil(self, pages: Set[PageId]) -> set[ContextId]:
+        """What was written to these device pages is wrong: nobody finds it from now on, nor what follows it.
+
+        Returns the contexts that had it; what they have ends before it.
+        """
 
     def exclusive_tokens(self, context: ContextId) -> int: ...
 

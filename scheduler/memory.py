@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from caesura.scheduler.context import Context, ContextTable
@@ -21,8 +21,16 @@ AHEAD_SHARE = 64  # of the device pool: at most so much is taken beyond what is 
 class MemoryDesk:
     """Carries out the policy's decisions on the ledger and writes each down. One instance, begun anew per step."""
 
-    def __init__(self, ledger: Ledger, policy: PausePolicy, profile: CostProfile, contexts: ContextTable) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        policy: PausePolicy,
+        profile: CostProfile,
+        contexts: ContextTable,
+        max_step_tokens: int,
+    ) -> None:
         self._ledger = ledger
+        self._max_step_tokens = max_step_tokens
         self._policy = policy
         self._profile = profile
         self._contexts = contexts
@@ -168,6 +176,7 @@ class MemoryDesk:
         """Back to the queue. What it holds stays, revocably, so memory is taken only as far as it is needed."""
         self.contended = True
         self._contexts.become(state, Phase.QUEUED)
+        state.requeued = self.now
         self._ledger.pause(state.id)
         self.preempted.append(state.id)
 
@@ -273,7 +282,8 @@ class MemoryDesk:
             wanted = max(1, ledger.num_host_pages // FAIR_PART)
         to_disk = ledger.disk_writable and self._room_in_host < wanted
         paused = self._contexts.in_phase(Phase.PAUSED)
-        running = self._contexts.in_phase(Phase.RUNNING)
+        running, queued = (self._contexts.in_phase(phase) for phase in (Phase.RUNNING, Phase.QUEUED))
+        free = ledger.free_pages + ledger.evictable_pages
         ids = {state.id for state in paused}
         shown = paused if states is None else states
         return View(
@@ -284,8 +294,9 @@ class MemoryDesk:
             segments=lambda: _closed_downwards(ledger.segments(), ids),
             profile=self._profile.at_disk_rate() if to_disk else self._profile,
             batch_tokens=sum(ledger.computed(state.id) for state in running),
-            query_tokens=sum(max(1, state.num_tokens - ledger.computed(state.id)) for state in running),
-            free_pages=ledger.free_pages + ledger.evictable_pages,
+            running_rows=(rows := self._rows(running, self._max_step_tokens)),
+            query_tokens=rows + self._rows(queued, min(self._max_step_tokens - rows, free * ledger.page_size)),
+            free_pages=free,
             num_pages=ledger.num_device_pages,
             page_size=ledger.page_size,
             copying_pages=ledger.copying_pages,
@@ -293,6 +304,15 @@ class MemoryDesk:
             has_host=self._has_below,
             batch_pages=self._batch_pages,
         )
+
+    def _rows(self, states: Collection[Context], limit: int) -> int:
+        """Rows that these contexts want of the coming step, ``limit`` at most."""
+        rows = 0
+        for state in states:
+            if rows >= limit:
+                break
+            rows += max(1, state.num_tokens - self._ledger.computed(state.id))
+        return min(rows, limit)
 
     def _show(self, state: Context) -> PausedContext:
         return PausedContext(

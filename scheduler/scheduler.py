@@ -42,7 +42,7 @@ class Scheduler:
         self.config = config
         self.contexts = ContextTable()
         self.meter = WasteMeter(ledger.page_size)
-        self._memory = MemoryDesk(ledger, policy, profile, self.contexts)
+        self._memory = MemoryDesk(ledger, policy, profile, self.contexts, config.max_step_tokens)
         self.on_resumed: Callable[[Pause, float], None] = lambda *_: None  # hears how long a pause has lasted (s)
         self._loading: set[ContextId] = set()  # queued ones for which copies in were begun
         self._number = 0
@@ -63,8 +63,7 @@ class Scheduler:
         state = self.contexts[context]
         self.resume(context, now)
         state.samples, state.recompute_from, state.requeued = samples, recompute_from, now
-        if self.ledger.computed(context) > state.reuse_limit:
-            self.ledger.truncate(context, state.reuse_limit)
+        self.ledger.truncate(context, state.reuse_limit)  # also what lies on the host now: another may bring it back
         self.contexts.become(state, Phase.QUEUED)
         state.cached_tokens = -1
         self.policy.saw_queued(state, now)
@@ -291,8 +290,9 @@ class Scheduler:
                 if not self.policy.lets_pass(state, self._memory.now):
                     break
                 residents_only = True
+                continue
+            count += 1
             if admitted:
-                count += 1
                 budget -= self._grant(state, self.ledger.computed(state.id), budget, [], draft)
         return draft
 

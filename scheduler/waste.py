@@ -69,8 +69,8 @@ def action_costs(
 def triangular_token_s(profile: CostProfile, num_tokens: int, other_tokens: int, chunk_tokens: int) -> float:
     """Equation 4 as InferCept's code sums it: f(S) c n (n+1) / 2 + a c n R + a l (R + l).
 
-    ``chunk_tokens`` c is the part of S that is free, n the whole chunks before the last one of l tokens, a the
-    seconds of a token, R the tokens of the running batch.
+    ``chunk_tokens`` c is the part of S that is free, n the chunks before the last one, a the seconds of a token, R the
+    tokens of the running batch. l is C mod c as it is there: where C is a multiple, the last chunk is not counted.
     """
     chunk = max(1, chunk_tokens)
     chunks = max(0, -(-num_tokens // chunk) - 1)

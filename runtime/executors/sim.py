@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from caesura.runtime.clock import VirtualClock
+from caesura.runtime.errors import BrokenInvariant
 from caesura.runtime.executors.base import ExecOutput, SampledToken, SliceInput, SliceOutput
 from caesura.scheduler.profile import CostProfile
 from caesura.scheduler.types import ContextId, Move, MoveId, MoveKind
@@ -117,6 +118,8 @@ class SimExecutor:
         return ExecOutput(duration_s, outputs)
 
     def _compute(self, piece: SliceInput) -> SliceOutput:
+        if not piece.token_ids:
+            raise BrokenInvariant(f"context {piece.context_id}: a slice without rows")
         size = self.page_size
         pages = np.asarray(piece.pages, dtype=np.int64)
         state = 0

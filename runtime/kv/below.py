@@ -101,6 +101,9 @@ class Below:
         pages = self._allocate(count, on_disk=True)
         if pages is None:
             raise BrokenInvariant(f"{count} disk pages counted, but not to be had")
+        if node.id not in self._tree.nodes:  # it followed a run whose pages these were
+            self.free(pages)
+            return None
         node.sinking = pages
         return node
 

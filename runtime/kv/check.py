@@ -161,7 +161,7 @@ def dump(ledger: KVLedger) -> str:
             below = "disk" if node.on_disk else "host"
             tiers = f"[{node.start}, {node.end}) device {len(node.device)} {below} {len(node.host)}"
             moving = f" {node.transfer.kind.value}" if node.transfer is not None else ""
-            leaving = " leaving" if node.leaving else ""
+            leaving = " leaving" * node.leaving + " spoiled" * node.spoiled
             holders = " ".join(f"{lease.holder}:{lease.hold.value}" for lease in node.leases.values())
             lines.append(f"{'  ' * depth}{node.id} {tiers}{moving}{leaving} tick {node.tick} {holders}".rstrip())
             stack.extend((child, depth + 1) for child in reversed(node.children.values()))

@@ -15,6 +15,7 @@ from caesura.runtime.errors import BrokenInvariant
 from caesura.runtime.kv.node import Hold, PrefixLease, Transfer
 from caesura.runtime.kv.pages import row, rows
 from caesura.runtime.kv.segments import segments
+from caesura.runtime.kv.spoiled import spoil
 from caesura.runtime.kv.tiers import Tiers
 from caesura.scheduler.ledger import Reclaimed, Segment
 from caesura.scheduler.types import Action, ContextId, Move, MoveId, PageId
@@ -140,14 +141,6 @@ class KVLedger:
             return 0
         shared = lease.tail and self.device.is_shared(lease.tail[0])
         return self.tree.exclusive_pages(lease) * self.page_size + (0 if shared else lease.ahead)
-
-    def holders_beyond(self, context: ContextId, num_tokens: int) -> set[ContextId]:
-        """Other contexts that hold full pages of this one's KV after its first ``num_tokens`` tokens."""
-        lease = self._lease(context)
-        path = lease.node.path() if lease is not None else []
-        first = next((node for node in path if node.end > num_tokens), None)
-        found = first.subtree() if first is not None else []
-        return {other.holder for node in found for other in node.leases.values()} - {context}
 
     def table(self, context: ContextId) -> tuple[PageId, ...]:
         lease = self._lease(context)
@@ -309,6 +302,9 @@ class KVLedger:
             self.tiers.forget(node)
             node = above
         return self.free_pages - before
+
+    def spoil(self, pages: Set[PageId]) -> set[ContextId]:
+        return spoil(self.tiers, pages)
 
     def truncate(self, context: ContextId, num_tokens: int) -> None:
         self.tiers.end_step()

@@ -63,6 +63,9 @@ class Node:
     children: dict[tuple[int, ...], Node] = field(default_factory=dict)
     leases: dict[ContextId, PrefixLease] = field(default_factory=dict)
     transfer: Transfer | None = None
+    spoiled: bool = (
+        False  # holds what went wrong: nobody finds it, and it goes when the copies at or below it have ended
+    )
     leaving: bool = False  # the device pages go when copied and nothing below is there, unless someone runs on them
     running: int = 0
     paused: int = 0

@@ -64,7 +64,7 @@ def disk_evictable(node: Node) -> bool:
 def sinkable(node: Node) -> bool:
     """In memory below the device and nowhere else, and nobody is about to run on it."""
     in_memory = bool(node.host) and not node.on_disk and not node.device
-    return in_memory and node.transfer is None and not node.running
+    return in_memory and node.transfer is None and not node.running and not node.spoiled
 
 
 def _spare(node: Node) -> bool:

@@ -69,7 +69,7 @@ class RadixTree:
         position, whole = node.end, True
         while whole and position < end:
             child = node.children.get(tuple(tokens[position : position + size]))
-            if child is None:
+            if child is None or child.spoiled:
                 return
             length = self._common(child.tokens, tokens, position, end)
             whole = length == len(child.tokens)
@@ -185,7 +185,8 @@ class RadixTree:
         """Enter ``pages`` for the ``tokens`` that follow the lease, and move the lease behind them.
 
         Runs that are there already are taken instead and the caller's pages returned as surplus; a run that is
-        only on the host gets the caller's pages. Stops early where a copy into the device is in flight.
+        only on the host gets the caller's pages. Stops early where a copy into the device is in flight, or where a
+        spoiled run has yet to go.
         """
         size = self.page_size
         if len(tokens) != len(pages) * size:
@@ -201,7 +202,7 @@ class RadixTree:
                 kept.extend(rest)
                 position = len(tokens)
                 break
-            if child.device and not child.device_ready:
+            if child.spoiled or (child.device and not child.device_ready):
                 break
             length = self._common(child.tokens, tokens, position, len(tokens))
             if length < len(child.tokens):
@@ -255,7 +256,7 @@ class RadixTree:
         upper.sinking, node.sinking = node.sinking[:cut], node.sinking[cut:]
         upper.on_disk = node.on_disk
         upper.running, upper.paused, upper.moving = node.running, node.paused, node.moving
-        upper.tick, upper.leaving = node.tick, node.leaving
+        upper.tick, upper.leaving, upper.spoiled = node.tick, node.leaving, node.spoiled
         upper.device_children = 1 if node.device else 0
         node.parent.children[tuple(node.tokens[:size])] = upper
         node.tokens = node.tokens[length:]
@@ -294,6 +295,7 @@ class RadixTree:
             and node.transfer is None
             and not parent.leaving
             and not node.leaving
+            and parent.spoiled == node.spoiled
             and bool(parent.device) == bool(node.device)
             and bool(parent.host) == bool(node.host)
             and parent.on_disk == node.on_disk

@@ -14,6 +14,7 @@ from caesura.runtime.kv.node import Hold, Node, PrefixLease, Transfer
 from caesura.runtime.kv.pages import Handle, PagePool, PageState, row, rows
 from caesura.runtime.kv.radix import RadixTree
 from caesura.runtime.kv.segments import sharers
+from caesura.runtime.kv.spoiled import purge
 from caesura.scheduler.ledger import Reclaimed
 from caesura.scheduler.types import Action, Move, MoveId, MoveKind
 
@@ -94,6 +95,15 @@ class Tiers:
         """Free an unpinned node everywhere, with the host-only runs below it."""
         self.device.free(self.tree.set_device(node, []))
         self.below.free(self.tree.remove(node))
+
+    def remove(self, top: Node) -> None:
+        """Free an unpinned node and all below it, on every tier; those above it may have waited for that to leave."""
+        above = top.parent
+        for node in reversed(top.subtree()):
+            if node.device:
+                self.device.free(self.tree.set_device(node, []))
+        self.below.free(self.tree.remove(top))
+        self._depart(above)
 
     def cut_tail(self, lease: PrefixLease, num_tokens: int) -> int:
         """Keep the first ``num_tokens`` computed in the tail and free the pages behind; returns how many."""
@@ -192,16 +202,20 @@ class Tiers:
             self.tree.set_transfer(node, None)
         self.below.disk_writable = self.below.disk_writable and not failed
         deepest_first = sorted(transfer.nodes, key=lambda node: -node.start)
+        kept = deepest_first if failed and transfer.kind is MoveKind.OUT else []
+        for node in kept:
+            self.tree.mark_leaving(node, False)
+            self.below.free(self.tree.set_host(node, []))
+        for node in kept:
+            self._depart(node.parent)
         for node in deepest_first:
-            if failed and transfer.kind is MoveKind.OUT:
-                self.tree.mark_leaving(node, False)
-                self.below.free(self.tree.set_host(node, []))
-                self._depart(node.parent)
             self._depart(node)
         for node in deepest_first:
             for end in [*node.children.values()][:1] + [node]:
                 if end.id in self.tree.nodes:
                     self.tree.merge(end)
+        for node in deepest_first:
+            purge(self, node)
 
     def _unmark(self, node: Node) -> None:
         """The ends of a node's copy are ordinary pages again."""
@@ -227,11 +241,8 @@ class Tiers:
                     transfer.nodes.remove(node)
                     if not transfer.nodes:
                         del self.transfers[transfer.id]
-            self._let_go(top)
-            for node in reversed(gone):
-                if node.device:
-                    self.device.free(self.tree.set_device(node, []))
-            self.below.free(self.tree.remove(top))
+            self.let_go(top)
+            self.remove(top)
 
     def _depart(self, node: Node | None) -> None:
         """A run marked as leaving goes once it is copied and the device holds nothing below; then those above it.
@@ -368,12 +379,12 @@ class Tiers:
             return nothing
         if node.moving:  # what follows it is on its way down to the disk, and can only go when it is there
             return self._release(node, before)
-        self._let_go(node)
+        self.let_go(node)
         self.forget(node)
         return Reclaimed(self.takeable_pages - before, 0, Action.DISCARD)
 
     def _release(self, node: Node, before: int) -> Reclaimed:
-        self._let_go(node)
+        self.let_go(node)
         return Reclaimed(self.takeable_pages - before, len(node.device) if node.moving else 0, Action.RELEASE)
 
     def _clear_below(self, node: Node) -> bool:
@@ -384,7 +395,7 @@ class Tiers:
                     self._evict(below, len(below.device))
         return not node.device_children
 
-    def _let_go(self, node: Node) -> None:
+    def let_go(self, node: Node) -> None:
         """Anchor every lease at or below ``node`` above it."""
         above = node.parent
         if above is None:

@@ -43,7 +43,8 @@ class View:
     segments: Callable[[], Sequence[Segment]]  # runs held by paused contexts alone
     profile: CostProfile
     batch_tokens: int  # KV tokens of running contexts (C_other)
-    query_tokens: int  # rows of the coming iteration (B)
+    running_rows: int  # of the coming iteration: what running contexts want, as far as a step goes
+    query_tokens: int  # all of them (B): with those of queued contexts for which there is room
     free_pages: int
     num_pages: int
     page_size: int

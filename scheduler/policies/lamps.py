@@ -111,7 +111,7 @@ def build_token_s(profile: CostProfile, num_tokens: float) -> float:
 def strategy_costs(view: View, paused: PausedContext) -> ActionCosts:
     """w_P, w_S and w_D for a context's own tokens."""
     profile, tokens = view.profile, paused.exclusive_tokens
-    chunk = max(1, profile.saturation_tokens - view.query_tokens)
+    chunk = max(1, profile.saturation_tokens - view.running_rows)
     chunks = max(1, ceil(tokens / chunk) - 1)
     swap = profile.forward_s(profile.saturation_tokens) * chunks * tokens
     return ActionCosts(

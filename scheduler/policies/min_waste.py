@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from caesura.scheduler.context import Context
+from caesura.scheduler.estimate import Estimator
 from caesura.scheduler.ledger import Segment
-from caesura.scheduler.policies.base import PausePolicy, Take, View, leaf_first
-from caesura.scheduler.types import Action, ActionCosts
+from caesura.scheduler.policies.base import PausePolicy, Room, Take, View, leaf_first
+from caesura.scheduler.types import Action, ActionCosts, ContextId
 from caesura.scheduler.waste import discard_contended_token_s, preserve_token_s, swap_exposed_token_s
 
 PATIENCE_S = 1.0  # how long others that lack nothing may go ahead of one who waits for memory
+STARVING_S = 30.0  # in the queue, after which a context goes before all others
+AHEAD_S = 1e9  # earlier than any arrival
 LISTED_BATCHES = 4  # of copies ahead, so that ranking is not done for each
 
 
@@ -35,7 +38,8 @@ class MinWaste(PausePolicy):
        holding for one return: a tool that usually answers at once is not judged by its rare long calls.
     4. *Queueing and starvation*: W_drop charges everybody who stays in memory longer, W_swap the one who waits. Service
        is by original arrival, so whoever comes later cannot hold one up; those who lack nothing go ahead of one who
-       waits for memory for a second and no longer.
+       waits for memory for a second and no longer. Programs that are never done would keep newcomers out for ever:
+       who has queued for half a minute goes before everybody, until its next pause.
     5. *Partial states*: only the wanted part of a run is priced and taken, at its own depth, by what is cheaper for it.
     6. *Forks and parallel calls*: a pause ends with the last or the first of its calls, as the estimator says.
 
@@ -48,6 +52,26 @@ class MinWaste(PausePolicy):
     uses_host = True
     on_demand = True
     copies_ahead_below = 0.25
+
+    def __init__(self, estimator: Estimator | None = None) -> None:
+        super().__init__(estimator)
+        self._starving: set[ContextId] = set()
+
+    def saw_paused(self, context: Context, now: float) -> None:
+        self._starving.discard(context.id)
+
+    def saw_closed(self, context: Context) -> None:
+        self._starving.discard(context.id)
+
+    def order_key(self, context: Context) -> tuple[float, ...]:
+        return (context.arrival - AHEAD_S * (context.id in self._starving), context.id)
+
+    def admit(self, queued: Sequence[Context], room: Room) -> Sequence[Context]:
+        late = {context.id for context in queued if room.now - context.requeued > STARVING_S} - self._starving
+        if not late:
+            return queued
+        self._starving |= late
+        return sorted(queued, key=self.order_key)
 
     def lets_pass(self, context: Context, now: float) -> bool:
         return now - context.requeued < PATIENCE_S

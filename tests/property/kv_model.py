@@ -207,6 +207,31 @@ class KVModel:
             found = self.device[table[position // self.size]][position % self.size]
             assert found == contents[position], f"context {context} position {position} holds somebody else's KV"
 
+    def spoil(self, context: ContextId, index: int) -> None:
+        """A step committed under way has failed: what it wrote at some place of a context's path is wrong."""
+        self._note_flights()
+        lease = self.ledger.leases.get(context)
+        path = lease.node.path() if lease is not None else []
+        pages = [row(page) for node in path if node.device_ready for page in node.device]
+        if not pages:
+            return
+        first = index % len(pages)
+        wrong = frozenset(pages[first:])
+        holders = self.ledger.spoil(wrong)
+        assert context in holders
+        for holder in holders:  # their own step is built on it
+            self.pause(holder)
+            assert self.ledger.computed(holder) <= first * self.size
+        subject = self.subjects[context]
+        found = self.ledger.tree.probe(f"ns{subject.namespace}", subject.tokens)
+        assert found.device_tokens + found.host_tokens <= first * self.size, "what went wrong can be found"
+        copied = {
+            page for flight in self.flights.values() for page in flight.move.source if flight.move.kind is MoveKind.OUT
+        }
+        for page in wrong - copied:
+            self.device[page] = [GARBAGE] * self.size
+        self._note("spoiled under a copy" if copied & wrong else "spoiled")
+
     # -- copies between the tiers -----------------------------------------------------------------------------
 
     def _ends(self, move: Move) -> tuple[Arena, Arena]:
@@ -356,6 +381,8 @@ class KVModel:
         stack: list[tuple[Node, tuple[int, ...]]] = [(root, ())]
         while stack:
             node, above = stack.pop()
+            if node.spoiled:
+                continue
             prefix = (*above, *node.tokens)
             contents = digests(namespace, prefix)[node.start :]
             for ready, arena, pages in (

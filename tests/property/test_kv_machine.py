@@ -131,6 +131,11 @@ class LedgerMachine(RuleBasedStateMachine):
     def reclaim(self, index: int, num_pages: int, action: Action) -> None:
         self.model.reclaim(index, num_pages, action)
 
+    @precondition(has_contexts)
+    @rule(index=INDEX, first=INDEX)
+    def spoil(self, index: int, first: int) -> None:
+        self.model.spoil(self.pick(index), first)
+
     @precondition(lambda self: self.model.ledger.paused_pages)
     @rule(index=INDEX)
     def copy_out(self, index: int) -> None:

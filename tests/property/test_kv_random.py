@@ -29,6 +29,8 @@ INTERESTING = {
     "reclaim swap as discard",
     "reclaim swap as swap",
     "sink",
+    "spoiled",
+    "spoiled under a copy",
     "wait for a sinking run",
 }
 
@@ -64,6 +66,7 @@ class RandomDriver:
             (self._fail, 4),
             (lambda context: model.ledger.write_back(context), 4),
             (self._truncate, 4),
+            (lambda context: model.spoil(context, rng.randrange(64)), 2),
             (model.release, 2),
             (model.discard, 2),
             (lambda context: model.close(context, keep_cached=rng.random() < 0.7), 6),

@@ -41,10 +41,10 @@ class Breaking(SimExecutor):
         return ExecOutput(output.duration_s, tuple(SliceOutput(s.context_id, None, failure=wrong) for s in slices))
 
 
-def engine(*, late: bool) -> tuple[Engine, Breaking]:
+def engine(*, late: bool, policy_name: str = "min_waste", host_pages: int = 0) -> tuple[Engine, Breaking]:
     clock = VirtualClock()
-    inner = Breaking(GPT_J_6B_A100, clock, num_device_pages=64, page_size=PAGE)
-    policy = make_policy("min_waste")
+    inner = Breaking(GPT_J_6B_A100, clock, num_device_pages=64, num_host_pages=host_pages, page_size=PAGE)
+    policy = make_policy(policy_name)
     if not late:
         return Engine(inner, policy, GPT_J_6B_A100, clock), inner
     executor = LateExecutor(inner)
@@ -84,6 +84,34 @@ def test_a_step_that_failed_is_not_found_again(wrong: str, late: bool) -> None:
         assert (finish.reason, finish.cached_tokens) == (expected, 0)
         running.close(context)
         running.check()
+    assert [token for chunk in chunks for token in chunk.token_ids] == [expected_token(PROMPT, 64)]
+
+
+@pytest.mark.parametrize("policy", ["min_waste", "lru", "lru_host", "continuum", "swap", "admission_only"])
+@pytest.mark.parametrize("wrong", ["not finite", "raises"])
+@pytest.mark.parametrize("how", ["generate", "prefill", "close", "stop"])
+def test_what_failed_under_way_is_nobodys(how: str, wrong: str, policy: str) -> None:
+    """Whatever becomes of the context meanwhile, and wherever its policy has put the KV: with or without a copy."""
+    running, executor = engine(late=True, policy_name=policy, host_pages=64)
+    executor.wrong = wrong
+    context = running.open()
+    running.append(context, PROMPT)
+    if how == "prefill":
+        running.prefill(context, lambda _: None)
+    else:
+        running.generate(context, generation(running, context, 1, lambda _: None))
+    if how in ("close", "stop"):
+        running.step()
+        (running.close if how == "close" else running.stop)(context)
+    run(running)
+    running.check()
+    if how != "stop":
+        context = running.open()
+        running.append(context, PROMPT)
+    chunks: list[TokenChunk] = []
+    running.generate(context, generation(running, context, 1, chunks.append))
+    run(running)
+    running.check()
     assert [token for chunk in chunks for token in chunk.token_ids] == [expected_token(PROMPT, 64)]
 
 

@@ -8,6 +8,7 @@ import pytest
 from caesura.runtime.clock import VirtualClock
 from caesura.runtime.engine import Engine
 from caesura.runtime.executors.sim import SimExecutor
+from caesura.runtime.generation import TokenChunk
 from caesura.runtime.sim import Simulation, generation
 from caesura.scheduler.context import Call
 from caesura.scheduler.policies import make_policy
@@ -15,15 +16,18 @@ from caesura.scheduler.policies.admission_only import AdmissionOnly
 from caesura.scheduler.policies.base import PausePolicy, Take, View
 from caesura.scheduler.policies.min_waste import MinWaste
 from caesura.scheduler.profile import GPT_J_6B_A100
+from caesura.scheduler.scheduler import SchedulerConfig
 from caesura.scheduler.types import ContextId
 
 PAGE = 16
 
 
-def engine(policy: PausePolicy, *, pages: int = 512, host_pages: int = 2048) -> tuple[Engine, Simulation]:
+def engine(
+    policy: PausePolicy, *, pages: int = 512, host_pages: int = 2048, max_running: int = 64
+) -> tuple[Engine, Simulation]:
     clock = VirtualClock()
     executor = SimExecutor(GPT_J_6B_A100, clock, num_device_pages=pages, num_host_pages=host_pages, page_size=PAGE)
-    running = Engine(executor, policy, GPT_J_6B_A100, clock)
+    running = Engine(executor, policy, GPT_J_6B_A100, clock, SchedulerConfig(512, max_running))
     return running, Simulation(running, clock)
 
 
@@ -52,6 +56,58 @@ def test_the_last_of_those_who_share_a_run_takes_it_along(policy: str) -> None:
         running.resume(context)
         generate(running, context, [7], 4)
     simulation.run()
+    running.check()
+
+
+def test_infercept_copies_what_hides_behind_the_coming_step() -> None:
+    """However long the prompt is of which that step computes a chunk."""
+    running, simulation = engine(make_policy("infercept_oracle"), pages=2000)
+    context = running.open()
+    running.append(context, list(range(4000)))
+    running.prefill(context, lambda _: None)
+    simulation.run()
+    other = running.open()
+    running.append(other, [7] * 20_000)
+    running.prefill(other, lambda _: None)
+    running.step()
+    running.pause(context, [Call("person", true_s=60.0)])
+    plan = running.step()
+    copied = sum(len(move.source) for move in plan.moves) * PAGE
+    hidden = GPT_J_6B_A100.hidden_tokens(plan.num_query_tokens)
+    assert hidden - PAGE < copied <= hidden + PAGE
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_who_shares_a_run_that_is_brought_back_computes_its_own_last_row(scores: bool) -> None:
+    """Both have all of their KV on the host when they go on; what the first brings back is all that the second has."""
+    running, simulation = engine(make_policy("swap"), pages=32, max_running=2)
+    parent = running.open()
+    running.append(parent, list(range(2 * PAGE)))
+    running.prefill(parent, lambda _: None)
+    simulation.run()
+    children = [running.fork(parent) for _ in range(2)]
+    running.close(parent)
+    for child in children:
+        running.pause(child, [Call("t")])
+    simulation.run()
+    assert [running.ledger.held_tokens(child) for child in children] == [0, 0]
+    ended: list[object] = []
+
+    def told(chunk: TokenChunk) -> None:
+        if chunk.finish is not None:
+            ended.append(chunk.finish.reason)
+
+    bystander = running.open()
+    running.append(bystander, [7] * 20)
+    running.generate(bystander, generation(running, bystander, 30, told))
+    running.step()
+    for child in children:
+        if scores:
+            running.score(child, 2, lambda found: ended.append(len(found)))  # type: ignore[arg-type]
+        else:
+            running.generate(child, generation(running, child, 3, told))
+    simulation.run()
+    assert sorted(map(str, ended)) == (["30", "30", "length"] if scores else ["length"] * 3)
     running.check()
 
 

@@ -71,6 +71,7 @@ def view(
         segments=lambda: list(segments),
         profile=profile,
         batch_tokens=batch_tokens,
+        running_rows=query_tokens,
         query_tokens=query_tokens,
         free_pages=free_pages,
         num_pages=num_pages,
