@@ -10,6 +10,7 @@ import typer
 from caesura.lang import Engine, Tool, assistant, connect, function, gen, user
 from caesura.runtime.embedded.tools import Adventure
 from rich import print
+from rich.markup import escape
 
 
 @function
@@ -27,7 +28,7 @@ def narrated(game: Adventure) -> Tool:
         place, _, rest = seen.partition(" Exits")
         here = rest.partition("Here: ")[2].partition(".")[0]
         found = f"here: {here}" if here not in ("", "nothing") else ""
-        print(f"{game.steps:>3}. [bold cyan]{command:<20}[/] {place:<22} [dim]{found}[/]")
+        print(f"{game.steps:>3}. [bold cyan]{escape(command):<20}[/] {escape(place):<22} [dim]{escape(found)}[/]")
         return seen
 
     return Tool(act)
@@ -36,10 +37,10 @@ def narrated(game: Adventure) -> Tool:
 def main(seed: int = 3, url: str = "", model: str = ""):
     """Play the adventure of SEED; --url names a server, --model a checkpoint."""
     game = Adventure(seed)
-    print(f"[bold]{game.goal.capitalize()}.[/] {game.observe()}")
+    print(f"[bold]{escape(game.goal.capitalize())}.[/] {escape(game.observe())}")
     with connect(url) if url else Engine(model or None) as backend:
         state = play.run(game, narrated(game), backend=backend)
-        print(f"[bold green]{state['end']}[/]" if game.solved else f"[bold red]{state['end']}[/]")
+        print(f"[bold {'green' if game.solved else 'red'}]{escape(state['end'])}[/]")
         usage = state.usage()
     computed = usage.prompt_tokens - usage.cached_tokens + usage.completion_tokens
     print(

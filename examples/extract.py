@@ -10,6 +10,7 @@ import typer
 from caesura.lang import Engine, assistant, connect, function, gen, user
 from pydantic import BaseModel, Field
 from rich import print
+from rich.markup import escape
 from rich.table import Table
 
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
@@ -50,7 +51,7 @@ def main(url: str = "", model: str = ""):
     table = Table(*Order.model_fields, box=None, header_style="bold", padding=(0, 3, 0, 0))
     for order, letter in zip(orders, LETTERS, strict=True):
         wrong = missing(order, letter)
-        table.add_row(*(f"[{'red' if name in wrong else 'green'}]{value}[/]" for name, value in order))
+        table.add_row(*(f"[{'red' if name in wrong else 'green'}]{escape(str(value))}[/]" for name, value in order))
     print(table)
     print(f"{sum(order.quantity for order in orders):,} pieces ordered. [dim](red: does not stand in the letter)[/]")
     return states

@@ -12,6 +12,7 @@ import typer
 from caesura.lang import Engine, assistant, call_tool, connect, function, gen, system, tool, user
 from caesura.runtime.embedded.tools import calculate
 from rich import print
+from rich.markup import escape
 
 QUESTION = "A shop ordered 4816 lanterns and has sold 2957. How many lanterns remain?"
 CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "'
@@ -45,13 +46,13 @@ def main(question: str = QUESTION, branches: int = 9, temperature: float = 1.4, 
     """Ask a question; --url names a server, --model a checkpoint, otherwise the embedded model answers."""
     with connect(url) if url else Engine(model or None) as backend:
         state = vote.run(question, branches, temperature, backend=backend)
-        print(f"[bold]{question}[/]")
+        print(f"[bold]{escape(question)}[/]")
         votes = Counter(zip(state["value"], state["expression"], strict=True))
         for (value, expression), count in votes.most_common():
             colour = "green" if value == state.ret_value else "red"
-            print(f"  [{colour}]{'■' * count:<{branches}}[/] {expression} = {value}")
+            print(f"  [{colour}]{'■' * count:<{branches}}[/] {escape(expression)} = {escape(value)}")
         usage = state.usage()
-        print(f"The vote says [bold]{state.ret_value}[/].")
+        print(f"The vote says [bold]{escape(state.ret_value)}[/].")
         print(f"[dim]{usage.prompt_tokens} tokens of prompts, {usage.cached_tokens} of them shared or kept[/]")
     return state
 

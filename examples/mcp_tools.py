@@ -13,6 +13,7 @@ import typer
 from caesura.lang import Engine, McpServer, assistant, connect, function, gen, mcp_tools, user
 from caesura.runtime.embedded.tools import Encyclopedia, calculate, convert
 from rich import print
+from rich.markup import escape
 
 BOOK = Encyclopedia(3)
 QUESTIONS = (
@@ -60,13 +61,13 @@ def main(serve_stdio: bool = False, url: str = "", model: str = ""):
         connect(url) if url else Engine(model or None) as backend,
         mcp_tools(server, allow=taken, timeout_s=20) as tools,
     ):
-        print(f"[dim]tools: {', '.join(tools.names)}[/]")
+        print(f"[dim]tools: {escape(', '.join(tools.names))}[/]")
         for question in QUESTIONS:
             state = ask.run(question, tools, backend=backend)
-            print(f"[bold]{question}[/]")
+            print(f"[bold]{escape(question)}[/]")
             for call, result in state.tool_calls("answer"):
-                print(f"  [magenta]{call.tool}[/] {call.arguments} [dim]->[/] {result.text}")
-            print(f"  [green]{state['answer']}[/]")
+                print(f"  [magenta]{escape(call.tool)}[/] {escape(call.arguments)} [dim]->[/] {escape(result.text)}")
+            print(f"  [green]{escape(state['answer'])}[/]")
             states.append(state)
     return states
 

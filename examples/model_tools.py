@@ -11,6 +11,7 @@ import typer
 from caesura.lang import Engine, Tool, assistant, connect, function, gen, user
 from caesura.runtime.embedded.tools import Encyclopedia, Notebook, calculate, convert, days_between, weekday
 from rich import print
+from rich.markup import escape
 
 BOOK, NOTES = Encyclopedia(3), Notebook({"rent": "950"})
 TOOLBOX = [
@@ -40,10 +41,10 @@ def main(question: list[str] = QUESTIONS, url: str = "", model: str = ""):
     with connect(url) if url else Engine(model or None) as backend:
         states = [ask.run(text, backend=backend) for text in question]  # all of them at once
         for text, state in zip(question, states, strict=True):
-            print(f"[bold]{text}[/]")
+            print(f"[bold]{escape(text)}[/]")
             for call, result in state.tool_calls("answer"):
-                print(f"  [magenta]{call.tool}[/] {call.arguments} [dim]->[/] {result.text}")
-            print(f"  [green]{state['answer']}[/]")
+                print(f"  [magenta]{escape(call.tool)}[/] {escape(call.arguments)} [dim]->[/] {escape(result.text)}")
+            print(f"  [green]{escape(state['answer'])}[/]")
             usage = state.usage()
             print(
                 f"  [dim]{usage.prompt_tokens} tokens of prompts, {usage.cached_tokens} of them not computed again[/]"

@@ -14,6 +14,7 @@ import typer
 from caesura.lang import Engine, Tool, assistant, call_tools, connect, function, gen, user
 from caesura.runtime.embedded.tools import calculate, convert, weekday
 from rich import print
+from rich.markup import escape
 
 QUESTION = "What is 4827 * 396 and what is 51 + 1818?"
 
@@ -48,7 +49,8 @@ def main(question: str = QUESTION, url: str = "", model: str = ""):
     """Run it; --url names a server, --model a checkpoint, otherwise the embedded model calls."""
     with connect(url) if url else Engine(model or None) as backend:
         state = parallel.run(question, backend=backend)
-        print(f"[bold]{question}[/]\n[green]{state['answer']}[/]\nTwo mirrors raced: {state['race']}\n")
+        print(f"[bold]{escape(question)}[/]\n[green]{escape(state['answer'])}[/]")
+        print(f"Two mirrors raced: {escape(str(state['race']))}\n")
         print(state.trace().tree())
     took = sum(result.elapsed_s for _, result in state.tool_calls("answer"))
     print(f"[dim]one after the other the calls of the model would have taken {took:.2f} s[/]")

@@ -12,6 +12,7 @@ import typer
 from caesura.lang import Engine, Tool, assistant, connect, function, gen, system, user
 from caesura.runtime.embedded.tools import Encyclopedia, calculate, convert
 from rich import print
+from rich.markup import escape
 
 BOOK = Encyclopedia(3)
 TOOLS = [
@@ -52,10 +53,10 @@ def main(request: str = REQUEST, url: str = "", model: str = ""):
     with connect(url) if url else Engine(model or None) as backend:
         state = work.run(request, backend=backend)
         questions, agents = state.ret_value
-        print(f"[bold]{request}")
+        print(f"[bold]{escape(request)}")
         for question, answer in zip(questions, agents["answer"], strict=True):
-            print(f"  {question} [green]{answer}[/]")
-        print(f"[bold green]{state['summary']}[/]\n")
+            print(f"  {escape(question)} [green]{escape(answer)}[/]")
+        print(f"[bold green]{escape(state['summary'])}[/]\n")
         print(state.trace().tree(), agents.trace().tree())
         usage = agents.usage()
         print(

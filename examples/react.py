@@ -60,7 +60,7 @@ def main(question: str = QUESTION, url: str = "", model: str = ""):
         for line in state.messages()[-1]["content"].splitlines():
             kind, _, rest = line.partition(":")
             colour = {"Thought": "cyan", "Action": "magenta"}.get(kind, "yellow")
-            print(f"  [{colour}]{kind:>11}[/] {escape(rest)}")
+            print(f"  [{colour}]{escape(kind):>11}[/] {escape(rest)}")
         print(f"[bold green]{escape(state.ret_value)}[/]")
         usage = state.usage()
         print(f"[dim]{usage.tool_calls} pauses; {usage.prompt_tokens} tokens of prompts, {usage.cached_tokens} kept[/]")

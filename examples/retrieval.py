@@ -10,11 +10,13 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
+from textwrap import indent
 from typing import Annotated
 
 import typer
 from caesura.lang import Engine, Tool, assistant, connect, function, gen, user
 from rich import print
+from rich.markup import escape
 
 TOWN = Path(__file__).with_name("town")
 QUESTIONS = [
@@ -32,7 +34,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.passages: list[tuple[str, str]] = []  # (file, "Heading: sentence.")
         for file in sorted([*path.glob("*.md"), *path.glob("*.txt")]):
-            heading, *lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+            heading, *lines = [line.strip() for line in file.read_text().splitlines() if line.strip()] or [""]
             self.passages += [(file.name, f"{heading.lstrip('# ')}: {inner(line)}") for line in lines]
         self._words = [Counter(words(passage)) for _, passage in self.passages]
         self._found_in = Counter(word for found in self._words for word in found)
@@ -79,10 +81,11 @@ def main(
         for asked in question:
             notes = Folder(folder)
             state = ask.run(asked, Tool(notes.search), backend=backend)
-            print(f"[bold]{asked}[/]")
+            print(f"[bold]{escape(asked)}[/]")
             for call, result in state.tool_calls("answer"):
-                print(f"  [dim]{call.tool} {call.arguments}\n    " + result.text.replace("\n", "\n    "))
-            print(f"  [green]{state['answer']}[/] [dim]({', '.join(notes.read) or 'nothing read'})")
+                print(f"  [dim]{escape(f'{call.tool} {call.arguments}')}")
+                print("[dim]" + escape(indent(result.text, "    ")))
+            print(f"  [green]{escape(state['answer'])}[/] [dim]({escape(', '.join(notes.read)) or 'nothing read'})")
             states.append(state)
     return states
 

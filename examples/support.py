@@ -13,6 +13,7 @@ import time
 import typer
 from caesura.lang import Engine, assistant, call_tool, connect, function, get_server_info, select, system
 from rich import print
+from rich.markup import escape
 
 CARDS = {
     "wait": "",
@@ -71,7 +72,7 @@ def main(pace: float = 2.0, deadline_s: float = 0.1, url: str = "", model: str =
     """Follow a call at PACE times its speed; --url names a server, --model a checkpoint."""
 
     def show(words: str, card: str, share: float, seconds: float) -> None:
-        print(f"[dim]{seconds * 1000:4.0f} ms[/]  {words}")
+        print(f"[dim]{seconds * 1000:4.0f} ms[/]  {escape(words)}")
         if card != "wait":
             print(f"          [black on green] {card} [/] [green]{CARDS[card]}[/] [dim]{share:.0%} sure[/]")
 

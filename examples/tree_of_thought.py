@@ -16,6 +16,7 @@ import typer
 from caesura.lang import Engine, assistant, call_tool, connect, function, select, system, tool, user
 from caesura.runtime.embedded.tools import calculate
 from rich import print
+from rich.markup import escape
 from rich.tree import Tree
 
 QUESTION = "Salma has 318 red and 47 blue ribbons. Viktor has 26 times as many. How many ribbons does Viktor have?"
@@ -88,7 +89,7 @@ def search(s, question: str = QUESTION, beam: int = 4, depth: int = 3):
 def draw(thought: Thought, tree: Tree) -> Tree:
     for child in thought.next:
         colour = "green" if child.is_answer else "default"
-        draw(child, tree.add(f"[{colour}]{child.said}[/] [dim]{child.likelihood:.2%}"))
+        draw(child, tree.add(f"[{colour}]{escape(child.said)}[/] [dim]{child.likelihood:.2%}"))
     return tree
 
 
@@ -97,9 +98,9 @@ def main(question: str = QUESTION, beam: int = 4, url: str = "", model: str = ""
     with connect(url) if url else Engine(model or None) as backend:
         state = search.run(question, beam, backend=backend)
         root = state.ret_value
-    print(draw(root, Tree(f"[bold]{question}")))
+    print(draw(root, Tree(f"[bold]{escape(question)}")))
     best = max(root.answers(), key=lambda thought: thought.likelihood, default=root)
-    print(f"[bold green]{best.said or 'No way came to an end.'}")
+    print(f"[bold green]{escape(best.said) or 'No way came to an end.'}")
     return state
 
 

@@ -36,7 +36,8 @@ def note(core: Core, done: Sequence[tuple[ToolCall, ToolResult]]) -> None:
         told = {"arguments": call.arguments, "result": result.text, "ok": result.ok, "attempts": result.attempts}
         told |= {"elapsed_s": result.elapsed_s, "id": call.id}
         error = "" if result.ok else result.error or "failed"
-        pause.children.append(Span("tool", call.tool, pause.start_s, end_s, told, error=error))
+        kind = "" if result.exception is None else type(result.exception).__name__
+        pause.children.append(Span("tool", call.tool, pause.start_s, end_s, told, error=error, error_type=kind))
     results = [result for _, result in done]
     failed = sum(not result.ok for result in results)
     core.usage += Usage(

@@ -204,6 +204,8 @@ def call_tools(
         if isinstance(call, ir.ToolInvocation):
             made.append(call)
             continue
+        if not isinstance(call, (tuple, list)) or not call:
+            raise DefinitionError(f"call_tools({name!r}): {call!r} is no call; (tool, args...) is wanted")
         tool, *rest = call
         kwargs = rest.pop() if rest and isinstance(rest[-1], dict) else {}
         made.append(invocation(tool, tuple(rest), kwargs, timeout_s, retries, on_error, expected_s))

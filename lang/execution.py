@@ -188,11 +188,24 @@ class Execution:
 
     def _finish(self, failure: ProgramError | None) -> None:
         self.failure = failure
-        self.span.end("" if failure is None else str(failure))
-        self.done = True
-        for state in self.states:
-            state.finish(failure if state is self.root else None)
-        self._nested.clear()
+        try:
+            self._end_span(failure)
+        finally:  # whatever became of the trace, nobody may wait for ever
+            self.done = True
+            for state in self.states:
+                state.finish(failure if state is self.root else None)
+            self._nested.clear()
+
+    def _end_span(self, failure: ProgramError | None) -> None:
+        if failure is None:
+            self.span.end()
+            return
+        kind = type(failure.root).__name__
+        try:
+            words = str(failure)
+        except Exception:  # of an exception that does not tell its text
+            words = kind
+        self.span.end(words, kind)
 
     # -- sessions ------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from caesura.lang.backend import Constraint
 from caesura.lang.errors import DefinitionError
+from caesura.lang.symbols import Symbol
 
 if TYPE_CHECKING:
     from caesura.lang.choices import ChoicesSamplingMethod
@@ -58,8 +59,8 @@ class Text(Expr):
         return f"text({shown!r})"
 
 
-@dataclass(frozen=True, slots=True)
-class Var(Expr):
+@dataclass(frozen=True, slots=True, eq=False)
+class Var(Symbol, Expr):
     """The value of a variable, known only when the node before it has run."""
 
     name: str
@@ -68,8 +69,8 @@ class Var(Expr):
         return f"variable({self.name!r})"
 
 
-@dataclass(frozen=True, slots=True)
-class Argument(Expr):
+@dataclass(frozen=True, slots=True, eq=False)
+class Argument(Symbol, Expr):
     """An argument of a traced program that was not given."""
 
     name: str

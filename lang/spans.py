@@ -16,7 +16,8 @@ SpanKind = Literal["program", "branch", "generate", "select", "pause", "tool"]
 
 @dataclass(slots=True, eq=False)
 class Span:
-    """One stretch of a run. ``end_s`` is None while it lasts; ``error`` says how it failed.
+    """One stretch of a run. ``end_s`` is None while it lasts; ``error`` says how it failed, ``error_type`` is the class
+    of the exception where that is known.
 
     Attributes by kind: ``generate`` has prompt_tokens, cached_tokens, completion_tokens, finish, first_token_s and
     text; ``select`` choices and choice; ``pause`` tools; ``tool`` arguments, result, ok, attempts and elapsed_s.
@@ -29,6 +30,7 @@ class Span:
     attributes: dict[str, Any] = field(default_factory=dict)
     children: list[Span] = field(default_factory=list)
     error: str = ""
+    error_type: str = ""
 
     @property
     def duration_s(self) -> float:
@@ -41,20 +43,22 @@ class Span:
         self.children.append(child)
         return child
 
-    def end(self, error: str = "") -> None:
+    def end(self, error: str = "", error_type: str = "") -> None:
         """End it, and everything in it that has not ended."""
-        if self.end_s is not None:
-            return
-        self.end_s = time.monotonic()
-        self.error = error
-        for child in self.children:
-            child.end(error)
+        now, lasting = time.monotonic(), [self]
+        while lasting:
+            span = lasting.pop()
+            if span.end_s is None:
+                span.end_s, span.error, span.error_type = now, error, error_type
+                lasting += span.children
 
-    def walk(self, depth: int = 0) -> Iterator[tuple[int, Span]]:
-        """This span and all in it, each with its depth."""
-        yield depth, self
-        for child in list(self.children):
-            yield from child.walk(depth + 1)
+    def walk(self) -> Iterator[tuple[int, Span]]:
+        """This span and all in it, parents first, each with its depth, which has no limit."""
+        ahead = [(0, self)]
+        while ahead:
+            depth, span = ahead.pop()
+            yield depth, span
+            ahead += [(depth + 1, child) for child in reversed(span.children)]
 
 
 class SpanStack:
@@ -76,7 +80,8 @@ class SpanStack:
         try:
             yield span
         except BaseException as error:
-            span.end(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+            error_type = type(error).__name__
+            span.end(f"{error_type}: {error}" if str(error) else error_type, error_type)
             raise
         finally:
             span.end()

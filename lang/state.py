@@ -125,18 +125,25 @@ class ProgramState:
 
     def fail(self, failure: ProgramError) -> None:
         """Record the failure; children that were still to be forked fail with it."""
+        self.abandon_forks(self._failed(failure), failure)
+
+    def _failed(self, failure: ProgramError) -> list[ir.Expr]:
+        """Record the failure; gives what will not run any more."""
         if self.failure is not None:
-            return
+            return []
         self.failure = failure
-        self.abandon_forks(self.drain.clear(), failure)
+        dropped = self.drain.clear()
         self.notify()
+        return dropped
 
     def abandon_forks(self, nodes: Iterable[ir.Expr], failure: ProgramError) -> None:
-        """Children of forks that will not come have failed, so that nobody waits for them."""
-        for node in nodes:
+        """Children of forks that will not come have failed, and theirs as well, so that nobody waits for them."""
+        ahead = list(nodes)
+        while ahead:
+            node = ahead.pop()
             for child in node.children if isinstance(node, ir.ForkInto) else ():
                 if child.core_or_none is None:
-                    child.fail(failure)
+                    ahead += child._failed(failure)
                     child.failure_seen = True
 
     def finish(self, failure: ProgramError | None) -> None:

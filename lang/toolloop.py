@@ -88,5 +88,5 @@ def _shown(calls: list[ToolCall]) -> list[dict[str, object]]:
 def _compact(arguments: str) -> str:
     try:
         return json.dumps(json.loads(arguments), ensure_ascii=False)
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments

@@ -151,7 +151,10 @@ class Tool:
     def parse_arguments(self, arguments: str) -> dict[str, Any]:
         """A model's JSON arguments as keyword arguments. Raises ValueError with what is wrong, for the model."""
         if self._given_parameters is not None:
-            value = json.loads(arguments or "{}")
+            try:
+                value = json.loads(arguments or "{}")
+            except RecursionError:
+                raise ValueError("arguments are nested too deeply") from None
             if not isinstance(value, dict):
                 raise ValueError(f"arguments must be a JSON object, not {type(value).__name__}")
             return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from caesura.lang import ir
 from caesura.lang.errors import TraceStopped
+from caesura.lang.symbols import tracing
 
 if TYPE_CHECKING:
     from caesura.lang.program import Program
 
-_TRACING: contextvars.ContextVar[bool] = contextvars.ContextVar("caesura_tracing", default=False)
+MAX_NODES = 5_000
+MAX_DEPTH = 100
 
 
 def is_tracing() -> bool:
     """Whether the calling code belongs to a symbolic run."""
-    return _TRACING.get()
+    return tracing.get()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +70,17 @@ class Trace:
 
 
 class Tracer:
-    """Stands in for a ProgramState: collects nodes, and hands out symbols for variables."""
+    """Stands in for a ProgramState: collects nodes, and hands out symbols for variables.
 
-    def __init__(self) -> None:
+    A body may loop without end: ``steps`` counts what this and its branches may still collect, ``depth`` how deep in
+    forks this one is.
+    """
+
+    def __init__(self, steps: Iterator[int] | None = None, depth: int = 0) -> None:
         self.nodes: list[ir.Expr] = []
         self.branches: list[Tracer] = []
+        self._steps = iter(range(MAX_NODES)) if steps is None else steps
+        self._depth = depth
 
     def __iadd__(self, other: object) -> Tracer:
         self.submit(ir.as_expr(other))
@@ -85,9 +92,15 @@ class Tracer:
             for part in node.parts:
                 self.submit(part)
         elif isinstance(node, ir.ProgramCall):
+            self._step()
             node.program.body(self, node.args, node.kwargs)
         else:
+            self._step()
             self.nodes.append(node)
+
+    def _step(self) -> None:
+        if next(self._steps, None) is None:
+            raise TraceStopped(f"a trace has at most {MAX_NODES} nodes")
 
     def __getitem__(self, name: str) -> ir.Var:
         return ir.Var(name)
@@ -101,9 +114,15 @@ class Tracer:
         self.submit(ir.SetVar(name, value))
 
     def fork(self, size: int = 1, position_ids_offset: list[int] | None = None) -> TracerGroup:
-        children = [Tracer() for _ in range(size)]
-        self.branches += children
+        children = [self._branch() for _ in range(size)]
         return TracerGroup(children)
+
+    def _branch(self) -> Tracer:
+        self._step()
+        if self._depth == MAX_DEPTH:
+            raise TraceStopped(f"a trace has forks in forks up to {MAX_DEPTH} deep")
+        self.branches.append(Tracer(self._steps, self._depth + 1))
+        return self.branches[-1]
 
     @contextlib.contextmanager
     def copy(self) -> Iterator[Tracer]:
@@ -199,11 +218,11 @@ def trace_program(program: Program, arguments: Mapping[str, Any]) -> Trace:
     tracer = Tracer()
     if inspect.iscoroutinefunction(program.func):
         return tracer.result(program.name, "an async body is not traced")
-    token = _TRACING.set(True)
+    token = tracing.set(True)
     try:
         program.body(tracer, (), filled)
     except Exception as error:  # whatever a body does with a symbol; what came before it is still constant
         return tracer.result(program.name, f"{type(error).__name__}: {error}")
     finally:
-        _TRACING.reset(token)
+        tracing.reset(token)
     return tracer.result(program.name)

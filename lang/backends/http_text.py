@@ -140,7 +140,7 @@ def calls_in_text(text: str) -> tuple[str, list[ToolCallRequest]] | None:
         try:
             told = json.loads(match.group(1))
             found.append(ToolCallRequest(str(told["name"]), json.dumps(told["arguments"])))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
     return (_CALL.sub("", text).strip("\n"), found) if found else None
 

@@ -27,7 +27,7 @@ class Wrapped:
         """The chosen option. Raises OutputError when the endpoint did not keep to the schema."""
         try:
             found = json.loads(text)["choice"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             found = None
         if found not in self.options:
             raise OutputError(f"the endpoint answered {text[:200]!r}, which is none of {list(self.options)}")

@@ -7,13 +7,14 @@ questions are answered in the order in which they were recorded.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import time
 from collections import defaultdict, deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,31 @@ def key(kind: str, *parts: Any) -> str:
     return kind + ":" + hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()
 
 
+class ContextKeys:
+    """Digests of questions about a context that grows: each is the `key` of path, whole text and parts, but what was
+    read is not read again."""
+
+    def __init__(self, path: str) -> None:
+        self._hash = hashlib.sha256(f'[{json.dumps(path)}, "'.encode())
+
+    def add(self, text: str) -> None:
+        """More of the context."""
+        self._hash.update(json.dumps(text)[1:-1].encode())
+
+    def key(self, kind: str, *parts: Any) -> str:
+        """The digest of a question that stands here."""
+        whole = self._hash.copy()
+        told = "".join(", " + json.dumps(part, sort_keys=True, default=list) for part in parts)
+        whole.update(f'"{told}]'.encode())
+        return f"{kind}:{whole.hexdigest()}"
+
+
 class Tape:
     """Recorded answers, and the file that new ones are appended to (none for a replay)."""
 
-    def __init__(self, entries: list[dict[str, Any]], fd: int | None, path: Path) -> None:
+    def __init__(self, entries: list[dict[str, Any]], fd: int | None, path: Path, *, is_torn: bool = False) -> None:
         self.path = path
+        self._is_torn = is_torn
         self._answers: defaultdict[str, deque[dict[str, Any]]] = defaultdict(deque)
         for entry in entries:
             self._answers[entry["key"]].append(entry)
@@ -43,10 +64,14 @@ class Tape:
     def read(path: Path) -> Tape:
         """A recording to replay. Raises ReplayError when the file is none."""
         try:
-            entries, _ = _entries(path.read_bytes(), path)
+            data = path.read_bytes()
         except OSError as error:
             raise NoRecording(f"{path} cannot be read: {error.strerror}") from None
-        return Tape(entries, None, path)
+        entries, size = _entries(data, path)
+        is_torn = size < len(data)
+        if is_torn and not entries:
+            raise NoRecording(f"{path} is no recording: its only line is torn")
+        return Tape(entries, None, path, is_torn=is_torn)
 
     @staticmethod
     def open(path: Path, *, anew: bool) -> Tape:
@@ -75,29 +100,47 @@ class Tape:
             raise
         return Tape(entries, fd, path)
 
-    def take(self, asked: str) -> Any:
-        """The recorded answer, None when there is none (left). An answer itself is never None."""
+    def take(self, asked: str, read: Callable[[Any], Any] = lambda value: value) -> Any:
+        """The recorded answer as ``read`` makes it, None when there is none (left). An answer itself is never None.
+        Raises NoRecording when ``read`` cannot make anything of it."""
         answers = self._answers.get(asked)
         if not answers:
             return None
-        if asked.startswith(ALWAYS):
-            return answers[0]["value"]
-        self.num_left -= 1
-        return answers.popleft()["value"]
+        entry = answers[0]
+        if not asked.startswith(ALWAYS):
+            self.num_left -= 1
+            answers.popleft()
+        try:
+            return read(entry["value"])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            wrong = f"it has no field {error}" if isinstance(error, KeyError) else str(error)
+            where = f"{self.path}, line {entry.get('line', '?')} ({entry.get('what', asked)})"
+            raise NoRecording(f"{where}: damaged, or of another version: {wrong}") from None
 
     def write(self, asked: str, what: str, value: Any) -> None:
         """Append an answer."""
         entry = {"key": asked, "what": what, "at": round(time.time(), 6), "value": value}
+        if self._fd is not None:
+            line = json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+            try:
+                _append(self._fd, line)
+            except OSError as error:
+                raise self._unwritten(what, error) from None
         if asked.startswith(ALWAYS):
             self._answers[asked].append(entry)
-        if self._fd is not None:
-            os.write(self._fd, json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
 
-    async def sync(self) -> None:
-        """Put everything written on the disk: for what must not be done a second time."""
-        if self._fd is not None:
-            with contextlib.suppress(OSError):  # a pipe or another file that cannot be synced
-                await asyncio.to_thread(os.fsync, self._fd)
+    async def sync(self, what: str) -> None:
+        """Put everything written on the disk: for ``what`` must not be done a second time."""
+        if self._fd is None:
+            return
+        try:
+            await asyncio.to_thread(os.fsync, self._fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot sync
+                raise self._unwritten(what, error) from None
+
+    def _unwritten(self, what: str, error: OSError) -> NoRecording:
+        return NoRecording(f"{self.path} cannot be written: {error.strerror}; what it lacks: {what}")
 
     def unused(self) -> list[str]:
         """Answers that nobody asked for, in words."""
@@ -112,6 +155,8 @@ class Tape:
         """The error for a question that the recording does not answer."""
         unused = self.unused()
         instead = f"; what it has and was not asked for: {', '.join(unused[:3])}" if unused else ""
+        if self._is_torn:
+            return ReplayError(f"{self.path} ends in a torn line: it has no (further) {what}{instead}")
         return ReplayError(f"the program has changed since the recording: it has no (further) {what}{instead}")
 
     def close(self) -> None:
@@ -121,6 +166,18 @@ class Tape:
             self._fd = None
 
 
+def _append(fd: int, line: bytes) -> None:
+    """All of the line or none of it: a disk that is full takes a part."""
+    size = os.fstat(fd).st_size
+    rest = memoryview(line)
+    try:
+        while rest:
+            rest = rest[os.write(fd, rest) :]
+    except OSError:
+        os.ftruncate(fd, size)
+        raise
+
+
 def _entries(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines, and the bytes they take; a last line that is torn is left out."""
     entries: list[dict[str, Any]] = []
@@ -128,11 +185,11 @@ def _entries(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-            if not isinstance(entry.get("key"), str) or "value" not in entry:
+            if not isinstance(entry, dict) or not isinstance(entry.get("key"), str) or entry.get("value") is None:
                 raise ValueError("it has no key or no value")
-        except (ValueError, AttributeError) as error:
+        except ValueError as error:
             raise NoRecording(f"{path} is no recording: line {number}: {error}") from None
-        entries.append(entry)
+        entries.append({**entry, "line": number})
     if not entries:  # what is torn is about to be cut off
         _check_beginning(torn[: len(BEGINNING)], path)
     return entries, len(data) - len(torn)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -21,9 +20,7 @@ from typing import Any, Literal
 
 from caesura.lang.backend import (
     Backend,
-    Capabilities,
     ChatFormat,
-    Finish,
     GenChunk,
     GenRequest,
     OptionScore,
@@ -32,11 +29,21 @@ from caesura.lang.backend import (
     Session,
     TokenLogprob,
     Tokens,
-    ToolCallRequest,
     ToolSpec,
 )
-from caesura.lang.backends.tape import Tape, key
-from caesura.lang.errors import NoRecording, ReplayError, ToolTimeout
+from caesura.lang.backends.tape import ContextKeys, Tape, key
+from caesura.lang.backends.tape_values import (
+    read_capabilities,
+    read_chunks,
+    read_logprobs,
+    read_pieces,
+    read_race,
+    read_result,
+    read_scores,
+    read_turn,
+    result_value,
+)
+from caesura.lang.errors import NoRecording, ReplayError
 from caesura.lang.tools import ToolResult
 
 log = logging.getLogger("caesura.lang")
@@ -80,7 +87,7 @@ class TapedBackend:
             raise
         kind = "record" if live is not None else "replay"
         self.name = f"{kind}({about['name']})"
-        self.capabilities = live.capabilities if live is not None else _capabilities(about["able"])
+        self.capabilities = live.capabilities if live is not None else tape.take("backend:", read_capabilities)
         chat = None if live is None else live.chat
         stop = tuple(about["stop"]) if chat is None else chat.stop
         self.chat: ChatFormat | None = _TapedChat(tape, chat, stop) if about["chat"] else None
@@ -163,27 +170,25 @@ class _TapedChat:
         self, role: str, *, first: bool, tools: Sequence[ToolSpec] | None = None
     ) -> tuple[Sequence[Piece], Sequence[Piece]]:
         asked, what = key("turn", role, first, tools), f"turn of {role}"
-        told = self._tape.take(asked)
-        if told is None:
+        sides: tuple[Sequence[Piece], Sequence[Piece]] | None = self._tape.take(asked, read_turn)
+        if sides is None:
             if self._live is None:
                 raise self._tape.missing(what)
             sides = await self._live.turn(role, first=first, tools=tools)
-            told = [[asdict(piece) for piece in side] for side in sides]
-            self._tape.write(asked, what, told)
-        opening, closing = told
-        return [Piece(**piece) for piece in opening], [Piece(**piece) for piece in closing]
+            self._tape.write(asked, what, [[asdict(piece) for piece in side] for side in sides])
+        return sides
 
     async def tool_results(
         self, results: Sequence[tuple[str, str]], *, tools: Sequence[ToolSpec] | None = None
     ) -> Sequence[Piece]:
         asked, what = key("results", results, tools), f"turn with the tool results {_shown(str(list(results)))}"
-        told = self._tape.take(asked)
-        if told is None:
+        pieces: Sequence[Piece] | None = self._tape.take(asked, read_pieces)
+        if pieces is None:
             if self._live is None:
                 raise self._tape.missing(what)
-            told = [asdict(piece) for piece in await self._live.tool_results(results, tools=tools)]
-            self._tape.write(asked, what, told)
-        return [Piece(**piece) for piece in told]
+            pieces = await self._live.tool_results(results, tools=tools)
+            self._tape.write(asked, what, [asdict(piece) for piece in pieces])
+        return pieces
 
 
 class TapedSession:
@@ -201,13 +206,17 @@ class TapedSession:
         self._num_sent = 0
         self._marks: dict[int, int] = {0: 0}  # pieces -> the live session's mark
         self._paused = False
+        self._keys, self._num_keyed = ContextKeys(path), 0
 
     @property
     def text(self) -> str:
         return "".join(piece.text for piece in self._pieces)
 
     def _key(self, kind: str, *parts: Any) -> str:
-        return key(kind, self._path, self.text, *parts)
+        for piece in self._pieces[self._num_keyed :]:
+            self._keys.add(piece.text)
+        self._num_keyed = len(self._pieces)
+        return self._keys.key(kind, *parts)
 
     async def _session(self, what: str) -> Session:
         """The live session with all of the context in it. Raises ReplayError without a live backend."""
@@ -238,7 +247,7 @@ class TapedSession:
 
     async def generate(self, request: GenRequest) -> AsyncGenerator[GenChunk, None]:
         asked = self._key("generate", asdict(replace(request, stream=False)))
-        told = self._tape.take(asked)
+        told: list[GenChunk] | None = self._tape.take(asked, read_chunks)
         if told is None:
             async with aclosing(self._generate(request, asked)) as chunks:
                 async for chunk in chunks:
@@ -246,9 +255,9 @@ class TapedSession:
             return
         taken: list[GenChunk] = []
         try:
-            for item in told:
-                taken.append(_chunk(item))
-                yield taken[-1]
+            for chunk in told:
+                taken.append(chunk)
+                yield chunk
                 await asyncio.sleep(0)
         finally:
             self._pieces.append(_generated(taken))
@@ -273,26 +282,20 @@ class TapedSession:
 
     async def score(self, texts: Sequence[str], *, unconditional: bool = False) -> list[OptionScore]:
         asked, what = self._key("score", list(texts), unconditional), f"choice among {list(texts)}"
-        told = self._tape.take(asked)
-        if told is None:
+        scores: list[OptionScore] | None = self._tape.take(asked, read_scores)
+        if scores is None:
             session = await self._session(what)
-            told = [asdict(score) for score in await session.score(texts, unconditional=unconditional)]
-            self._tape.write(asked, what, told)
-        return [
-            OptionScore(
-                tuple(_logprob(item) for item in one["conditional"]),
-                None if one["unconditional"] is None else tuple(_logprob(item) for item in one["unconditional"]),
-            )
-            for one in told
-        ]
+            scores = list(await session.score(texts, unconditional=unconditional))
+            self._tape.write(asked, what, [asdict(score) for score in scores])
+        return scores
 
     async def prompt_logprobs(self, start: int) -> list[TokenLogprob]:
         asked, what = self._key("prompt", start), f"prompt logprobs from {start}"
-        told = self._tape.take(asked)
-        if told is None:
-            told = [asdict(item) for item in await (await self._session(what)).prompt_logprobs(start)]
-            self._tape.write(asked, what, told)
-        return [_logprob(item) for item in told]
+        logprobs: list[TokenLogprob] | None = self._tape.take(asked, read_logprobs)
+        if logprobs is None:
+            logprobs = list(await (await self._session(what)).prompt_logprobs(start))
+            self._tape.write(asked, what, [asdict(item) for item in logprobs])
+        return logprobs
 
     async def prefill(self) -> None:
         if self._live is not None or self._begins_live:
@@ -334,6 +337,7 @@ class TapedSession:
 
     async def rollback(self, mark: int) -> None:
         del self._pieces[mark:]
+        self._keys, self._num_keyed = ContextKeys(self._path), 0
         if self._live is not None:
             sent = mark if mark in self._marks and mark <= self._num_sent else 0
             await self._live.rollback(self._marks[sent])
@@ -345,13 +349,13 @@ class TapedSession:
     ) -> ToolResult:
         """The recorded result, or the tool's own, which is on the disk before the program goes on."""
         asked, what = self._key("tool", tool, arguments, number), f"call {tool}({_shown(arguments)})"
-        told = self._tape.take(asked)
+        told: ToolResult | None = self._tape.take(asked, read_result)
         if told is not None:
-            return _result(told)
+            return told
         self._need_live(what)
         result = await run()
-        self._tape.write(asked, what, _told(result))
-        await self._tape.sync()
+        self._tape.write(asked, what, result_value(result))
+        await self._tape.sync(what)
         return result
 
     async def on_race(
@@ -359,13 +363,13 @@ class TapedSession:
     ) -> list[ToolResult | None]:
         """As `on_tool`, for calls of which the first success ends the others: they are recorded together."""
         asked, what = self._key("race", list(calls)), f"race of {', '.join(tool for tool, _ in calls)}"
-        told = self._tape.take(asked)
+        told: list[ToolResult | None] | None = self._tape.take(asked, read_race)
         if told is not None:
-            return [None if one is None else _result(one) for one in told]
+            return told
         self._need_live(what)
         results = await run()
-        self._tape.write(asked, what, [None if one is None else _told(one) for one in results])
-        await self._tape.sync()
+        self._tape.write(asked, what, [None if one is None else result_value(one) for one in results])
+        await self._tape.sync(what)
         return results
 
     async def close(self) -> None:
@@ -392,55 +396,3 @@ def _generated(chunks: Sequence[GenChunk]) -> Piece | Tokens:
         return Piece(text) if finish.kept_token_ids is None else Tokens(finish.kept_token_ids, text)
     ids = tuple(token for chunk in chunks for token in chunk.token_ids)  # it was interrupted
     return Tokens(ids, text) if ids else Piece(text)
-
-
-def _told(result: ToolResult) -> dict[str, Any]:
-    """A result as JSON; its value only where JSON gives back the same."""
-    told = {
-        "ok": result.ok,
-        "text": result.text,
-        "error": result.error,
-        "elapsed_s": round(result.elapsed_s, 6),
-        "attempts": result.attempts,
-        "late": isinstance(result.exception, ToolTimeout),
-    }
-    with contextlib.suppress(TypeError, ValueError, RecursionError):
-        if result.ok and result.value != result.text and json.loads(json.dumps(result.value)) == result.value:
-            told["value"] = result.value
-    return told
-
-
-def _result(told: Mapping[str, Any]) -> ToolResult:
-    error = told["error"]
-    return ToolResult(
-        ok=told["ok"],
-        value=told.get("value", told["text"]) if told["ok"] else None,
-        text=told["text"],
-        error=error,
-        elapsed_s=told["elapsed_s"],
-        attempts=told["attempts"],
-        exception=ToolTimeout(error) if told["late"] else None,
-    )
-
-
-def _capabilities(able: Mapping[str, Any]) -> Capabilities:
-    try:
-        return Capabilities(**{**able, "constraints": frozenset(able["constraints"])})
-    except (KeyError, TypeError) as error:
-        raise ReplayError(f"this is no recording of this version: {error}") from None
-
-
-def _logprob(told: Mapping[str, Any]) -> TokenLogprob:
-    top = tuple((item[0], item[1], item[2]) for item in told["top"])
-    return TokenLogprob(told["logprob"], told["token_id"], told["text"], top)
-
-
-def _chunk(told: Mapping[str, Any]) -> GenChunk:
-    finish = None
-    if told["finish"] is not None:
-        kept = told["finish"]["kept_token_ids"]
-        calls = tuple(ToolCallRequest(**call) for call in told["finish"]["tool_calls"])
-        finish = Finish(
-            **{**told["finish"], "tool_calls": calls, "kept_token_ids": None if kept is None else tuple(kept)}
-        )
-    return GenChunk(told["text"], tuple(told["token_ids"]), tuple(_logprob(item) for item in told["logprobs"]), finish)

@@ -6,9 +6,14 @@ runtime, which knows no language.
 
 from __future__ import annotations
 
+import io
+import sys
+
 
 def main() -> None:
     """Entry point of the ``caesura`` script."""
     from caesura.lang.cli.app import app
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character loses that one, not all
     app()

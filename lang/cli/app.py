@@ -202,11 +202,12 @@ app.add_typer(config_app, name="config")
 def config_show(
     context: typer.Context,
     style: Annotated[str, typer.Option("--format", help="table, json, or toml for --config.")] = "table",
+    as_json: Json = False,
 ) -> None:
     """Every setting, its value and where that came from; with the options that caesura serve has."""
     from caesura.lang.cli.config_command import config_show
 
-    config_show(context.args, serve, style)
+    config_show(context.args, serve, "json" if as_json else style)
 
 
 @app.command()

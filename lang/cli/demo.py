@@ -122,7 +122,6 @@ def run_demo(
     *, agents: int, seed: int, policies: Sequence[str], trace: Path | None, viewer: Viewer | None = None
 ) -> Report:
     """Run the fleet without the tool, then with it under each policy. Raises CliError, CaesuraError."""
-    _check_writable(trace)
     viewer = viewer or SilentViewer()
     fleet = make_fleet(seed, agents)
     viewer.say("loading the embedded model and measuring this machine")
@@ -238,15 +237,3 @@ def _outcome(stats: dict[str, Any], wall_s: float, fleet: Sequence[Agent], answe
         answers_right=count_right(fleet, answers),
         answers_total=sum(len(agent.tasks) for agent in fleet),
     )
-
-
-def _check_writable(path: Path | None) -> None:
-    """Say so before a minute of work, not after it."""
-    if path is None:
-        return
-    try:
-        with path.open("a"):
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise CliError(f"cannot write {path}: {reason}", "caesura demo --trace FILE", USAGE) from None

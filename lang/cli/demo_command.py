@@ -9,11 +9,12 @@ from pathlib import Path
 
 from caesura.lang.cli.demo import Report, run_demo
 from caesura.lang.cli.live import TerminalViewer, report_view
-from caesura.lang.cli.output import FAILED, USAGE, CliError, print_json, stderr, stdout
+from caesura.lang.cli.output import FAILED, CliError, cannot_write, check_writable, print_json, stderr, stdout
 from rich.console import Console, RenderableType
 from rich.text import Text
 
 SVG_COLUMNS = 118
+TRACE_BEGINS = b'{"traceEvents"'
 
 
 def demo_command(
@@ -27,6 +28,7 @@ def demo_command(
     as_json: bool,
 ) -> None:
     """Run the demo and print what it found. With ``as_json`` the live view, if any, goes to standard error."""
+    check_outputs(trace, svg)
     console = stderr() if as_json else stdout()
     shows = live and console.is_terminal
     quiet = as_json and not shows
@@ -52,6 +54,18 @@ def demo_command(
         )
 
 
+def check_outputs(trace: Path, svg: Path | None) -> None:
+    """Both can be written, and no file that is not a trace is replaced by one: it has its name by default."""
+    check_writable(trace, "caesura demo --trace FILE")
+    if trace.is_file():
+        with trace.open("rb") as file:
+            begins = file.read(len(TRACE_BEGINS))
+        if not TRACE_BEGINS.startswith(begins):
+            raise CliError(f"{trace} is no trace, and is not replaced by one", "caesura demo --trace FILE")
+    if svg is not None:
+        check_writable(svg, "caesura demo --svg FILE", folders=True)
+
+
 def save_picture(path: Path, view: RenderableType | None, report: Report) -> None:
     """Draw a moment of the live view and the final table as one SVG."""
     console = Console(record=True, width=SVG_COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
@@ -62,7 +76,6 @@ def save_picture(path: Path, view: RenderableType | None, report: Report) -> Non
     svg = console.export_svg(title="caesura demo")
     svg = re.sub(r"@font-face\s*\{[^}]*\}", "", svg)  # a picture must not fetch fonts from elsewhere
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(svg, encoding="utf-8")
     except OSError as error:
-        raise CliError(f"cannot write {path}: {error.strerror or error}", "caesura demo --svg FILE", USAGE) from None
+        raise cannot_write(path, error, "caesura demo --svg FILE") from None

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from caesura.lang.printable import printable
@@ -20,6 +24,7 @@ POLICY_HELP = (  # spelled out, so that --help need not import them
     "lamps, augserve, continuum, thunderagent, oracle. "
     "Estimators: elapsed, profiled, conditional, hint, progress, oracle."
 )
+SURROGATES = re.compile("[\ud800-\udfff]")
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -51,13 +56,50 @@ def stderr() -> Any:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output; what JSON cannot say is shown as text."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    """One JSON document on standard output; what JSON cannot say is shown as text, a number that is none as null."""
+    ensure_ascii = not str(sys.stdout.encoding).lower().startswith("utf")
+    sys.stdout.write(json.dumps(_sayable(value), indent=2, ensure_ascii=ensure_ascii) + "\n")
     sys.stdout.flush()
 
 
-def fail(error: CliError) -> NoReturn:
-    """Print the error and leave with its code."""
+def _sayable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_sayable(_key(name)): _sayable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_sayable(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, int):
+        return value
+    return SURROGATES.sub("\N{REPLACEMENT CHARACTER}", value if isinstance(value, str) else str(value))
+
+
+def _key(name: Any) -> Any:
+    return name if isinstance(name, int | float | None) else str(name)
+
+
+def check_writable(path: Path, next_command: str, *, folders: bool = False) -> None:
+    """Say so before the work, not after it. Raises CliError; a file that was not there is not there afterwards.
+    ``folders``: those of ``path`` are made."""
+    is_new = not os.path.lexists(path)
+    try:
+        if folders:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise cannot_write(path, error, next_command) from None
+
+
+def cannot_write(path: Path, error: OSError, next_command: str) -> CliError:
+    """The error of a file that was to be written."""
+    return CliError(f"cannot write {path}: {error.strerror or error}", next_command, USAGE)
+
+
+def report(error: CliError) -> None:
+    """Print the error, and what to try."""
     from rich.text import Text
 
     console = stderr()
@@ -65,6 +107,11 @@ def fail(error: CliError) -> NoReturn:
         console.print(Text(printable(error.details.rstrip())))
     console.print(Text.assemble(("error: ", "bold red"), printable(str(error))))
     console.print(Text.assemble(("try: ", "bold"), printable(error.next_command)))
+
+
+def fail(error: CliError) -> NoReturn:
+    """Print the error and leave with its code."""
+    report(error)
     raise SystemExit(error.code)
 
 

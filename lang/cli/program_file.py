@@ -15,6 +15,7 @@ from caesura.lang.errors import ProgramError, ServerUnavailable
 from caesura.lang.program import Program
 
 NOT_GIVEN = inspect.Parameter.empty
+UNNAMED: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 def split_target(target: str) -> tuple[Path, str | None]:
@@ -91,18 +92,11 @@ def parse_arguments(program: Program, given: Sequence[str], target: str) -> dict
         key, equals, text = pair.partition("=")
         if not equals or not key:
             raise CliError(f"--arg is {pair!r}; it must read name=value", _example(program, target))
-        known = key in parameters and parameters[key].kind is not inspect.Parameter.VAR_KEYWORD
+        known = key in parameters and parameters[key].kind not in UNNAMED
         if not known and not takes_any:
             raise CliError(f"the program takes no argument {key!r}; it is {signature}", _example(program, target))
         values[key] = _parse(key, text, hints.get(key, str), program, target)
-    missing = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is NOT_GIVEN
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        and name not in values
-        and name not in program.bound
-    ]
+    missing = [name for name in _needed(program) if name not in values]
     if missing:
         raise CliError(f"missing {', '.join(missing)}; the program is {signature}", _example(program, target))
     return values
@@ -140,13 +134,21 @@ def _parse(key: str, text: str, kind: Any, program: Program, target: str) -> Any
 def _shown(parameter: inspect.Parameter) -> str:
     annotation = parameter.annotation
     kind = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    shown = parameter.name if annotation is NOT_GIVEN else f"{parameter.name}: {kind}"
+    name = UNNAMED.get(parameter.kind, "") + parameter.name
+    shown = name if annotation is NOT_GIVEN else f"{name}: {kind}"
     return shown if parameter.default is NOT_GIVEN else f"{shown} = {parameter.default!r}"
 
 
 def _example(program: Program, target: str) -> str:
-    needed = [parameter.name for parameter in program.own_parameters if parameter.default is NOT_GIVEN]
-    return " ".join(["caesura run", target, *(f"--arg {name}=..." for name in needed)])
+    return " ".join(["caesura run", target, *(f"--arg {name}=..." for name in _needed(program))])
+
+
+def _needed(program: Program) -> list[str]:
+    return [
+        parameter.name
+        for parameter in program.own_parameters
+        if parameter.default is NOT_GIVEN and parameter.kind not in UNNAMED and parameter.name not in program.bound
+    ]
 
 
 def program_failure(error: ProgramError, target: str) -> CliError:

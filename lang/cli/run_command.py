@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -10,7 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from caesura.lang.backend import Backend
-from caesura.lang.cli.output import USAGE, CliError, print_json, stderr, stdout
+from caesura.lang.cli.output import (
+    USAGE,
+    CliError,
+    cannot_write,
+    check_writable,
+    print_json,
+    report,
+    stderr,
+    stdout,
+)
 from caesura.lang.cli.program_file import (
     choose_program,
     load_programs,
@@ -25,6 +35,7 @@ from rich.console import Console
 from rich.text import Text
 
 ROLE_STYLES = {"system": "dim", "user": "bold cyan", "assistant": "bold green", "tool": "bold magenta"}
+INSTEAD_OF_TRACE = "caesura run ... --trace -"
 
 
 TapeKind = Literal["record", "replay", "resume"]
@@ -32,11 +43,14 @@ TapeChoice = tuple[TapeKind, Path]
 
 
 def choose_tape(*, record: Path | None, replay: Path | None, resume: Path | None) -> TapeChoice | None:
-    """The one of the options that was given. Raises CliError for several."""
+    """The one of the options that was given. Raises CliError for several, and for what no run can be written to."""
     options: dict[TapeKind, Path | None] = {"record": record, "replay": replay, "resume": resume}
     given = [(kind, path) for kind, path in options.items() if path is not None]
     if len(given) > 1:
         raise CliError("--record, --replay and --resume do not go together", "caesura run --help", USAGE)
+    for kind, path in given:
+        if kind != "replay" and path.exists() and not path.is_file():
+            raise CliError(f"{path} is no file that a run is written to", f"caesura run FILE --{kind} run.jsonl")
     return given[0] if given else None
 
 
@@ -54,41 +68,60 @@ def run_command(
     as_json: bool,
 ) -> None:
     """Find, run and show a program. Raises CliError; the engine's errors pass through."""
-    if trace is not None and trace != "-" and Path(trace).suffix not in (".html", ".json"):
-        raise CliError(f"--trace is {trace!r}; it must end in .html or .json, or be -", "caesura run --help", USAGE)
+    _check_trace(trace)
     path, name = split_target(target)
     program = choose_program(path, load_programs(path), name)
     values = parse_arguments(program, arguments, target)
     options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
     with start_taped(model, policy, url, tape) as backend:
         state = program.run(**values, **options, backend=backend, stream=stream)
+        with _traced(state, trace):
+            try:
+                if stream and not as_json:
+                    _stream(state, stdout())
+                state.sync()
+            except ProgramError as error:
+                raise program_failure(error, target) from error
+            except KeyboardInterrupt:
+                state.cancel()
+                state.error()
+                raise
+            if as_json:
+                print_json(as_document(state))
+            elif not stream:
+                show(state, stdout())
+
+
+def _check_trace(where: str | None) -> None:
+    if where is None or where == "-":
+        return
+    if Path(where).suffix not in (".html", ".json"):
+        raise CliError(f"--trace is {where!r}; it must end in .html or .json, or be -", "caesura run --help", USAGE)
+    check_writable(Path(where), INSTEAD_OF_TRACE)
+
+
+@contextlib.contextmanager
+def _traced(state: ProgramState, where: str | None) -> Iterator[None]:
+    """Show the trace in the end, of a failed program above all. A trace that fails, too, does not hide why it did."""
+    try:
+        yield
+    except BaseException:
         try:
-            if stream and not as_json:
-                _stream(state, stdout())
-            state.sync()
-        except ProgramError as error:
-            raise program_failure(error, target) from error
-        except KeyboardInterrupt:
-            state.cancel()
-            state.error()
-            raise
-        finally:  # of a failed program above all
-            if trace is not None:
-                _show_trace(state, trace)
-        if as_json:
-            print_json(as_document(state))
-        elif not stream:
-            show(state, stdout())
+            _show_trace(state, where)
+        except CliError as error:
+            report(error)
+        raise
+    _show_trace(state, where)
 
 
-def _show_trace(state: ProgramState, where: str) -> None:
+def _show_trace(state: ProgramState, where: str | None) -> None:
     if where == "-":
         stderr().print(state.trace().tree())
-        return
-    try:
-        state.trace().save(where)
-    except OSError as error:
-        raise CliError(f"{where} cannot be written: {error.strerror}", "caesura run ... --trace -") from None
+    elif where is not None:
+        try:
+            state.trace().save(where)
+        except OSError as error:
+            raise cannot_write(Path(where), error, INSTEAD_OF_TRACE) from None
 
 
 def start_engine(model: str | None, policy: str | None) -> Any:
@@ -125,6 +158,11 @@ def start_taped(model: str | None, policy: str | None, url: str | None, tape: Ta
         return
     kind, path = tape
     if kind == "replay":
+        if any((model, policy, url)):
+            raise CliError(
+                "--replay runs no model; --model, --policy and --url do not go with it",
+                f"caesura run FILE --replay {path}",
+            )
         with replay(path, strict=True) as backend:
             yield backend
         return
@@ -153,13 +191,12 @@ def _stream(state: ProgramState, console: Console) -> None:
 
 
 def show(state: ProgramState, console: Console) -> None:
-    """The turns with their roles, or the plain text of a program without roles; then what it took."""
-    messages = state.messages()
-    if messages:
-        for message in messages:
-            _show_message(message, console)
-    else:
-        console.print(Text(printable(state.text())), soft_wrap=True)
+    """The turns with their roles and the plain text around them; then what it took."""
+    for part in _parts(state):
+        if isinstance(part, str):
+            console.print(Text(printable(part)), soft_wrap=True)
+        else:
+            _show_message(part, console)
     if state.ret_value is not None:
         console.print(Text.assemble(("returned: ", "bold"), printable(str(state.ret_value))), soft_wrap=True)
     usage = state.usage()
@@ -170,6 +207,24 @@ def show(state: ProgramState, console: Console) -> None:
     if decided:
         parts.append(f"KV while paused: {', '.join(decided)}")
     console.print(Text(f"[{', '.join(parts)}]", "dim"))
+
+
+def _parts(state: ProgramState) -> Iterator[Mapping[str, Any] | str]:
+    """The messages, and what stands between them."""
+    messages = iter(state.messages())
+    outside, plain = True, ""
+    for segment in state.core.log:
+        if segment.marker is None:
+            plain += segment.text if outside else ""
+            continue
+        if plain.strip():
+            yield plain
+        outside, plain = segment.marker == "close", ""
+        if outside or segment.calls:  # calls end a turn as well, and a result follows each
+            yield from itertools.islice(messages, 1 + len(segment.calls))
+    yield from messages
+    if plain.strip():
+        yield plain
 
 
 def _show_message(message: Mapping[str, Any], console: Console) -> None:

@@ -5,7 +5,9 @@ An option that is not given is None here: the defaults are the configuration's o
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +16,8 @@ from caesura.lang.cli.output import NO_ENGINE, POLICY_HELP, CliError, stderr
 
 if TYPE_CHECKING:
     from caesura.runtime.server.settings import Settings
+
+CANNOT_LISTEN = (errno.EADDRINUSE, errno.EACCES)
 
 
 def _option(help: str, *names: str) -> Any:
@@ -88,7 +92,19 @@ def serve(
         )
     from caesura.runtime.server import serve as run
 
+    _check_free(settings.config.host, settings.config.port)
     run(settings.config)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises CliError where the server could not listen: said before the engine is loaded, which takes its time."""
+    try:
+        for family, *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            socket.create_server(address, family=family).close()
+    except OSError as error:
+        if error.errno in CANNOT_LISTEN:
+            why = os.strerror(error.errno)
+            raise CliError(f"cannot listen on {host}:{port}: {why}", "caesura serve --port PORT") from None
 
 
 def resolve(flags: dict[str, Any], file: Path | None) -> Settings:

@@ -67,8 +67,8 @@ def _heading(past: Past, server: dict[str, Any], engine: dict[str, Any], lost: s
     copied = int((account["pages_out"] + account["pages_in"]) * engine["page_bytes"])
     text = Text()
     text.append("// ", "green").append("caesura ", "bold").append(past.url, "dim")
-    text.append("  model ", "dim").append(str(server["model"]), "bold")
-    text.append("  policy ", "dim").append(str(engine["policy"]), "bold")
+    text.append("  model ", "dim").append(_clean(str(server["model"])), "bold")
+    text.append("  policy ", "dim").append(_clean(str(engine["policy"])), "bold")
     text.append("  up ", "dim").append(seconds(server["uptime_s"]), "bold")
     if server["draining"]:
         text.append("  draining", "yellow")
@@ -80,7 +80,7 @@ def _heading(past: Past, server: dict[str, Any], engine: dict[str, Any], lost: s
     text.append(f"   {account['tokens_computed']:,.0f} computed, {again:.1%} again, {megabytes(copied)} copied", "dim")
     text.append(f", waste {account['waste_token_s']:,.0f} token-s", "dim")
     if lost:
-        text.append(f"\n{lost}; trying again", "bold red")
+        text.append(f"\n{_clean(lost)}; trying again", "bold red")
     return text
 
 
@@ -127,7 +127,7 @@ def _contexts(engine: dict[str, Any], room: int) -> RenderableType:
         tokens, held = context["num_tokens"], context["held_tokens"]
         table.add_row(
             f"#{context['id']}",
-            Text(context["state"], STYLES.get(context["state"], "")),
+            Text(_clean(context["state"]), STYLES.get(context["state"], "")),
             Text(_clean(context["tool"])),
             seconds(max(0.0, engine["now_s"] - context["since_s"])),
             seconds(context["expected_remaining_s"]) if context["tool"] else "",
@@ -160,7 +160,7 @@ def _decisions(decisions: list[dict[str, Any]], now_s: float) -> Table:
         table.add_row(
             seconds(max(0.0, now_s - decision["now"])),
             f"#{decision['context_id']}",
-            Text(SHORT.get(action, action), style),
+            Text(_clean(SHORT.get(action, action)), style),
             Text(_clean(decision["tool"]) or "idle"),
             *cells,
             Text(_clean(decision["reason"])),
@@ -194,7 +194,7 @@ def _table(*columns: tuple[str, Any, int | None]) -> Table:
 
 
 def _clean(text: str) -> str:
-    """Without control characters: a tool's name must not steer the terminal."""
+    """Without control characters: a name must not steer the terminal."""
     return printable(text, keep="")
 
 

@@ -147,7 +147,7 @@ def call_html(call: ToolCall, result: ToolResult) -> Markup:
 def _pretty(arguments: str) -> str:
     try:
         return json.dumps(json.loads(arguments), ensure_ascii=False, indent=1)
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from caesura.lang.display.markup import Markup, folded, join, table, tag, view
+from caesura.lang.display.markup import Markup, folded, join, listed, table, tag, view
 
 BAR_CHARS = 24
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -20,7 +20,12 @@ def decisions_html(decisions: Sequence[Any]) -> str:
     """Several, in order."""
     if not decisions:
         return view(tag("span", "No pause was long enough to decide about.", cls="cz-soft"))
-    return view(*(decision_part(decision) for decision in decisions))
+    return view(*decision_parts(decisions, is_open=True))
+
+
+def decision_parts(decisions: Sequence[Any], *, is_open: bool = False) -> list[Markup]:
+    """Several, one below the other."""
+    return listed(decisions, "decisions", lambda decision: decision_part(decision, is_open=is_open))
 
 
 def decision_part(decision: Any, *, is_open: bool = True) -> Markup:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from caesura.lang.printable import printable
 
 MAX_CHARS = 20_000
+MAX_ITEMS = 400
+T = TypeVar("T")
 
 
 class Markup(str):
@@ -23,7 +27,7 @@ def text(value: str) -> Markup:
 def tag(name: str, *content: str, **attributes: str | None) -> Markup:
     """An element. ``cls`` is its class; attributes that are None are left out."""
     given = "".join(
-        f' {"class" if key == "cls" else key.replace("_", "-")}="{html.escape(value)}"'
+        f' {"class" if key == "cls" else key.replace("_", "-")}="{html.escape(printable(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -45,6 +49,14 @@ def table(rows: list[list[str]], *, cls: str, head: list[str] | None = None) -> 
 def folded(summary: str, *content: str, is_open: bool = False) -> Markup:
     """Details that open on a click."""
     return tag("details", tag("summary", summary), *content, open="" if is_open else None)
+
+
+def listed(items: Sequence[T], what: str, show: Callable[[T], Markup]) -> list[Markup]:
+    """The first items, and of how many more of ``what`` the page does not tell."""
+    shown = [show(item) for item in items[:MAX_ITEMS]]
+    if len(items) > MAX_ITEMS:
+        shown.append(tag("div", f"{len(items) - MAX_ITEMS} more {what}", cls="cz-soft"))
+    return shown
 
 
 def view(*content: str) -> Markup:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from caesura.lang.display.context import context_html
-from caesura.lang.display.decisions import decision_part
-from caesura.lang.display.markup import Markup, folded, join, table, tag, view
+from caesura.lang.display.decisions import decision_parts
+from caesura.lang.display.markup import MAX_ITEMS, Markup, folded, join, listed, table, tag, view
 from caesura.lang.display.timeline import timeline_svg
 from caesura.lang.traces.describe import decisions_of, duration
 
@@ -25,10 +25,13 @@ def state_html(state: ProgramState) -> str:
     spans = [span for span in state.trace() if span.kind == "pause"]
     if spans:
         parts.append(timeline_svg(state.execution.span))
-        parts += [decision_part(decision, is_open=False) for span in spans for decision in decisions_of(span)]
+        parts += decision_parts([decision for span in spans for decision in decisions_of(span)])
     variables = state.variables
     if variables:
-        rows: list[list[str]] = [[tag("code", name), _value(value)] for name, value in variables.items()]
+        shown = list(variables.items())[:MAX_ITEMS]
+        rows: list[list[str]] = [[tag("code", name), _value(value)] for name, value in shown]
+        if len(variables) > MAX_ITEMS:
+            rows.append(["", f"{len(variables) - MAX_ITEMS} more variables"])
         parts.append(folded(f"{len(variables)} variables", table(rows, cls="cz-variables")))
     return view(*parts)
 
@@ -54,5 +57,5 @@ def _head(state: ProgramState) -> Markup:
 
 def _value(value: object) -> Markup:
     if isinstance(value, list) and len(value) > 1:
-        return join(*(tag("div", str(item)) for item in value))
+        return join(*listed(value, "values", lambda item: tag("div", str(item))))
     return tag("span", str(value))

@@ -6,9 +6,10 @@ is a grey that can be read on white and on black.
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
-from caesura.lang.display.markup import Markup, tag
+from caesura.lang.display.markup import MAX_ITEMS, Markup, tag
 from caesura.lang.display.style import ACTIONS, CHOICE, GENERATED, GREY
 from caesura.lang.spans import Span
 from caesura.lang.traces.describe import decisions_of, details, duration, title
@@ -36,12 +37,19 @@ def timeline_svg(root: Span) -> Markup:
     """The picture; its width follows its surroundings."""
     lanes = [span for _, span in root.walk() if span is root or span.kind == "branch"]
     shown, hidden = lanes[:MAX_LANES], len(lanes) - MAX_LANES
-    height = LANE * len(shown) + 44 + (16 if hidden > 0 else 0)
+    bars = [(4 + LANE * number, span) for number, lane in enumerate(shown) for span in _work(lane)]
+    longest = heapq.nlargest(MAX_ITEMS, bars, key=lambda bar: bar[1].duration_s)
+    longest.sort(key=lambda bar: (bar[0], bar[1].start_s))
+    left_out = {"more branches": hidden, "more bars, all shorter": len(bars) - len(longest)}
+    note = ", ".join(f"{number} {what}" for what, number in left_out.items() if number > 0)
+    height = LANE * len(shown) + 44 + (16 if note else 0)
     parts = [_axis(root, LANE * len(shown) + 4)]
     for number, lane in enumerate(shown):
         parts += _lane(root, lane, 4 + LANE * number)
-    if hidden > 0:
-        parts.append(_label(LEFT, height - 32, f"{hidden} more branches"))
+    for y, span in longest:
+        parts += _bar(root, span, y)
+    if note:
+        parts.append(_label(LEFT, height - 32, note))
     parts.append(_legend(root, height - 8))
     return tag(
         "svg", *parts, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {WIDTH} {height}", width=str(WIDTH),
@@ -57,24 +65,27 @@ def _x(root: Span, moment_s: float) -> float:
 def _lane(root: Span, lane: Span, y: float) -> list[Markup]:
     x, end = _x(root, lane.start_s), _x(root, lane.start_s + lane.duration_s)
     parts = [_label(0, y + 12, lane.name if len(lane.name) <= 15 else lane.name[:14] + "…")]
-    parts.append(_rect(x, y, end - x, f"rgba({GREY},.13)", "", ""))
-    for span in _work(lane):
-        start, stop = _x(root, span.start_s), _x(root, span.start_s + span.duration_s)
-        fill, stroke = _colours(span)
-        words = f"{title(span)}: {duration(span.duration_s)}. {details(span)}"
-        parts.append(_rect(start, y, max(1.5, stop - start), fill, stroke, words))
-        name = "+".join(span.attributes["tools"]) if span.kind == "pause" else span.name
-        if len(name) * CHAR + 6 < stop - start:
-            parts.append(_label(start + 4, y + 12, name, "#10151c" if span.kind != "pause" or stroke == "" else INK))
+    return [*parts, _rect(x, y, end - x, f"rgba({GREY},.13)", "", "")]
+
+
+def _bar(root: Span, span: Span, y: float) -> list[Markup]:
+    start, stop = _x(root, span.start_s), _x(root, span.start_s + span.duration_s)
+    fill, stroke = _colours(span)
+    words = f"{title(span)}: {duration(span.duration_s)}. {details(span)}"
+    parts = [_rect(start, y, max(1.5, stop - start), fill, stroke, words)]
+    name = "+".join(span.attributes["tools"]) if span.kind == "pause" else span.name
+    if len(name) * CHAR + 6 < stop - start:
+        parts.append(_label(start + 4, y + 12, name, "#10151c" if span.kind != "pause" or stroke == "" else INK))
     return parts
 
 
 def _work(lane: Span) -> list[Span]:
     """What a lane consists of: nested programs are part of it, branches are not."""
-    found = []
-    for child in lane.children:
+    found, ahead = [], lane.children[::-1]
+    while ahead:
+        child = ahead.pop()
         if child.kind == "program":
-            found += _work(child)
+            ahead += reversed(child.children)
         elif child.kind in ("generate", "select", "pause"):
             found.append(child)
     return found
@@ -110,8 +121,15 @@ def _axis(root: Span, y: float) -> Markup:
             )
         )
         anchor = "start" if i == 0 else "middle"
-        parts.append(_label(x, y + 12, duration(i * step) if i else "0", INK, anchor))
+        parts.append(_label(x, y + 12, _moment(i, step), INK, anchor))
     return tag("g", *parts)
+
+
+def _moment(number: int, step_s: float) -> str:
+    """Of as many digits as tell one step from the next."""
+    if number == 0:
+        return "0"
+    return duration(number * step_s) if step_s > 0.00095 else f"{1000 * number * step_s:.1f} ms"
 
 
 def _steps() -> list[float]:

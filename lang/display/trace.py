@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from caesura.lang.display.decisions import decision_part
-from caesura.lang.display.markup import Markup, folded, tag, view
+from caesura.lang.display.decisions import decision_parts
+from caesura.lang.display.markup import MAX_ITEMS, Markup, folded, tag, view
 from caesura.lang.display.timeline import timeline_svg
 from caesura.lang.spans import Span
 from caesura.lang.traces.describe import decisions_of, details, duration, summary, title
 from caesura.lang.traces.run_trace import RunTrace
 
-MAX_SPANS = 400
+MAX_INDENT = 20
 _CLASSES = {"generate": "cz-g", "select": "cz-x", "tool": "cz-t"}
 
 
@@ -27,11 +27,11 @@ def trace_parts(trace: RunTrace) -> list[Markup]:
     if root.error:
         parts.append(tag("div", root.error, cls="cz-error"))
     parts.append(timeline_svg(root))
-    parts += [decision_part(decision, is_open=False) for span in trace for decision in decisions_of(span)]
+    parts += decision_parts([decision for span in trace for decision in decisions_of(span)])
     spans = list(root.walk())
-    lines = [_line(trace, depth, span) for depth, span in spans[:MAX_SPANS]]
-    if len(spans) > MAX_SPANS:
-        lines.append(tag("tr", tag("td", f"{len(spans) - MAX_SPANS} more spans")))
+    lines = [_line(trace, depth, span) for depth, span in spans[:MAX_ITEMS]]
+    if len(spans) > MAX_ITEMS:
+        lines.append(tag("tr", tag("td", f"{len(spans) - MAX_ITEMS} more spans")))
     head = tag("tr", *(tag("th", name) for name in ("at", "span", "took", "")))
     parts.append(folded(f"{len(spans)} spans", tag("table", head, *lines, cls="cz-spans"), is_open=len(spans) <= 40))
     return parts
@@ -43,7 +43,7 @@ def _line(trace: RunTrace, depth: int, span: Span) -> Markup:
     return tag(
         "tr",
         tag("td", f"{span.start_s - trace.root.start_s:.3f}"),
-        tag("td", Markup("&emsp;" * depth), name),
+        tag("td", Markup("&emsp;" * min(depth, MAX_INDENT)), name),
         tag("td", duration(span.duration_s)),
         tag("td", about),
     )

@@ -23,18 +23,18 @@ def duration(seconds: float) -> str:
 
 def one_line(text: str, max_chars: int) -> str:
     """A text cut to one line."""
-    flat = printable(" ".join(text.split()), keep="")
+    flat = printable(" ".join(text.split())[: max_chars + 1], keep="")
     return flat if len(flat) <= max_chars else flat[: max_chars - 1] + "…"
 
 
 def call_text(name: str, arguments: str, max_chars: int = 80) -> str:
-    """A call as one would write it in Python."""
+    """A call as one would write it in Python; its name and its arguments are each cut to ``max_chars``."""
     try:
         values = json.loads(arguments or "{}")
         told = ", ".join(f"{key}={value!r}" for key, value in values.items())
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         told = arguments
-    return f"{name}({one_line(told, max_chars)})"
+    return f"{one_line(name, max_chars)}({one_line(told, max_chars)})"
 
 
 def decisions_of(span: Span) -> Sequence[Any]:
@@ -45,21 +45,25 @@ def decisions_of(span: Span) -> Sequence[Any]:
 
 def details(span: Span, max_chars: int = 80) -> str:
     """What a span did, in a line."""
+    return one_line(_told(span), max_chars)
+
+
+def _told(span: Span) -> str:
     about = span.attributes
     if span.error and span.kind != "tool":
-        return one_line(span.error, max_chars)
+        return span.error
     if span.kind == "generate" and "completion_tokens" in about:
         words = f"{about['completion_tokens']} tokens after {about['prompt_tokens']}"
         if about["cached_tokens"]:
             words += f" ({about['cached_tokens']} cached)"
-        return f"{words}: {one_line(repr(about['text'])[1:-1], max_chars)}"
+        return f"{words}: {repr(about['text'])[1:-1]}"
     if span.kind == "select":
         return f"{about.get('choice', '?')!s} of {len(about['choices'])}"
     if span.kind == "tool":
-        return one_line(about["result"], max_chars)
+        return str(about["result"])
     if span.kind == "pause":
         decided = [f"{item.action.value}: {item.reason}" for item in decisions_of(span)]
-        return one_line("; ".join(decided), max_chars) or f"waits for {', '.join(about['tools']) or 'nothing'}"
+        return "; ".join(decided) or f"waits for {', '.join(about['tools']) or 'nothing'}"
     if span.kind == "program":
         return summary(span)
     return ""
@@ -69,7 +73,7 @@ def title(span: Span) -> str:
     """What a span is called."""
     if span.kind == "tool":
         return call_text(span.name, span.attributes["arguments"], 40)
-    return span.name if span.kind in ("branch", "program") else f"{span.kind} {span.name}"
+    return one_line(span.name if span.kind in ("branch", "program") else f"{span.kind} {span.name}", 80)
 
 
 def summary(root: Span) -> str:

@@ -25,10 +25,14 @@ def export(trace: RunTrace, provider: Any = None, *, content: bool = False) -> N
     except ImportError as error:
         raise DefinitionError(f"OpenTelemetry is not installed ({error}): pip install 'caesura[otel]'") from None
     tracer = (provider or otel.get_tracer_provider()).get_tracer("caesura")
-    _export(trace, tracer, trace.root, None, content)
+    found: list[tuple[Span, Any]] = [(trace.root, None)]
+    for span, parent in found:  # which grows meanwhile
+        context = _export(trace, tracer, span, parent, content)
+        found += [(child, context) for child in span.children]
 
 
-def _export(trace: RunTrace, tracer: Tracer, span: Span, parent: Any, content: bool) -> None:
+def _export(trace: RunTrace, tracer: Tracer, span: Span, parent: Any, content: bool) -> Any:
+    """Send a span; gives the context of its children."""
     from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 
     name, attributes = _described(trace, span, content)
@@ -43,11 +47,9 @@ def _export(trace: RunTrace, tracer: Tracer, span: Span, parent: Any, content: b
         moment = max(span.start_s, min(decision.now, span.start_s + span.duration_s))
         made.add_event("caesura.pause.decision", _decision(decision), _nanos(trace, moment))
     if span.error:
-        made.set_status(Status(StatusCode.ERROR, span.error))
-    context = set_span_in_context(made)
-    for child in span.children:
-        _export(trace, tracer, child, context, content)
+        made.set_status(Status(StatusCode.ERROR, span.error if content else None))
     made.end(end_time=_nanos(trace, span.start_s + span.duration_s))
+    return set_span_in_context(made)
 
 
 def _nanos(trace: RunTrace, moment_s: float) -> int:
@@ -57,7 +59,7 @@ def _nanos(trace: RunTrace, moment_s: float) -> int:
 def _described(trace: RunTrace, span: Span, content: bool) -> tuple[str, Attributes]:
     """The conventions' name and attributes for a span."""
     about = span.attributes
-    error = {"error.type": span.error.partition(":")[0]} if span.error else {}
+    error = {"error.type": span.error_type or "_OTHER"} if span.error else {}
     if span.kind == "program":
         return f"invoke_agent {span.name}", {
             "gen_ai.operation.name": "invoke_agent",

@@ -74,7 +74,8 @@ class RunTrace:
     def export(self, provider: Any = None, *, content: bool = False) -> None:
         """Send the spans to OpenTelemetry (the extra ``otel``): to ``provider``, or the global one.
 
-        ``content``: with the texts of the model and the arguments and results of tools, which may be confidential.
+        ``content``: with the texts of the model, the arguments and results of tools, and the words of errors, all of
+        which may be confidential.
         """
         from caesura.lang.traces.otel import export
 
@@ -85,9 +86,10 @@ class RunTrace:
 
         from rich.console import Console
 
-        console = Console(file=StringIO(), width=120, no_color=True)
+        text = StringIO()  # whatever the surroundings are: a notebook, or a terminal with colours
+        console = Console(file=text, width=120, color_system=None, force_terminal=False, force_jupyter=False)
         console.print(self.tree())
-        return str(console.file.getvalue())  # type: ignore[attr-defined]
+        return text.getvalue()
 
     def __repr__(self) -> str:
         state = "running" if self.root.end_s is None else f"{self.root.duration_s:.3f} s"

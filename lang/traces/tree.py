@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from caesura.lang.spans import Span, SpanKind
 from caesura.lang.traces.describe import details, duration, title
 from caesura.lang.traces.run_trace import RunTrace
@@ -11,6 +13,7 @@ from rich.text import Text
 
 BAR_CHARS = 24
 LABEL_CHARS = 48
+GUIDE_CHARS = 24
 STYLES: dict[SpanKind, str] = {
     "program": "bold",
     "branch": "bold",
@@ -27,21 +30,27 @@ def tree(trace: RunTrace) -> RenderableType:
     for justify in ("left", "right", "left"):
         table.add_column(justify=justify, no_wrap=True)
     table.add_column()  # the one that gives way when the terminal is narrow
-    _add(table, trace.root, trace.root, "", "")
+    for guide, span in _guided(trace.root):
+        style = "red" if span.error else STYLES[span.kind]
+        label = Text.assemble((guide, "dim"), (title(span), style))
+        label.truncate(LABEL_CHARS, overflow="ellipsis")
+        took = Text(duration(span.duration_s) + ("" if span.end_s is not None else " …"), "dim")
+        about = Text(details(span, 200), "red" if span.error else "", no_wrap=True, overflow="ellipsis")
+        table.add_row(label, took, _bar(trace.root, span, style), about)
     return table
 
 
-def _add(table: Table, root: Span, span: Span, guide: str, indent: str) -> None:
-    style = "red" if span.error else STYLES[span.kind]
-    label = Text.assemble((guide, "dim"), (title(span), style))
-    label.truncate(LABEL_CHARS, overflow="ellipsis")
-    took = Text(duration(span.duration_s) + ("" if span.end_s is not None else " …"), "dim")
-    about = Text(details(span, 200), "red" if span.error else "", no_wrap=True, overflow="ellipsis")
-    table.add_row(label, took, _bar(root, span, style), about)
-    children = list(span.children)
-    for number, child in enumerate(children, 1):
-        last = number == len(children)
-        _add(table, root, child, indent + ("└ " if last else "├ "), indent + ("  " if last else "│ "))
+def _guided(root: Span) -> Iterator[tuple[str, Span]]:
+    """Every span with the lines that lead to it, of which only the innermost are shown."""
+    ahead = [("", "", root)]
+    while ahead:
+        guide, indent, span = ahead.pop()
+        yield guide, span
+        end = "└ ", "  "
+        for child in reversed(span.children):
+            corner, line = end
+            ahead.append(((indent + corner)[-GUIDE_CHARS:], (indent + line)[-GUIDE_CHARS:], child))
+            end = "├ ", "│ "
 
 
 def _bar(root: Span, span: Span, style: str) -> Text:

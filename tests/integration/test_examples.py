@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import inspect
@@ -165,6 +166,16 @@ def test_answers_come_from_the_folder(run: Callable[..., Any]) -> None:
     assert folder.search("xylophone").startswith("error")
 
 
+def test_a_folder_may_hold_anything(
+    run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.md").touch()
+    (tmp_path / "market[b].md").write_text("# Fish Market\n\nKeiko built it in 1921 [/b].\n")
+    run("retrieval.py", folder=tmp_path, question=["Who built the Fish Market?"])
+    printed = capsys.readouterr().out
+    assert "1921 [/b]." in printed and "(market[b].md)" in printed
+
+
 def test_letters_become_orders(run: Callable[..., Any]) -> None:
     states = run("extract.py")
     orders = [state.ret_value for state in states]
@@ -217,10 +228,24 @@ def test_a_person_may_answer_after_the_process_has_died(tmp_path: Path) -> None:
         said = list(itertools.takewhile(lambda line: "Refund 816" not in line, first.stdout))
         first.kill()
     assert any("the calculator runs: 48 * 17" in line for line in said)
-    (tmp_path / "refund.answer").write_text("yes\n")
+    (tmp_path / "d0cd0665.answer").write_text("yes\n")
     again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert again.stdout.splitlines()[-1] == "Refunded 816 to Wanda."
     assert "the calculator runs" not in again.stdout  # nor has the model thought of it again: it is on the tape
+
+
+def test_leave_is_given_once_and_for_one_question(tmp_path: Path) -> None:
+    desk = load("human_in_the_loop.py").Desk(tmp_path)
+
+    def ask(question: str) -> str:
+        return asyncio.run(asyncio.wait_for(desk.ask_person(question), 0.2))
+
+    (tmp_path / "d0cd0665.answer").write_text("yes\n")
+    with pytest.raises(TimeoutError):
+        ask("Refund 912 to Wanda?")
+    assert ask("Refund 816 to Wanda?") == "yes"
+    with pytest.raises(TimeoutError):
+        ask("Refund 816 to Wanda?")
 
 
 def test_a_fleet_that_speaks_openai_pauses_on_the_server(engine: EngineBackend) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from caesura.lang import ScriptedBackend
+from caesura.lang import ScriptedBackend, ScriptedReply
 from caesura.lang.cli import run_command
 from caesura.lang.cli.app import app
+from caesura.lang.traces.run_trace import RunTrace
 from typer.testing import CliRunner, Result
 
 PROGRAMS = """
@@ -65,8 +69,10 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
 
 
-def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+def python(code: str, **environ: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=os.environ | environ
+    )
     return done.stdout
 
 
@@ -118,6 +124,65 @@ def test_json_is_one_document(programs: Path) -> None:
     assert document["usage"]["generations"] == 1
 
 
+def test_text_outside_of_turns_is_printed_where_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mixed.py"
+    path.write_text("""
+from caesura.lang import assistant, function, gen, user
+
+def lookup(word: str) -> str:
+    return word.upper()
+
+@function
+def mixed(s):
+    s += "before " + gen("plain")
+    s += user("hi") + assistant(gen("answer", tools=[lookup]))
+    s += "between"
+    s += user("bye")
+    s += "after"
+""")
+    replies: list[str | ScriptedReply] = ["that", ScriptedReply(tool_calls=[("lookup", {"word": "x"})]), "found"]
+    monkeypatch.setattr(run_command, "start_engine", lambda model, policy: _Closing(replies))
+    *lines, _ = invoke("run", str(path)).stdout.splitlines()
+    assert lines == [
+        "before that",
+        "user: hi",
+        "assistant calls: lookup(word='x')",
+        "tool lookup: X",
+        "assistant: found",
+        "between",
+        "user: bye",
+        "after",
+    ]
+
+
+SAYS = """
+from caesura.lang import assistant, function, gen, user
+
+@function
+def says(s):
+    s += "日本語"
+    s.set_var("sum", {(1, 2): float("nan"), "half": "\\ud83d"})
+"""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_whatever_a_program_says_can_be_printed(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "says.py").write_text(SAYS)
+    code = f"""
+import sys
+from caesura.lang import ScriptedBackend
+from caesura.lang.cli import main, run_command
+import contextlib
+run_command.start_engine = lambda model, policy: contextlib.nullcontext(ScriptedBackend([]))
+sys.argv = ["caesura", "run", {str(tmp_path / "says.py")!r}, *sys.argv[1:]]
+"""
+    plain = python(code + "main()", PYTHONIOENCODING=encoding)
+    assert plain.startswith("日本語" if encoding == "utf-8" else "???")
+    document = json.loads(python(code + "sys.argv.append('--json'); main()", PYTHONIOENCODING=encoding))
+    assert document["text"] == "日本語"
+    assert document["variables"] == {"sum": {"(1, 2)": None, "half": "\ufffd"}}
+
+
 def test_a_run_is_recorded_replayed_and_resumed(programs: Path, tmp_path: Path) -> None:
     tape = str(tmp_path / "run.jsonl")
     first = invoke("run", f"{programs}:plain", "--record", tape)
@@ -134,6 +199,12 @@ def test_a_run_is_recorded_replayed_and_resumed(programs: Path, tmp_path: Path) 
     both = invoke("run", f"{programs}:plain", "--replay", tape, "--record", tape)
     assert both.exit_code == 2
     assert "do not go together" in both.stderr
+    for option in ("--model", "--policy", "--url"):
+        unused = invoke("run", f"{programs}:plain", "--replay", tape, option, "http://x")
+        assert unused.exit_code == 2 and "--replay runs no model" in unused.stderr
+    for option in ("--record", "--resume"):
+        nowhere = invoke("run", f"{programs}:plain", option, os.devnull)
+        assert nowhere.exit_code == 2 and "is no file that a run is written to" in nowhere.stderr
 
 
 def test_a_trace_is_saved_or_printed_also_of_a_failed_run(programs: Path, tmp_path: Path) -> None:
@@ -143,6 +214,23 @@ def test_a_trace_is_saved_or_printed_also_of_a_failed_run(programs: Path, tmp_pa
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     assert "pause" in invoke("run", f"{programs}:plain", "--trace", "-").stderr
     assert "must end in .html or .json" in invoke("run", f"{programs}:plain", "--trace", "t.txt").stderr
+
+
+def test_a_trace_that_cannot_be_written_hides_neither_result_nor_failure(
+    programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early = invoke("run", f"{programs}:plain", "--trace", str(tmp_path / "no" / "t.html"))
+    assert (early.exit_code, early.stdout) == (2, "") and "cannot write" in early.stderr
+
+    def full(self: RunTrace, path: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RunTrace, "save", full)
+    trace = str(tmp_path / "t.html")
+    late = invoke("run", f"{programs}:plain", "--trace", trace)
+    assert late.exit_code == 2 and "fine = FINE" in late.stdout and "No space left" in late.stderr
+    failed = invoke("run", f"{programs}:broken", "--trace", trace)
+    assert failed.exit_code == 1 and "the user's own mistake" in failed.stderr and "No space left" in failed.stderr
 
 
 def test_streaming_prints_the_text(programs: Path) -> None:
@@ -174,6 +262,14 @@ def test_errors_are_one_message_and_the_next_command(
         assert word in flat
     assert result.stderr.splitlines()[-1].startswith("try: ")
     assert "Traceback" not in result.stderr
+
+
+def test_parameters_without_a_name_are_not_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "open.py"
+    path.write_text("from caesura.lang import function\n@function\ndef take(s, a: int, *rest, **more): ...\n")
+    result = invoke("run", str(path))
+    assert "missing a; the program is take(a: int, *rest, **more)" in result.stderr
+    assert result.stderr.endswith("--arg a=...\n")
 
 
 def test_only_the_users_own_lines_are_shown(programs: Path) -> None:
@@ -217,6 +313,33 @@ def test_a_trace_that_cannot_be_written_is_said_before_the_work(tmp_path: Path) 
     result = invoke("demo", "--trace", str(tmp_path / "no" / "trace.json"))
     assert result.exit_code == 2
     assert "cannot write" in result.stderr
+
+
+def test_the_demo_replaces_no_file_but_a_trace(tmp_path: Path) -> None:
+    trace, picture = tmp_path / "trace.json", tmp_path / "demo.svg"
+    trace.write_text('{"mine": 1}')
+    refused = invoke("demo", "--trace", str(trace))
+    assert refused.exit_code == 2 and "is no trace" in refused.stderr
+    assert trace.read_text() == '{"mine": 1}'
+    trace.write_text('{"traceEvents": []}')
+    picture.mkdir()
+    refused = invoke("demo", "--trace", str(trace), "--svg", str(picture))
+    assert refused.exit_code == 2 and "demo.svg" in refused.stderr
+
+
+def test_a_busy_port_is_said_before_the_engine_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: Any) -> None:
+        raise AssertionError("the engine would be loaded")
+
+    monkeypatch.setattr("caesura.runtime.server.serve", run)
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        result = invoke("serve", "--port", str(busy.getsockname()[1]))
+    assert result.exit_code == 2
+    assert "cannot listen on 127.0.0.1:" in result.stderr and "Address already in use" in result.stderr
+
+
+def test_settings_are_told_as_json() -> None:
+    assert invoke("config", "show", "--json").stdout == invoke("config", "show", "--format", "json").stdout
 
 
 def test_usage_errors_exit_with_2() -> None:

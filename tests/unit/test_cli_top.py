@@ -174,10 +174,13 @@ def drawn(state: dict[str, Any], *, width: int = 100, height: int | None = None,
 
 def test_names_do_not_steer_the_terminal() -> None:
     state = picture(6)
+    state["server"]["model"] = state["engine"]["policy"] = EVIL
     for context in state["engine"]["contexts"]:
-        context["tool"] = EVIL
+        context["tool"] = context["state"] = EVIL
     state["engine"]["tools"] = [{"tool": EVIL, "calls": 1, "waiting": 1, "median_s": 0.1, "longest_s": 1.0}]
-    text = drawn(state, width=160)
+    for entry in state["engine"]["decisions"]:
+        entry["decision"]["action"] = EVIL
+    text = drawn(state, width=160, lost=EVIL)
     assert "\x1b" not in text and "\x07" not in text
     assert "[red]calc[/red]<script>" in text, "markup is not read"
 

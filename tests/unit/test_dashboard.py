@@ -6,8 +6,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
+from importlib.resources import files
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -57,6 +61,14 @@ def get(engine: Engine, path: str, key: str | None = None, **options: Any) -> ht
             return await client.get(path, headers={"authorization": f"Bearer {key}"} if key else {})
 
     return asyncio.run(run())
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no JavaScript outside of a browser here")
+def test_the_axis_of_a_small_tree_names_every_token_once() -> None:
+    _, found, rest = (files("caesura.runtime.server") / "static" / "draw.js").read_text().partition("function ticks")
+    code = found + rest.partition("\n}\n")[0] + "\n}\nconsole.log(JSON.stringify([ticks(3, 8), ticks(16, 8)]))"
+    told = subprocess.run(["node", "-e", code], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert json.loads(told) == [[0, 1, 2, 3], list(range(0, 17, 2))]
 
 
 def test_the_page_loads_nothing_and_runs_only_what_its_policy_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -22,6 +23,10 @@ from caesura.lang import (
 from caesura.lang.decisions import Decisions
 from caesura.lang.display import TreePicture, live
 from caesura.lang.display.decisions import bar, decision_html
+from caesura.lang.display.timeline import timeline_svg
+from caesura.lang.printable import printable
+from caesura.lang.spans import Span
+from caesura.lang.traces.run_trace import RunTrace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -290,3 +295,44 @@ def test_the_radix_tree_is_drawn_to_scale_and_in_rows():
     assert by_title["140 tokens, to be computed again, held by 9"][1] >= root[1] + root[2]  # below the run, not over it
     assert "now: 5 of 8 pages held, 1 on the host" in reader.text
     assert "<later>: " in reader.text
+
+
+def test_ordinary_text_stays_and_only_what_commands_is_replaced():
+    spaces = "\N{NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}\N{SOFT HYPHEN}\n\t"
+    ordinary = "می\N{ZERO WIDTH NON-JOINER}خواهم 👩\N{ZERO WIDTH JOINER}💻 " + spaces
+    assert printable(ordinary) == ordinary
+    assert printable("a\r\nb") == "a\nb"
+    commands = "\x00\x1b\r\x7f\x9b\ud800\ufeff\N{RIGHT-TO-LEFT OVERRIDE}\N{LEFT-TO-RIGHT ISOLATE}"
+    for char in commands:
+        assert printable(char) == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_long_runs_are_cut():
+    root = Span("program", "p", 0.0, 900.0)
+    for number in range(900):
+        pause = Span("pause", "t", float(number), number + 0.5, {"tools": ["t"], "decisions": [decision()] * 2})
+        root.children.append(pause)
+    page = RunTrace(root, 0.0, "b").html()
+    assert "1400 more decisions" in page
+    assert "501 more spans" in page
+    assert "500 more bars, all shorter" in page
+    assert page.count("<rect") < 450
+
+    @function
+    def program(s):
+        s.set_var("all", list(range(5000)))
+        for number in range(500):
+            s.set_var(f"v{number}", 1)
+
+    state = program.run(backend=ScriptedBackend([]))
+    state.sync()
+    page = state._repr_html_()
+    assert "4600 more values" in page
+    assert "101 more variables" in page
+
+
+@pytest.mark.parametrize("whole_s", [0.0009, 0.0018, 0.0035, 0.004, 0.02, 0.7, 3.0, 59.0, 1000.0])
+def test_every_moment_of_the_axis_has_a_label_of_its_own(whole_s):
+    root = Span("program", "p", 0.0, whole_s)
+    labels = re.findall(r"<text[^>]*>([^<]+)</text>", timeline_svg(root))[:-1]  # the last one is the lane's name
+    assert len(set(labels)) == len(labels) > 3

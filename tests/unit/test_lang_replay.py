@@ -4,7 +4,9 @@ nothing done twice by a program that is run again after it was stopped, wherever
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -28,6 +30,8 @@ from caesura.lang import (
     unconditional_likelihood_normalized,
     user,
 )
+from caesura.lang.backends.tape import ContextKeys, key
+from caesura.lang.errors import NoRecording
 
 ran = []
 
@@ -311,3 +315,58 @@ def test_a_change_is_warned_of_when_a_run_goes_on(tmp_path, caplog):
         with durable(ScriptedBackend([]), tmp_path / "run.jsonl") as backend:
             assert asks.run(what, backend=backend).error() is None
     assert "1 recorded answers were not asked for; the first: call ask" in caplog.text
+
+
+@function
+def pays(s):
+    s += "Pay." + call_tool("it", ask, "money")
+
+
+def test_an_answer_is_written_in_full_or_the_run_says_that_it_is_not(tmp_path, monkeypatch):
+    path, write, room = tmp_path / "run.jsonl", os.write, 10_000
+
+    def written_in_parts(fd, data):
+        nonlocal room
+        if room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        room -= (done := write(fd, data[: min(50, room)]))
+        return done
+
+    monkeypatch.setattr("caesura.lang.backends.tape.os.write", written_in_parts)
+    with durable(ScriptedBackend([]), path) as backend:
+        assert pays.run(backend=backend).error() is None
+    whole = path.read_bytes()
+    room = len(whole) - 5
+    with record(ScriptedBackend([]), path) as backend:
+        error = pays.run(backend=backend).error()
+    assert isinstance(error, NoRecording)
+    assert "No space left on device; what it lacks: call ask" in str(error)
+    kept = path.read_bytes()
+    assert kept.endswith(b"}\n")
+    assert whole.count(b"\n") == kept.count(b"\n") + 1
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with durable(ScriptedBackend([]), path) as backend:
+        assert pays.run(backend=backend).error() is None
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"attempts"', b'"tempts"'))
+    with replay(path) as backend:
+        error = pays.run(backend=backend).error()
+    assert isinstance(error, NoRecording)
+    assert f"{path}, line 2 (call ask" in str(error)
+    assert "no field 'attempts'" in str(error)
+    path.write_bytes(whole[:-9])
+    with replay(path) as backend:
+        assert "ends in a torn line" in str(pays.run(backend=backend).error())
+
+
+def test_the_keys_of_a_context_that_grows_are_those_of_the_whole():
+    parts = ['a "quoted"\n', "\ud83d", "\ude00 é\u2028", ""]
+    keys, text = ContextKeys("/0.1"), ""
+    for part in parts:
+        keys.add(part)
+        text += part
+        for asked in ((), ({"b": (1, 2), "a": None}, [0.5])):
+            assert keys.key("generate", *asked) == key("generate", "/0.1", text, *asked)

@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 from caesura.lang import DefinitionError, Tool, call_tool, call_tools, gen, tool
+from caesura.lang.traces.describe import call_text
 
 
 @tool
@@ -49,6 +50,19 @@ def test_arguments_are_checked_strictly():
     ]:
         with pytest.raises(ValueError, match=message):
             search.parse_arguments(bad)
+
+
+def test_arguments_nested_without_end_are_invalid():
+    bare = Tool(lambda **arguments: "", name="bare", parameters={"type": "object"})
+    for called in (search, bare):
+        with pytest.raises(ValueError):
+            called.parse_arguments('{"query": ' + "[" * 100_000)
+    assert call_text("search", "[" * 100_000).startswith("search([[[")
+
+
+def test_a_tool_without_its_arguments_is_no_call():
+    with pytest.raises(DefinitionError, match=r"call_tools\('r'\): Tool\('search'\) is no call; \(tool, args\.\.\.\)"):
+        call_tools("r", [search])
 
 
 def test_rich_arguments():

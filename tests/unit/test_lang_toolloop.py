@@ -117,14 +117,17 @@ def test_a_snapshot_survives_the_declaration_of_tools():
 def test_bad_calls_are_observations_for_the_model():
     state, backend = asked(
         [
-            ScriptedReply("", [("search", {"query": 5}), ("nothing", {}), ("search", "{broken")]),
+            ScriptedReply(
+                "", [("search", {"query": 5}), ("nothing", {}), ("search", "{broken"), ("search", "[" * 50_000)]
+            ),
             "sorry",
         ]
     )
     texts = [result.text for _, result in state.tool_calls("answer")]
     assert texts[0].startswith("Error: invalid arguments for search: query: Input should be a valid string")
     assert texts[1] == "Error: there is no tool 'nothing'; there are: search, weather"
-    assert texts[2].startswith("Error: invalid arguments for search")
+    assert all(text.startswith("Error: invalid arguments for search") for text in texts[2:4])
+    assert "[[[" in state._repr_html_()
     assert state["answer"] == "sorry"
     assert texts[1] in backend.requests[1].prompt
 

@@ -13,6 +13,7 @@ from caesura.lang import (
     DefinitionError,
     ScriptedBackend,
     ScriptedReply,
+    ScriptError,
     assistant,
     call_tool,
     call_tools,
@@ -24,6 +25,8 @@ from caesura.lang import (
 )
 from caesura.lang.decisions import note_decisions
 from caesura.lang.spans import Span
+from caesura.lang.traces.describe import details, title
+from caesura.lang.traces.run_trace import RunTrace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -227,3 +230,103 @@ def test_decisions_are_given_to_the_pauses_they_belong_to():
     elsewhere = [Decision("b", 5.0, 0.0), Decision("b", 6.0, 1.0), Decision("a", 9.0, 0.0)]  # another machine's clock
     note_decisions(root, elsewhere)
     assert [span.attributes.get("decisions") for span in root.children[:3]] == [None, elsewhere[:2], elsewhere[2:]]
+
+
+def test_a_chain_of_forks_ends_and_is_shown_however_long_it_is():
+    @function
+    def chain(s, first):
+        s += gen(first)
+        for _ in range(1200):
+            (s,) = s.fork(1)
+            s += "on"
+        s += gen("last")
+        return s["last"]
+
+    state = chain.run("first", backend=ScriptedBackend(lambda prompt, request: "fine"))
+    assert state.ret_value == "fine"
+    trace = state.trace()
+    assert all(span.end_s is not None for span in trace)
+    assert len(str(trace).splitlines()) == 1203
+    assert sum(event["ph"] == "X" for event in trace.perfetto()["traceEvents"]) == 1203
+    assert len(trace.html()) < 1_000_000
+    assert isinstance(chain.run("none", backend=ScriptedBackend({})).error(), ScriptError)
+
+
+def test_a_run_ends_when_its_error_has_no_text():
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError("no text")
+
+    @function
+    def program(s):
+        raise Mute
+
+    state = program.run(backend=ScriptedBackend([]))
+    with pytest.raises(Mute):
+        state.sync()
+    assert state.trace().root.error == "Mute"
+
+
+def test_no_name_commands_the_terminal_or_breaks_its_encoding():
+    hostile = "\x1b]0;x\x07\ud800" + "z" * 1000
+
+    @function
+    def program(s):
+        s += user("Go.")
+        s += assistant(gen("answer", tools=[search]))
+        s += select(hostile, [hostile, "b"])
+        s.set_var(hostile, 1)
+
+    replies = {"answer": [ScriptedReply("", [(hostile, {"query": "x"})]), "fine"]}
+    state = program.run(backend=ScriptedBackend(replies))
+    assert state.error() is None
+    assert "\x1b" not in str(state.trace())
+    assert all(len(title(span)) < 90 and len(details(span)) <= 80 for span in state.trace())
+    for shown in (str(state.trace()), state.trace().html(), state._repr_html_()):
+        assert shown.encode()
+
+
+def test_the_text_is_the_same_in_every_surrounding(monkeypatch):
+    trace = run().trace()
+    plain = str(trace)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert str(trace) == plain != ""
+
+
+def test_tools_of_branches_that_overlap_have_tracks_of_their_own():
+    root = Span("program", "p", 0.0, 9.0)
+    for number, calls in enumerate([[(0.0, 4.0)], [(1.0, 3.0), (3.0, 5.0)], [(4.0, 6.0)]]):
+        branch = Span("branch", f"branch {number}", 0.0, 9.0)
+        branch.children = [Span("tool", "t", *call, {"arguments": "{}", "result": ""}) for call in calls]
+        root.children.append(branch)
+    events = RunTrace(root, 0.0, "b").perfetto()["traceEvents"]
+    tracks = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    tools = [(event["ts"] / 1e6, tracks[event["tid"]]) for event in events if event.get("cat") == "tool"]
+    assert tools == [(0.0, "tools 0"), (1.0, "tools 1"), (3.0, "tools 1"), (4.0, "tools 0")]
+
+
+def test_words_of_errors_are_exported_only_when_content_is():
+    @tool(on_error="raise")
+    def secret() -> str:
+        raise KeyError("patient 17")
+
+    @function
+    def fails(s):
+        s += call_tool("x", secret)
+
+    state = fails.run(backend=ScriptedBackend([]))
+    assert state.error() is not None
+    provider, memory = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(memory))
+    state.trace().export(provider)
+    spans = memory.get_finished_spans()
+    assert {span.name: span.attributes["error.type"] for span in spans} == {
+        "invoke_agent fails": "ToolError",
+        "pause": "ToolError",
+        "execute_tool secret": "KeyError",
+    }
+    assert not any("patient" in span.to_json() for span in spans)
+    memory.clear()
+    state.trace().export(provider, content=True)
+    assert all("patient 17" in str(span.status.description) for span in memory.get_finished_spans())

@@ -68,11 +68,11 @@ function seconds(value) {
   return Math.round(value / 86400) + " d";
 }
 
-/** Round numbers between 0 and `end`, about `wanted` of them. */
+/** Round whole numbers between 0 and `end`, about `wanted` of them. */
 function ticks(end, wanted) {
   if (!(end > 0)) return [0];
   const rough = end / Math.max(1, wanted);
-  const power = 10 ** Math.floor(Math.log10(rough));
+  const power = Math.max(1, 10 ** Math.floor(Math.log10(rough)));
   const step = power * ([1, 2, 5, 10].find((factor) => factor * power >= rough) || 10);
   const found = [];
   for (let value = 0; value <= end; value += step) found.push(value);
