@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -222,9 +223,36 @@ def wide_console(*, stderr: bool = False) -> Console:
     return console
 
 
-def numbers(text: str) -> list[float]:
-    """Of an option that lists them with commas."""
-    return [float(part) for part in text.split(",") if part.strip()]
+def above(least: float) -> Callable[[str], float]:
+    """Type of an option: a finite number above ``least``."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not least < value < math.inf:
+            raise argparse.ArgumentTypeError(f"is {text.strip()}; it must be above {least:g} and finite")
+        return value
+
+    return number
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Type of an option: a whole number from ``least`` on."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"is {value}; it must be at least {least}")
+        return value
+
+    return number
+
+
+positive = above(0)
+
+
+def positives(text: str) -> list[float]:
+    """Type of an option that lists them with commas."""
+    return [positive(part) for part in text.split(",") if part.strip()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

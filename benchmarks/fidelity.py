@@ -16,13 +16,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from caesura.scheduler.policies import make_policy
 from rich.table import Table
 
 from benchmarks.calibrate import StepWatch, calibrate, fit
-from benchmarks.common import CpuClock, hardware, numbers, software, wide_console
+from benchmarks.common import CpuClock, hardware, positive, positives, software, whole, wide_console
 from benchmarks.dummy import SHAPES
 from benchmarks.pause.profiles import Machine, find_machine, machine_names
-from benchmarks.pause.runs import RunSpec, run_on
+from benchmarks.pause.runs import RunRefused, RunSpec, run_on
+from benchmarks.workloads import find_workload
 
 METRICS: tuple[tuple[str, tuple[str, ...], float | None], ...] = (
     ("throughput, requests/s", ("throughput_rps",), 0.10),
@@ -115,6 +117,12 @@ def main(arguments: Sequence[str]) -> int:
     console = wide_console()
     policies = options.policies.split(",")
     try:
+        find_workload(options.workload)
+        for policy in policies:
+            make_policy(policy)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    try:
         machine = find_machine(options.profile or f"cpu-{options.model.lower()}")
     except ValueError as error:
         parser.error(f"{error}; measure one with python -m benchmarks calibrate")
@@ -131,7 +139,10 @@ def main(arguments: Sequence[str]) -> int:
         seeds = []
         for seed in range(options.seeds):
             console.print(f"[dim]{policy}, {rate_rps:g} requests/s, seed {seed}[/]")
-            seeds.append(_twins(replace(base, seed=seed), machine, options.calibrate))
+            try:
+                seeds.append(_twins(replace(base, seed=seed), machine, options.calibrate))
+            except RunRefused as error:
+                parser.error(str(error))
         rows += compare(policy, rate_rps, seeds)
         runs += [asdict(twins) for twins in seeds]
     console.print(_table(rows))
@@ -155,15 +166,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workload", default="mix", help="a workload or a trace file")
     parser.add_argument("--policies", default="discard,lru_host,min_waste")
-    parser.add_argument("--rates", type=numbers, default=[0.5], help="requests per second: one, or one a policy")
-    parser.add_argument("--minutes", type=float, default=3.0)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", type=positives, default=[0.5], help="requests per second: one, or one a policy")
+    parser.add_argument("--minutes", type=positive, default=3.0)
+    parser.add_argument("--seeds", type=whole(1), default=3)
     parser.add_argument("--tool-scale", type=float, default=0.25, help="multiplies tool times")
     parser.add_argument("--model", default="15M", choices=tuple(SHAPES))
     parser.add_argument("--profile", help=f"a file, or one of {', '.join(machine_names())}; cpu-MODEL by default")
     parser.add_argument(
         "--calibrate",
-        type=float,
+        type=positive,
         metavar="SECONDS",
         help="measure the machine anew before every real run: one that others use as well drifts",
     )

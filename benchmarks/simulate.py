@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.pause.profiles import machine_names
-from benchmarks.pause.runs import RunSpec, run
+from benchmarks.pause.runs import RunRefused, RunSpec, run
 from benchmarks.workloads import WORKLOADS, find_workload
 
 
@@ -42,8 +42,11 @@ def main(arguments: Sequence[str]) -> int:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     console = Console(stderr=True)
-    with console.status("simulating") as status:
-        result = run(spec, lambda share: status.update(f"simulating: {share:.0%}"))
+    try:
+        with console.status("simulating") as status:
+            result = run(spec, lambda share: status.update(f"simulating: {share:.0%}"))
+    except RunRefused as error:
+        parser.error(str(error))
     if options.json:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
         return 0
@@ -85,9 +88,9 @@ def _table(result: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    requests = result["requests"]
+    requests, latency_s = result["requests"], result["normalized_latency_s"]
     rows: list[tuple[str, str]] = [
-        ("normalized latency", f"{result['normalized_latency_s'] * 1e3:.2f} ms a token"),
+        ("normalized latency", "nothing measured" if latency_s is None else f"{latency_s * 1e3:.2f} ms a token"),
         ("throughput", f"{result['throughput_rps']:.3f} requests/s"),
         ("requests", f"{requests['arrived']:,} arrived, {requests['completed']:,} completed in the window"),
         ("measured", f"{requests['measured']:,}, of them {requests['unfinished']:,} unfinished at the end"),

@@ -46,8 +46,9 @@ def main(seconds: float, rate_rps: float, results: Path | None) -> None:
             real = _real(spec, machine, executor, profile)
             kept += [simulated, real]
             for name, unit in (("throughput_output_tok_s", "tok/s"), ("normalized_latency_s", "s/token")):
-                report(f"mix, {policy}: {name}", real[name], unit)
-                if real[name]:
+                if real[name] is not None:
+                    report(f"mix, {policy}: {name}", real[name], unit)
+                if real[name] and simulated[name] is not None:
                     report(
                         f"mix, {policy}: {name}, simulated",
                         simulated[name],

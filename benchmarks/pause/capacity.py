@@ -7,21 +7,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.pause.runs import RunSpec
+from benchmarks.pause.runs import MEASURED_SHARE, WARM_SHARE, RunRefused, RunSpec
 
 LATENCY_FACTOR = 2.0
 LEAST_RPS, MOST_RPS = 1e-3, 1e3
+LEAST_REQUESTS = 10  # expected in the window of a run: fewer say nothing about a mean
 UNLOADED_GAP_S = 3000.0  # between arrivals, in the mean: longer than a program lives
 UNLOADED_REQUESTS = 120
-REAL_GAP_S = 6.0  # the same in real time, with tools that take none
-REAL_REQUESTS = 40
+REAL_RPS, REAL_MINUTES = 100.0, 4.0  # in real time the next one always waits for the one before to end
 
 Runner = Callable[[RunSpec], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """``low_rps`` is carried, ``high_rps`` is not; ``rps`` lies between, where the latencies say the limit is met."""
+    """``low_rps`` is carried, ``high_rps`` is not; ``rps`` lies between, where the latencies say the limit is met.
+
+    All but ``high_rps`` are 0 where nothing is carried that a run of this length can tell.
+    """
 
     rps: float
     low_rps: float
@@ -30,17 +33,28 @@ class Capacity:
 
 
 def unloaded(spec: RunSpec, run: Runner) -> float:
-    """Normalized latency of programs that have the machine to themselves (mean).
+    """Normalized latency of programs that have the machine to themselves, one after the other (mean).
 
     ``spec.policy`` decides what happens to their KV all the same; "preserve" keeps it.
     """
+    spec = replace(spec, limit_s=None, alone=True)
     if spec.engine == "simulated":
-        gap_s, requests, tool_scale = UNLOADED_GAP_S, UNLOADED_REQUESTS, spec.tool_scale
+        minutes = UNLOADED_REQUESTS * UNLOADED_GAP_S / 60
+        result = run(replace(spec, rate_rps=1 / UNLOADED_GAP_S, minutes=minutes))
     else:  # how long the tools take does not count anyway
-        gap_s, requests, tool_scale = REAL_GAP_S, REAL_REQUESTS, 0.0
-    alone = replace(spec, rate_rps=1 / gap_s, minutes=requests * gap_s / 60, limit_s=None)
-    alone = replace(alone, tool_scale=tool_scale)
-    return float(run(alone)["normalized_latency_s"])
+        result = run(replace(spec, rate_rps=REAL_RPS, minutes=REAL_MINUTES, tool_scale=0.0))
+    if result["normalized_latency_s"] is None:
+        raise RunRefused(
+            f"{spec.workload} on an empty machine leaves nothing to measure: "
+            "deadlines close all programs, or one takes the whole run"
+        )
+    return float(result["normalized_latency_s"])
+
+
+def least_rps(minutes: float) -> float:
+    """The lowest rate of which a run of this length can tell whether it is carried."""
+    window_s = minutes * 60 * (MEASURED_SHARE - WARM_SHARE)
+    return max(LEAST_RPS, _round(1.001 * LEAST_REQUESTS / window_s))  # a little more, whichever way it is rounded
 
 
 def capacity(
@@ -55,11 +69,13 @@ def capacity(
     def latency(rate: float) -> float:
         result = run(replace(spec, rate_rps=rate, limit_s=limit_s))
         runs.append(result)
-        return math.inf if result["decided_early"] else float(result["normalized_latency_s"])
+        found = result["normalized_latency_s"]
+        return math.inf if result["decided_early"] or found is None else float(found)
 
     low, high = 0.0, math.inf
     at_low, at_high = 0.0, math.inf
-    rate = _round(guess_rps)
+    least = least_rps(spec.minutes)
+    rate = max(least, _round(guess_rps))
     while not (low and high < math.inf and high / low <= tolerance):
         found = latency(rate)
         if found <= limit_s:
@@ -67,15 +83,15 @@ def capacity(
         else:
             high, at_high = rate, found
         if not low:
-            rate = _round(high / stretch)
+            rate = max(least, _round(high / stretch))
         elif high == math.inf:
             rate = _round(low * stretch)
         else:
             rate = _round(math.sqrt(low * high))
-        if rate < LEAST_RPS or rate > MOST_RPS or rate in (low, high):
+        if rate > MOST_RPS or rate in (low, high):
             break
     if not low or high == math.inf:
-        return Capacity(low or high, low, high, tuple(runs))
+        return Capacity(low, low, high, tuple(runs))
     if math.isinf(at_high):
         return Capacity(math.sqrt(low * high), low, high, tuple(runs))
     share = (limit_s - at_low) / (at_high - at_low)

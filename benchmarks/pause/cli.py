@@ -14,10 +14,11 @@ from typing import Any
 from caesura.scheduler.policies import POLICIES, make_policy
 from rich.console import Console
 
-from benchmarks.common import numbers, wide_console
+from benchmarks.common import above, positive, positives, whole, wide_console
 from benchmarks.dummy import SHAPES
 from benchmarks.pause.profiles import find_machine, machine_names
 from benchmarks.pause.report import screen, seconds_used
+from benchmarks.pause.runs import RunRefused
 from benchmarks.pause.store import STORE, Store
 from benchmarks.pause.study import Study, conduct, full_study, quick_study, real_study
 from benchmarks.workloads import WORKLOADS, find_workload
@@ -34,18 +35,16 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(str(error))
     begun = time.monotonic()
     jobs = options.jobs or (2 if options.quick and not options.real else 1)
-    findings = conduct(study, Store(options.store), jobs, _say(console, options.quiet, begun))
+    try:
+        findings = conduct(study, Store(options.store), jobs, _say(console, options.quiet, begun))
+    except RunRefused as error:
+        parser.error(str(error))
     document = findings.document()
+    if options.json:  # before anything is made of it
+        _write(document, options.json)
     for table in screen(document):
         console.print(table)
     console.print(f"{time.monotonic() - begun:.0f} s; {seconds_used(document):.0f} s of simulation in these runs")
-    if options.json:
-        text = json.dumps(document, indent=1) + "\n"
-        if options.json == "-":
-            sys.stdout.write(text)
-        else:
-            Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(options.json).write_text(text)
     if options.plots:
         from benchmarks.pause.plots import draw_all
 
@@ -54,12 +53,24 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def found_rps(document: dict[str, Any]) -> dict[str, dict[str, float]]:
+def _write(document: dict[str, Any], where: str) -> None:
+    text = json.dumps(document, indent=1) + "\n"
+    if where == "-":
+        sys.stdout.write(text)
+    else:
+        Path(where).parent.mkdir(parents=True, exist_ok=True)
+        Path(where).write_text(text)
+
+
+def found_rps(document: Any) -> dict[str, dict[str, float]]:
     """What an earlier study found, by label: capacities by policy, and the bounds. ValueError for another document."""
-    if "capacity_rps" not in document:
-        raise ValueError("--near: there is no capacity_rps in it; give a file that --json of this command wrote")
-    bounds = document.get("bound_rps", {})
-    return {label: {**found, **bounds.get(label, {})} for label, found in document["capacity_rps"].items()}
+    try:
+        bounds = document.get("bound_rps", {})
+        return {label: {**found, **bounds.get(label, {})} for label, found in document["capacity_rps"].items()}
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(
+            "--near: there is no capacity_rps in it; give a file that --json of this command wrote"
+        ) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,19 +83,19 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--real", action="store_true", help="on the engine of this machine, with a dummy model")
     parser.add_argument("--model", default="15M", choices=tuple(SHAPES), help="--real: the dummy model")
     parser.add_argument("--tool-scale", type=float, help="multiplies tool times; 0.25 with --real, else 1")
-    parser.add_argument("--guess", type=float, help="requests/s to begin the search at")
+    parser.add_argument("--guess", type=positive, help="requests/s to begin the search at")
     parser.add_argument("--near", type=Path, help="begin each search at what an earlier study (--json) found")
     parser.add_argument("--quick", action="store_true", help="a few policies and workloads: under five minutes")
     parser.add_argument("--policies", type=_names, help=f"comma-separated, or all: {', '.join(POLICIES)}")
     parser.add_argument("--workloads", type=_names, help=f"comma-separated, or trace files: {', '.join(WORKLOADS)}")
     parser.add_argument("--trace", type=Path, help="a trace file (JSON lines) instead of the workloads")
-    parser.add_argument("--rates", type=numbers, help="requests/s of the curves; around the capacities by default")
-    parser.add_argument("--seeds", type=int, help="how many seeds; the tables show medians")
-    parser.add_argument("--minutes", type=float, help="length of a run, in simulated minutes")
+    parser.add_argument("--rates", type=positives, help="requests/s of the curves; around the capacities by default")
+    parser.add_argument("--seeds", type=whole(1), help="how many seeds; the tables show medians")
+    parser.add_argument("--minutes", type=positive, help="length of a run, in simulated minutes")
     parser.add_argument("--profile", help=f"the machine: a file, or one of {', '.join(machine_names())}")
-    parser.add_argument("--kv-tokens", type=numbers, help="device pool sizes to compare")
-    parser.add_argument("--host-tokens", type=int, help="size of the host pool")
-    parser.add_argument("--tolerance", type=float, help="how close capacity is bracketed; 1.03 is 3 %%")
+    parser.add_argument("--kv-tokens", type=positives, help="device pool sizes to compare")
+    parser.add_argument("--host-tokens", type=whole(0), help="size of the host pool")
+    parser.add_argument("--tolerance", type=above(1), help="how close capacity is bracketed; 1.03 is 3 %%")
     parser.add_argument("--no-curves", action="store_true", help="capacities alone")
     parser.add_argument("--no-own-limits", action="store_true", help="the common limit alone")
     parser.add_argument("--no-bound", action="store_true", help="not what memory without end would carry")

@@ -18,11 +18,10 @@ from caesura.runtime.sim import Simulation, counted
 from caesura.scheduler.context import Call
 from caesura.scheduler.types import ContextId
 
-from benchmarks.workloads import Arrival, Branch, Program, Segment, every_segment
+from benchmarks.workloads import MAX_SHARED, Arrival, Branch, Program, Segment, every_segment
 
 MAX_OPEN = 20_000  # programs at once: beyond this the run has left every useful region
 SHARED_IDS = 64  # token ids of one shared prompt
-MAX_SHARED = 64  # shared prompts of a run
 FIRST_OWN_ID = 2
 
 
@@ -56,7 +55,10 @@ class Record:
 
 
 class Load:
-    """All programs of a run. ``arrivals`` is endless; they are let in one by one until ``until_s``."""
+    """All programs of a run. ``arrivals`` is endless; they are let in one by one until ``close``.
+
+    ``alone``: each is let in only when the one before has ended, so that it has the machine to itself.
+    """
 
     def __init__(
         self,
@@ -66,14 +68,17 @@ class Load:
         *,
         tool_scale: float = 1.0,
         vocab_size: int = 1 << 30,
+        alone: bool = False,
     ) -> None:
         self.engine = engine
         self.simulation = simulation
         self.records: list[Record] = []
         self.open: dict[int, Record] = {}
         self.generated_tokens = 0  # in segments that have ended
+        self.overrun = False  # stopped, for more programs were open than a run can have
         self._arrivals = arrivals
         self._tool_scale = tool_scale
+        self._alone = alone
         self._closed = False
         self._begun_s = simulation.clock.now()
         self._shared: dict[tuple[str, int], list[int]] = {}
@@ -82,26 +87,32 @@ class Load:
 
     def start(self) -> None:
         """Wait for the first arrival."""
-        self._await(next(self._arrivals))
+        self._await_next()
 
     def close(self) -> None:
         """Let nobody in any more."""
         self._closed = True
 
-    def _await(self, arrival: Arrival) -> None:
-        self.simulation.at(self._begun_s + arrival.at_s, lambda: self._arrive(arrival))
+    def _await_next(self) -> None:
+        arrival = next(self._arrivals)
+        at_s = self._begun_s + arrival.at_s
+        if self._alone:  # its moment may have passed while the one before was there
+            at_s = max(at_s, self.simulation.clock.now())
+        self.simulation.at(at_s, lambda: self._arrive(arrival, at_s))
 
-    def _arrive(self, arrival: Arrival) -> None:
+    def _arrive(self, arrival: Arrival, at_s: float) -> None:
         if self._closed:
             return
-        record = Record(arrival.number, self._begun_s + arrival.at_s, arrival.program)
+        record = Record(arrival.number, at_s, arrival.program)
         self.records.append(record)
         self.open[arrival.number] = record
         if len(self.open) > MAX_OPEN:
+            self.overrun = True
             self.simulation.stop()
             return
         _Play(self, record).start()
-        self._await(next(self._arrivals))
+        if not self._alone:
+            self._await_next()
 
     def own_token(self) -> int:
         """A token id that no other branch of the run has (on a real model: none of the last tens of thousands)."""
@@ -109,6 +120,8 @@ class Load:
 
     def shared_prompt(self, name: str, num_tokens: int) -> list[int]:
         """The system prompt of this name: the same tokens whenever it is asked for."""
+        if not num_tokens:
+            return []
         tokens = self._shared.get((name, num_tokens))
         if tokens is None:
             if len(self._shared) == MAX_SHARED:
@@ -125,6 +138,8 @@ class Load:
         record.lost = lost
         record.waiting.clear()
         del self.open[record.number]
+        if self._alone:
+            self._await_next()
 
     def tool_s(self, segment: Segment) -> float:
         """How long the tool of a segment takes in this run."""
@@ -134,9 +149,9 @@ class Load:
         """What the tools of a branch take together: all of its duration that is known beforehand."""
         return sum(self.tool_s(segment) for segment in every_segment(branch.segments))
 
-    def deadline_s(self, segment: Segment) -> float | None:
-        """The same for its deadline."""
-        return None if segment.deadline_s is None else segment.deadline_s * self._tool_scale
+    def scaled_s(self, seconds: float | None) -> float | None:
+        """A hint or a deadline, if there is one, where tools take that much of their time."""
+        return None if seconds is None else seconds * self._tool_scale
 
 
 class _Play:
@@ -188,6 +203,7 @@ class _Strand:
         self._answered_s: float | None = None
         self._alive = True
         self._away = False  # waiting for a tool or for branches
+        self._generating = False
         self._children: list[_Strand] = []
         self._token = 0
         self.context = ContextId(-1)
@@ -203,6 +219,7 @@ class _Strand:
         if tokens:
             self._engine.append(self.context, tokens)
         record.waiting[self.context] = self._clock.now()
+        self._generating = True
         record.started_tokens += segment.generate_tokens
         generation = counted(self._engine, self.context, segment.generate_tokens, self._generated, self._first)
         self._engine.generate(self.context, generation)
@@ -221,6 +238,7 @@ class _Strand:
     def _generated(self, chunk: TokenChunk) -> None:
         if chunk.finish is None or chunk.finish.reason == "abort" or not self._alive:
             return
+        self._generating = False
         segment = self._segments[self._at]
         self._play.load.generated_tokens += segment.generate_tokens
         if segment.branches:
@@ -232,9 +250,9 @@ class _Strand:
 
     def _call(self, segment: Segment) -> None:
         load, now = self._play.load, self._clock.now()
-        deadline_s = load.deadline_s(segment)
+        deadline_s = load.scaled_s(segment.deadline_s)
         tool_s = load.tool_s(segment)
-        call = Call(segment.tool, segment.hint_s, tool_s)
+        call = Call(segment.tool, load.scaled_s(segment.hint_s), tool_s)
         self._pause([call], now + deadline_s if deadline_s is not None else None)
         if math.isfinite(tool_s):
             load.simulation.at(now + tool_s, lambda: self._answer(segment))
@@ -280,6 +298,8 @@ class _Strand:
                 self._answer(segment)
 
         def begin() -> None:
+            if not self._alive:  # dropped at this very moment by a branch that was first
+                return
             for branch in segment.branches:
                 child = _Strand(self._play, self.context, branch.segments, one_done)
                 self._children.append(child)
@@ -292,24 +312,23 @@ class _Strand:
 
     def drop(self) -> None:
         """Nobody waits for this branch any more."""
-        if not self._alive:
-            return
-        self._alive = False
-        self._play.record.waiting.pop(self.context, None)
-        for child in self._children:
-            child.drop()
-        self._engine.close(self.context)
-        self._leave_unless_away()
+        if self._alive:
+            self._give_up()
+            self._engine.close(self.context)
 
     def _closed(self, reason: Exception) -> None:
         """The engine closed the context: a deadline has passed."""
-        self._alive = False
-        self._play.record.waiting.pop(self.context, None)
-        for child in self._children:
-            child.drop()
-        self._leave_unless_away()
+        self._give_up()
         self._done(True)
 
-    def _leave_unless_away(self) -> None:
+    def _give_up(self) -> None:
+        """Nothing more comes of this branch nor of those below; what it was generating does not count."""
+        record = self._play.record
+        self._alive = False
+        record.waiting.pop(self.context, None)
+        if self._generating:
+            record.started_tokens -= self._segments[self._at].generate_tokens
+        for child in self._children:
+            child.drop()
         if not self._away:
             self._play.leave()

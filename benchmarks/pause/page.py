@@ -92,7 +92,7 @@ def place_of(document: dict[str, Any]) -> str:
     if "rows" in document:
         return "fidelity"
     study = document["config"]["study"]
-    if any("@" in label for label in document["capacity_rps"]):
+    if any(label not in document["unloaded_s"] for label in document["capacity_rps"]):
         return "memory"
     if study["engine"] != "simulated":
         return f"real {study['engine']}"

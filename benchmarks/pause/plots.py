@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.pause.capacity import LATENCY_FACTOR
-from benchmarks.pause.report import at_common_rate, curve
+from benchmarks.pause.report import at_common_rate, curve, limit_s, workload_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,12 +36,12 @@ def draw_all(document: dict[str, Any], folder: Path) -> list[Path]:
             paths.append(_save(_throughput(document, label), folder / f"throughput-{_file(label)}.png"))
             paths.append(_save(_waste(document, label), folder / f"waste-{_file(label)}.png"))
             paths.append(_save(_pareto(document, label), folder / f"pareto-{_file(label)}.png"))
-    sized = {label.split("@")[0] for label in document["capacity_rps"] if "@" in label}
+    sized = {workload_of(document, label) for label in document["capacity_rps"] if label not in document["unloaded_s"]}
     return paths + [_save(_memory(document, name), folder / f"memory-{_file(name)}.png") for name in sorted(sized)]
 
 
 def _file(label: str) -> str:
-    return Path(label).stem.replace("@", "-").replace(".", "_")
+    return re.sub(r"\W+", "-", Path(label).name)
 
 
 def _save(figure: Figure, path: Path) -> Path:
@@ -71,24 +71,26 @@ def _figure(width: float = 8.0, height: float = 4.6) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _curves(axes: Axes, document: dict[str, Any], label: str, metric: str) -> float:
+    """A line for each policy that has complete runs, the strongest first; returns the highest rate."""
+    medians = document["capacity_rps"][label]
+    look, most = styles(list(medians)), 0.0
+    for policy in sorted(medians, key=lambda name: -medians[name]):
+        points = [(rate, run[metric]) for rate, run in curve(document, label, policy)]
+        if points:
+            color, dash, width = look[policy]
+            axes.plot(*zip(*points, strict=True), dash, color=color, linewidth=width, marker=".", label=policy)
+            most = max(most, points[-1][0])
+    return most
+
+
 def _latency(document: dict[str, Any], label: str) -> Figure:
     figure, axes = _figure()
-    medians = document["capacity_rps"][label]
-    look = styles(list(medians))
-    unloaded = document["unloaded_s"][label.split("@")[0]]
-    for policy in sorted(medians, key=lambda name: -medians[name]):
-        points = [(rate, run["normalized_latency_s"]) for rate, run in curve(document, label, policy)]
-        color, dash, width = look[policy]
-        axes.plot(*zip(*points, strict=True), dash, color=color, linewidth=width, marker=".", label=policy)
-    axes.axhline(LATENCY_FACTOR * unloaded, color="#888888", linewidth=1, linestyle="--")
-    axes.annotate(
-        "twice unloaded",
-        (0.005, LATENCY_FACTOR * unloaded),
-        xycoords=("axes fraction", "data"),
-        fontsize=8,
-        va="bottom",
-    )
-    axes.set_ylim(0, 5 * unloaded)
+    limit = limit_s(document, label)
+    _curves(axes, document, label, "normalized_latency_s")
+    axes.axhline(limit, color="#888888", linewidth=1, linestyle="--")
+    axes.annotate("twice unloaded", (0.005, limit), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+    axes.set_ylim(0, 2.5 * limit)
     axes.set_xlim(left=0)
     axes.set_xlabel("requests per second")
     axes.set_ylabel("normalized latency (s per token)")
@@ -100,14 +102,7 @@ def _latency(document: dict[str, Any], label: str) -> Figure:
 def _throughput(document: dict[str, Any], label: str) -> Figure:
     """What gets done when more comes than can be done."""
     figure, axes = _figure()
-    medians = document["capacity_rps"][label]
-    look = styles(list(medians))
-    most = 0.0
-    for policy in sorted(medians, key=lambda name: -medians[name]):
-        points = [(rate, run["throughput_rps"]) for rate, run in curve(document, label, policy)]
-        color, dash, width = look[policy]
-        axes.plot(*zip(*points, strict=True), dash, color=color, linewidth=width, marker=".", label=policy)
-        most = max(most, points[-1][0])
+    most = _curves(axes, document, label, "throughput_rps")
     axes.plot([0, most], [0, most], color="#888888", linewidth=1, linestyle="--", label="all of it")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
@@ -159,18 +154,21 @@ def _pareto(document: dict[str, Any], label: str) -> Figure:
     return figure
 
 
+def _pool_tokens(label: str) -> int:
+    return int(label.rpartition("@")[2])
+
+
 def _memory(document: dict[str, Any], workload: str) -> Figure:
     """The load each policy carries on pools of several sizes."""
     figure, axes = _figure()
     labels = sorted(
-        (label for label in document["capacity_rps"] if label.startswith(f"{workload}@")),
-        key=lambda label: int(label.split("@")[1]),
+        (label for label in document["capacity_rps"] if label.rpartition("@")[0] == workload), key=_pool_tokens
     )
     policies = list(document["capacity_rps"][labels[0]])
     look = styles(policies)
     for policy in policies:
         points = [
-            (int(label.split("@")[1]) / 1000, document["capacity_rps"][label][policy])
+            (_pool_tokens(label) / 1000, document["capacity_rps"][label][policy])
             for label in labels
             if policy in document["capacity_rps"][label]
         ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pause.capacity import capacity, unloaded
-from benchmarks.pause.runs import RunSpec, run
+from benchmarks.pause.runs import RunRefused, RunSpec, run
 from benchmarks.pause.store import Store
 
 Emit = Callable[[dict[str, Any]], None]
@@ -74,6 +74,8 @@ def run_all(
         while busy:
             worker, line = lines.get()
             given = worker.chain
+            if "refused" in line:
+                raise RunRefused(line["refused"])
             if given is None or "failed" in line:
                 raise RuntimeError(f"a worker failed at {given}: {line.get('failed')}")
             if "spec" in line:
@@ -133,7 +135,11 @@ def work(store_path: Path) -> None:
 
     for line in sys.stdin:
         record = json.loads(line)
-        emit(run_chain(Chain(**{**record, "spec": RunSpec(**record["spec"])}), store, emit))
+        chain = Chain(**{**record, "spec": RunSpec(**record["spec"])})
+        try:
+            emit(run_chain(chain, store, emit))
+        except RunRefused as error:
+            emit({"refused": str(error)})
 
 
 if __name__ == "__main__":

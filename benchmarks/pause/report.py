@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 RIVALS = ("discard", "lru_host", "infercept", "oracle")
+OVERLOAD = 1.1  # times the largest capacity: nearer to it somebody may still carry the load
 
 
 def capacity_rows(document: dict[str, Any], label: str) -> list[dict[str, Any]]:
@@ -18,10 +19,25 @@ def capacity_rows(document: dict[str, Any], label: str) -> list[dict[str, Any]]:
     for policy, rps in sorted(medians.items(), key=lambda item: -item[1]):
         values = [entry["rps"] for entry in seeds[policy]]
         row: dict[str, Any] = {"policy": policy, "rps": rps, "low": min(values), "high": max(values)}
-        row |= {f"to_{rival}": rps / medians[rival] if rival in medians else None for rival in RIVALS}
-        row["to_bound"] = rps / bound if (bound := bound_rps(document, label)) else None
+        row |= {f"to_{rival}": _ratio(rps, medians.get(rival)) for rival in RIVALS}
+        row["to_bound"] = _ratio(rps, bound_rps(document, label))
         rows.append(row | {"run": _below(document, label, policy, rps)})
     return rows
+
+
+def _ratio(rps: float, to: float | None) -> float | None:
+    """None where either carries nothing, or the other was not run."""
+    return rps / to if rps and to else None
+
+
+def workload_of(document: dict[str, Any], label: str) -> str:
+    """The workload of a label, which is the workload alone or followed by ``@`` and a pool size."""
+    return label if label in document["unloaded_s"] else label.rpartition("@")[0]
+
+
+def limit_s(document: dict[str, Any], label: str) -> float:
+    """The normalized latency at which a load is still carried."""
+    return float(document["config"]["latency_factor"] * document["unloaded_s"][workload_of(document, label)])
 
 
 def bound_rps(document: dict[str, Any], label: str) -> float | None:
@@ -40,14 +56,25 @@ def at_common_rate(document: dict[str, Any], label: str) -> tuple[dict[str, dict
 def _overload(document: dict[str, Any], label: str) -> tuple[dict[str, dict[str, Any]], float] | None:
     """Runs of several policies at one rate that none of them carries; None when there are none."""
     common, rate = at_common_rate(document, label)
-    return (common, rate) if len(common) > 1 and rate > max(document["capacity_rps"][label].values()) else None
+    most = max(document["capacity_rps"][label].values())
+    return (common, rate) if len(common) > 1 and rate >= OVERLOAD * most else None
 
 
 def _below(document: dict[str, Any], label: str, policy: str, rps: float) -> dict[str, Any] | None:
-    """The complete run at the highest rate that is still carried."""
-    runs = [run for run in document["runs"] if run["policy"] == policy and run["label"] == label]
-    runs = [run for run in runs if not run["decided_early"] and run["rate_rps"] <= rps * 1.001]
+    """The complete run at the highest rate, up to the policy's capacity, whose latency is within the limit."""
+    limit = limit_s(document, label)
+    runs = [run for run in _runs(document, label, policy) if _complete(run) and run["rate_rps"] <= rps * 1.001]
+    runs = [run for run in runs if run["normalized_latency_s"] <= limit]
     return max(runs, key=lambda run: float(run["rate_rps"]), default=None)
+
+
+def _runs(document: dict[str, Any], label: str, policy: str) -> list[dict[str, Any]]:
+    return [run for run in document["runs"] if run["policy"] == policy and run["label"] == label]
+
+
+def _complete(run: dict[str, Any]) -> bool:
+    """It went to its end and measured something."""
+    return not run["decided_early"] and run["normalized_latency_s"] is not None
 
 
 def headings(document: dict[str, Any], label: str) -> list[str]:
@@ -75,12 +102,13 @@ def headings(document: dict[str, Any], label: str) -> list[str]:
 def cells(document: dict[str, Any], label: str, row: dict[str, Any]) -> list[str]:
     """A row as text, in the order of ``headings``."""
     medians, own = document["capacity_rps"][label], document.get("own_capacity_rps", {})
-    spread = f"{row['low']:.3g}-{row['high']:.3g}" if row["low"] != row["high"] else "-"
-    parts = [row["policy"], f"{row['rps']:.3g}", spread]
+    spread = f"{_load(row['low'])}-{_load(row['high'])}" if row["low"] != row["high"] else "-"
+    parts = [row["policy"], _load(row["rps"]), spread]
     if label in own:
-        parts.append(f"{own[label][row['policy']]:.3g}" if row["policy"] in own[label] else "-")
-    parts += [f"{row[f'to_{rival}']:.2f}" for rival in RIVALS if rival in medians]
-    parts += [f"{row['to_bound']:.2f}"] if bound_rps(document, label) else []
+        parts.append(_load(own[label][row["policy"]]) if row["policy"] in own[label] else "-")
+    compared = [f"to_{rival}" for rival in RIVALS if rival in medians]
+    compared += ["to_bound"] if bound_rps(document, label) else []
+    parts += ["-" if row[name] is None else f"{row[name]:.2f}" for name in compared]
     if overload := _overload(document, label):
         done = overload[0].get(row["policy"])
         parts.append(f"{done['throughput_rps']:.3g}" if done else "-")
@@ -93,13 +121,17 @@ def cells(document: dict[str, Any], label: str, row: dict[str, Any]) -> list[str
     return [*parts, f"{again * 100:.1f}", f"{run['waste']['waste']['share'] * 100:.1f}", f"{run['max_wait_s']:.1f}"]
 
 
+def _load(rps: float) -> str:
+    return f"{rps:.3g}" if rps else "none"
+
+
 def setting(document: dict[str, Any], label: str) -> str:
     """Pools, length, seeds, number and code of a label's runs."""
     runs = [run for run in document["runs"] if run["label"] == label]
     if not runs:
         return "no runs"
     machine = document["config"]["machines"][runs[0]["machine"]]
-    kv, host = runs[0]["kv_tokens"] or machine["kv_tokens"], runs[0]["host_tokens"] or machine["host_tokens"]
+    kv, host = (machine[pool] if runs[0][pool] is None else runs[0][pool] for pool in ("kv_tokens", "host_tokens"))
     seeds = sorted({run["seed"] for run in runs})
     lengths = sorted({run["minutes"] for run in runs})
     minutes = "-".join(f"{length:g}" for length in (lengths[0], lengths[-1])[: len(lengths)])
@@ -109,9 +141,9 @@ def setting(document: dict[str, Any], label: str) -> str:
 
 
 def _title(document: dict[str, Any], label: str) -> str:
-    unloaded_ms = document["unloaded_s"][label.split("@")[0]] * 1e3
+    unloaded_ms = document["unloaded_s"][workload_of(document, label)] * 1e3
     bounds = document.get("bound_rps", {}).get(label, {})
-    given = "".join(f"; {name} would carry {rps:.3g}/s" for name, rps in bounds.items())
+    given = "".join(f"; {name} would carry {f'{rps:.3g}/s' if rps else 'nothing'}" for name, rps in bounds.items())
     return f"{label} (unloaded: {unloaded_ms:.1f} ms a token{given})"
 
 
@@ -141,9 +173,9 @@ def markdown(document: dict[str, Any], label: str) -> str:
 
 def curve(document: dict[str, Any], label: str, policy: str) -> list[tuple[float, dict[str, Any]]]:
     """Complete runs by rate. All of one seed, so that a curve is one history and not a patchwork."""
-    runs = [run for run in document["runs"] if run["policy"] == policy and run["label"] == label]
+    runs = _runs(document, label, policy)
     seed = min((run["seed"] for run in runs), default=0)
-    found = [(run["rate_rps"], run) for run in runs if run["seed"] == seed and not run["decided_early"]]
+    found = [(run["rate_rps"], run) for run in runs if run["seed"] == seed and _complete(run)]
     return sorted(found, key=lambda pair: float(pair[0]))
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from caesura.runtime.clock import VirtualClock
 from caesura.runtime.engine import Engine, Observer
+from caesura.runtime.errors import ContextTooLong
 from caesura.runtime.executors.cost import CostExecutor
 from caesura.runtime.sim import Simulation
 from caesura.scheduler.policies import make_policy
@@ -34,12 +35,17 @@ WARM_SHARE, MEASURED_SHARE = 0.10, 0.75
 CHECK_EVERY_S = 5.0
 
 
+class RunRefused(ValueError):
+    """A run that cannot be made, or that has nothing to measure; the message says what to change."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunSpec:
     """What is run.
 
     ``engine`` is "simulated", or the dummy model (15M, 135M) of a run in real time. ``tool_scale`` multiplies all tool
-    times. ``limit_s``: stop as soon as the normalized latency is certain to exceed this.
+    times. ``limit_s``: stop as soon as the normalized latency is certain to exceed this. ``alone``: each program comes
+    when the one before has ended.
     """
 
     workload: str
@@ -53,6 +59,7 @@ class RunSpec:
     limit_s: float | None = None
     engine: str = "simulated"
     tool_scale: float = 1.0
+    alone: bool = False
 
     def sized_machine(self) -> Machine:
         """The machine with this run's pools."""
@@ -71,12 +78,21 @@ def run_on(
     observers: Sequence[Observer] = (),
 ) -> dict[str, Any]:
     """The same on this machine, whatever the spec calls it; ``observers`` see the steps."""
+    try:
+        return _run_on(machine, spec, progress, observers)
+    except ContextTooLong as error:
+        raise RunRefused(f"{spec.workload} is too long for this machine: {error}") from None
+
+
+def _run_on(
+    machine: Machine, spec: RunSpec, progress: Callable[[float], None], observers: Sequence[Observer]
+) -> dict[str, Any]:
     begun = time.perf_counter()
     arrivals = find_workload(spec.workload).arrivals(spec.rate_rps, spec.minutes, spec.seed)
     if spec.engine == "simulated":
         engine, simulation = simulated(machine, spec.policy)
         engine.observers += observers
-        load = Load(engine, simulation, arrivals, tool_scale=spec.tool_scale)
+        load = Load(engine, simulation, arrivals, tool_scale=spec.tool_scale, alone=spec.alone)
         result = play(spec, machine, load, progress)
     else:
         from benchmarks.dummy import VOCAB
@@ -85,7 +101,7 @@ def run_on(
         with real_engine(spec.engine, spec.policy, machine) as engine:
             simulation = real_simulation(engine)
             engine.observers += observers
-            load = Load(engine, simulation, arrivals, tool_scale=spec.tool_scale, vocab_size=VOCAB)
+            load = Load(engine, simulation, arrivals, tool_scale=spec.tool_scale, vocab_size=VOCAB, alone=spec.alone)
             result = play(spec, machine, load, progress)
     return result | {"wall_s": time.perf_counter() - begun}
 
@@ -164,8 +180,10 @@ class _Watch:
         """The mean over all requests of the window is certain to exceed the limit, whatever happens from now on.
 
         A request's share can only grow: its seconds do, and the tokens it has begun are never more than all of its own.
+        One that a deadline may still close has no share that is certain, for the lost do not count.
         """
-        least = sum(record.served_s(now) / record.program.output_tokens for record in self.measured(self.load.records))
+        certain = [record for record in self.measured(self.load.records) if not record.program.may_be_lost]
+        least = sum(record.served_s(now) / record.program.output_tokens for record in certain)
         return least > limit_s * self.expected
 
 
@@ -184,15 +202,15 @@ def measure(spec: RunSpec, machine: Machine, load: Load, watch: _Watch, engine: 
     pool_token_s = machine.kv_tokens * window_s
     moved = (spent["pages_in"] + spent["pages_out"]) * machine.page_size
     return {
-        "normalized_latency_s": statistics.fmean(latencies) if latencies else 0.0,
+        "normalized_latency_s": statistics.fmean(latencies) if latencies else None,
         "normalized_latency_quantiles_s": _quantiles(latencies),
         "normalized_latency_with_returned_s": statistics.fmean(
             record.served_s(now) / max(1, record.started_tokens + record.returned_tokens) for record in measured
         )
         if measured
-        else 0.0,
+        else None,
         "throughput_rps": len(in_window) / window_s,
-        "throughput_output_tok_s": sum(record.program.output_tokens for record in in_window) / window_s,
+        "throughput_output_tok_s": sum(record.started_tokens for record in in_window) / window_s,
         "ttft_s": _quantiles(first),
         "post_tool_ttft_s": _quantiles(resumed),
         "served_s": _quantiles([record.served_s(now) for record in measured]),
@@ -222,7 +240,7 @@ def measure(spec: RunSpec, machine: Machine, load: Load, watch: _Watch, engine: 
         "used_tokens_mean": statistics.fmean(watch.used_tokens) if watch.used_tokens else 0.0,
         "steps": spent["steps"],
         "simulated_s": now - watch.begun,
-        "decided_early": watch.decided_early,
+        "decided_early": watch.decided_early or load.overrun,
     }
 
 

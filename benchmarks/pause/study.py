@@ -103,7 +103,7 @@ def full_study(**changes: Any) -> Study:
     return Study(**{**settings, "short_minutes": 12.0, **changes})
 
 
-Capacities = dict[str, dict[str, list[dict[str, float]]]]  # by label and policy, one entry a seed
+Capacities = dict[str, dict[str, list[dict[str, Any]]]]  # by label and policy, one entry a seed
 
 
 @dataclass(slots=True)
@@ -169,10 +169,9 @@ def conduct(study: Study, store: Store, jobs: int, say: Callable[[str], None]) -
 
     def noted(chain: Chain, run: dict[str, Any]) -> None:
         spec = chain.spec
-        latency = "over the limit" if run["decided_early"] else f"{run['normalized_latency_s'] * 1e3:.1f} ms a token"
         say(
             f"{findings.label(spec.workload, spec.kv_tokens)} {run['policy']} seed {spec.seed}: "
-            f"{run['rate_rps']:.3g}/s {latency} ({run['wall_s']:.0f} s)"
+            f"{run['rate_rps']:.3g}/s {_outcome(run)} ({run['wall_s']:.0f} s)"
         )
 
     largest = max(study.kv_tokens, key=lambda size: size or math.inf)
@@ -204,8 +203,19 @@ def conduct(study: Study, store: Store, jobs: int, say: Callable[[str], None]) -
     return findings
 
 
-def _carried(chain: Chain, outcome: dict[str, Any]) -> dict[str, float]:
-    return {"seed": chain.spec.seed} | {key: outcome[key] for key in ("rps", "low_rps", "high_rps")}
+def _outcome(run: dict[str, Any]) -> str:
+    """A run in a few words."""
+    latency_s = run["normalized_latency_s"]
+    if run["decided_early"]:
+        return "over the limit"
+    return "nothing measured" if latency_s is None else f"{latency_s * 1e3:.1f} ms a token"
+
+
+def _carried(chain: Chain, outcome: dict[str, Any]) -> dict[str, Any]:
+    """A capacity as it is kept; JSON has no infinity, so where no load was too much ``high_rps`` is None."""
+    high = outcome["high_rps"]
+    found = {"rps": outcome["rps"], "low_rps": outcome["low_rps"], "high_rps": None if math.isinf(high) else high}
+    return {"seed": chain.spec.seed} | found
 
 
 def _note_capacity(findings: Findings, where: Capacities, chain: Chain, outcome: dict[str, Any]) -> str:
@@ -271,11 +281,16 @@ def _search(findings: Findings, case: tuple[str, int | None], policy: str, seed:
     study, (workload, kv) = findings.study, case
     label = findings.label(workload, kv)
     known = findings.median_rps(label, policy) or study.near.get(label, {}).get(policy)
-    others = [findings.median_rps(label, other) or 0.0 for other in findings.capacities.get(label, {})]
-    bound = [entry["rps"] for entry in findings.bounds.get(label, {}).get("free copies", [])]
+    others = _carry_something(findings.median_rps(label, other) for other in findings.capacities.get(label, {}))
+    bound = _carry_something(entry["rps"] for entry in findings.bounds.get(label, {}).get("free copies", []))
     guess = known or statistics.median(others or bound or [study.guess_rps])
     spec = study.spec(workload, kv, policy, seed)
     return Chain("capacity", spec, limit_s, guess, study.tolerance, study.stretch(known))
+
+
+def _carry_something(found: Iterable[float | None]) -> list[float]:
+    """Capacities to guess from: a policy that carries nothing says nothing about others."""
+    return [rps for rps in found if rps]
 
 
 def _curves(study: Study, findings: Findings, cases: list[tuple[str, int | None]]) -> list[Chain]:
@@ -286,8 +301,8 @@ def _curves(study: Study, findings: Findings, cases: list[tuple[str, int | None]
         if workload not in chosen:
             continue
         label = findings.label(workload, kv)
-        carried = [findings.median_rps(label, policy) or 1.0 for policy in study.policies]
-        middle = statistics.median(carried)
+        carried = _carry_something(findings.median_rps(label, policy) for policy in study.policies)
+        middle = statistics.median(carried or [study.guess_rps])
         rates = study.rates or tuple(float(f"{share * middle:.3g}") for share in GRID)
         for seed in study.seeds[:1]:
             for policy in study.policies:

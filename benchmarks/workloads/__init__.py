@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.workloads.agents import coding, forks, hang, shift, turns
 from benchmarks.workloads.infercept import KINDS, mix, single
-from benchmarks.workloads.model import Arrival, Branch, Program, Segment, Workload, every_segment
+from benchmarks.workloads.model import MAX_SHARED, Arrival, Branch, Program, Segment, Workload, every_segment
 from benchmarks.workloads.trace import BadTrace, read_trace, trace_workload, write_program
 
 WORKLOADS: dict[str, Workload] = {
@@ -36,6 +36,7 @@ def find_workload(name: str) -> Workload:
 
 
 __all__ = [
+    "MAX_SHARED",
     "WORKLOADS",
     "Arrival",
     "BadTrace",

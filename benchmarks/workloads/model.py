@@ -12,6 +12,8 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+MAX_SHARED = 64  # shared prompts of a workload
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -64,6 +66,11 @@ class Program:
     def pauses(self) -> int:
         """Segments that end in a wait."""
         return sum(segment.waits for segment in every_segment(self.segments))
+
+    @property
+    def may_be_lost(self) -> bool:
+        """A deadline may close it."""
+        return any(segment.deadline_s is not None for segment in every_segment(self.segments))
 
     @property
     def final_tokens(self) -> int:

@@ -3,7 +3,7 @@
 ``{"kind", "prompt_tokens", "segments": [{"generate_tokens", "tool_s", "tool_tokens"}, ...]}``; a segment without
 ``tool_s`` goes on at once. Optional: ``id``; ``shared`` and ``shared_tokens`` of the program; ``tool``, ``hint_s``,
 ``deadline_s``, ``wait_any`` and ``branches`` (``[{"prompt_tokens", "segments"}, ...]``) of a segment. ``tool_s`` null
-never returns and needs a ``deadline_s``.
+never returns and needs a ``deadline_s``; a segment with branches has none. A trace has at most 64 shared prompts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workloads.model import Branch, Program, Segment, Workload
+from benchmarks.workloads.model import MAX_SHARED, Branch, Program, Segment, Workload
 
 MAX_TOKENS = 1 << 24
 
@@ -36,6 +36,11 @@ def read_trace(path: Path) -> list[Program]:
                 raise BadTrace(f"{path.name}, line {number}: {error}") from None
     if not programs:
         raise BadTrace(f"{path.name} holds no programs; it needs one JSON object a line")
+    shared = {(program.shared, program.shared_tokens) for program in programs if program.shared_tokens}
+    if len(shared) > MAX_SHARED:
+        raise BadTrace(
+            f"{path.name} has {len(shared)} shared prompts; {MAX_SHARED} is the most: give fewer programs `shared`"
+        )
     return programs
 
 
@@ -73,8 +78,8 @@ def _segment(record: Any, kind: str) -> Segment:
     if not isinstance(record, dict):
         raise BadTrace("a segment must be a JSON object")
     branches = record.get("branches", [])
-    if not isinstance(branches, list):
-        raise BadTrace("branches must be a list")
+    if not isinstance(branches, list) or not all(isinstance(branch, dict) for branch in branches):
+        raise BadTrace("branches must be a list of JSON objects")
     waits = "tool_s" in record
     tool_s = math.inf if waits and record["tool_s"] is None else _seconds(record, "tool_s") or 0.0
     deadline_s = _seconds(record, "deadline_s")
@@ -82,6 +87,8 @@ def _segment(record: Any, kind: str) -> Segment:
         raise BadTrace("tool_s is null, so the tool never returns; give the segment a deadline_s")
     if waits and branches:
         raise BadTrace("a segment has tool_s or branches, not both")
+    if branches and deadline_s is not None:
+        raise BadTrace("a segment with branches has a deadline_s; give one to the tools inside the branches")
     return Segment(
         generate_tokens=_count(record, "generate_tokens", 1),
         tool=str(record.get("tool", kind)) if waits else "",

@@ -6,17 +6,20 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from caesura.runtime.executors.cost import MachineCosts
+from caesura.scheduler.context import Call
 from caesura.scheduler.policies import POLICIES
+from caesura.scheduler.types import ContextId
 
 from benchmarks.pause.drive import Load
 from benchmarks.pause.profiles import Machine
 from benchmarks.pause.runs import simulated
 from benchmarks.workloads import (
+    MAX_SHARED,
     WORKLOADS,
     Arrival,
     BadTrace,
@@ -137,12 +140,29 @@ def test_a_trace_survives_writing_and_reading(tmp_path: Path) -> None:
         ('{"prompt_tokens": 1, "segments": [{"generate_tokens": 1, "tool_s": -1}]}', "tool_s is -1"),
         ('{"prompt_tokens": 1, "segments": [{"generate_tokens": 1, "tool_s": null}]}', "deadline_s"),
         ("", "holds no programs"),
+        ('{"prompt_tokens": 1, "segments": [{"generate_tokens": 1, "branches": [1]}]}', "list of JSON objects"),
+        (
+            '{"prompt_tokens": 1, "segments": [{"generate_tokens": 1, "deadline_s": 2, "branches": '
+            '[{"prompt_tokens": 1, "segments": [{"generate_tokens": 1}]}]}]}',
+            "with branches has a deadline_s",
+        ),
     ],
 )
 def test_a_bad_trace_says_what_is_wrong(tmp_path: Path, line: str, words: str) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(BadTrace, match=words):
+        read_trace(path)
+
+
+def test_a_trace_has_so_many_shared_prompts_and_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    programs = [Program("a", 1, (Segment(1),), f"s{number}", 50) for number in range(MAX_SHARED)]
+    lines = [write_program(program) + "\n" for program in (*programs, Program("a", 1, (Segment(1),)))]
+    path.write_text("".join(lines))
+    assert len(read_trace(path)) == MAX_SHARED + 1
+    path.write_text("".join([*lines, write_program(Program("a", 1, (Segment(1),), "one more", 50))]))
+    with pytest.raises(BadTrace, match="65 shared prompts"):
         read_trace(path)
 
 
@@ -154,19 +174,33 @@ def test_an_unknown_workload_names_the_known_ones() -> None:
 # -- playing -----------------------------------------------------------------------------------------------------------
 
 
-def play(programs: list[Program], policy: str = "min_waste", gap_s: float = 0.0) -> Load:
+def prepared(
+    programs: list[Program],
+    policy: str = "min_waste",
+    gap_s: float = 0.0,
+    *,
+    tool_scale: float = 1.0,
+    alone: bool = False,
+) -> Load:
     def arrivals() -> Iterator[Arrival]:
         for number, program in enumerate(programs):
             yield Arrival(number, number * gap_s, program)
         yield Arrival(len(programs), math.inf, programs[0])
 
     engine, simulation = simulated(MACHINE, policy)
-    load = Load(engine, simulation, arrivals())
+    return Load(engine, simulation, arrivals(), tool_scale=tool_scale, alone=alone)
+
+
+def played(load: Load) -> Load:
     load.start()
-    simulation.run(10_000.0)
-    engine.check()
+    load.simulation.run(10_000.0)
+    load.engine.check()
     assert not load.open
     return load
+
+
+def play(programs: list[Program], policy: str = "min_waste", gap_s: float = 0.0) -> Load:
+    return played(prepared(programs, policy, gap_s))
 
 
 def test_a_lone_program_takes_what_the_costs_say() -> None:
@@ -201,6 +235,52 @@ def test_the_first_branch_is_enough_for_wait_any() -> None:
     record = play([program]).records[0]
     assert record.end_s is not None
     assert record.end_s < 3.0
+
+
+def test_what_a_dropped_branch_was_generating_does_not_count() -> None:
+    quick, slow = Branch(16, (Segment(4),)), Branch(16, (Segment(6, "tool", 0.0, 2), Segment(400)))
+    record = play([Program("race", 64, (Segment(5, branches=(slow, quick), wait_any=True), Segment(3)))]).records[0]
+    assert record.end_s is not None
+    assert record.end_s < 2.0
+    assert record.started_tokens == 5 + 4 + 3  # the slow one was in its first segment
+
+
+def test_a_branch_may_be_dropped_at_the_moment_it_would_branch() -> None:
+    nested = Branch(4, (Segment(6, branches=(Branch(3, (Segment(3),)),)), Segment(3)))
+    program = Program("race", 10, (Segment(5, branches=(Branch(4, (Segment(6),)), nested), wait_any=True), Segment(3)))
+    assert play([program]).records[0].started_tokens == 5 + 6 + 6 + 3
+
+
+def test_hints_and_deadlines_scale_with_the_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = prepared(
+        [Program("one", 10, (Segment(5, "tool", 8.0, 2, hint_s=6.0, deadline_s=40.0), Segment(3)))], tool_scale=0.25
+    )
+    pause, told = load.engine.pause, []
+
+    def note(context: ContextId, calls: Sequence[Call], *, wait_any: bool, deadline_at: float | None) -> None:
+        told.append((*calls, (deadline_at or 0.0) - load.simulation.clock.now()))
+        pause(context, calls, wait_any=wait_any, deadline_at=deadline_at)
+
+    monkeypatch.setattr(load.engine, "pause", note)
+    played(load)
+    assert told == [(Call("tool", 1.5, 2.0), pytest.approx(10.0))]
+
+
+def test_alone_each_program_comes_when_the_one_before_has_ended() -> None:
+    programs = [Program("one", 64, (Segment(10, "tool", 5.0, 20), Segment(4)))] * 3
+    records = played(prepared(programs, gap_s=1.0, alone=True)).records
+    assert [record.arrival_s for record in records] == [0.0, records[0].end_s, records[1].end_s]
+    apart = played(prepared(programs, gap_s=50.0, alone=True)).records
+    assert [record.arrival_s for record in apart] == [0.0, 50.0, 100.0]
+
+
+def test_a_run_with_too_many_programs_at_once_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.pause.drive.MAX_OPEN", 2)
+    load = prepared([Program("one", 64, (Segment(10),))] * 5)
+    load.start()
+    load.simulation.run(10.0)
+    assert load.overrun
+    assert len(load.records) == 3
 
 
 def test_a_hanging_tool_ends_with_its_deadline() -> None:
