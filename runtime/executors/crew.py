@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -64,24 +65,19 @@ class Pools(msgspec.Struct, frozen=True, tag=True):
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
-    """Begin copies between the tiers."""
+    """Begin copies between the tiers. ``done`` are copies that the first process has seen done: what follows comes
+    behind them."""
 
     moves: list[Move]
+    done: list[MoveId]
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
-    """Run a step. ``done`` are copies that the first process has seen done: what follows comes behind them."""
+    """Run a step. ``done`` as for ``Begin``."""
 
     layout: bytes | None
     copies: list[Move]
     done: list[MoveId]
-
-
-class Erase(msgspec.Struct, frozen=True, tag=True):
-    """Zero what these pieces of a layout wrote."""
-
-    layout: bytes
-    pieces: list[int]
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
@@ -96,7 +92,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-Order = Load | Pools | Begin | Step | Erase
+Order = Load | Pools | Begin | Step
 
 
 class ProcessCrew:
@@ -120,14 +116,11 @@ class ProcessCrew:
         self._tell(pools)
         return join(self._folder, device, 0, len(self._members) + 1)
 
-    def begin(self, moves: Sequence[Move]) -> None:
-        self._tell(Begin(list(moves)))
+    def begin(self, moves: Sequence[Move], done: Sequence[MoveId]) -> None:
+        self._tell(Begin(list(moves), list(done)))
 
     def step(self, layout: Layout | None, copies: Sequence[Move], done: Sequence[MoveId]) -> None:
         self._tell(Step(layout.encode() if layout is not None else None, list(copies), list(done)))
-
-    def erase(self, layout: Layout, pieces: Sequence[int]) -> None:
-        self._tell(Erase(layout.encode(), list(pieces)))
 
     def close(self) -> None:
         """End the processes. Idempotent."""
@@ -234,7 +227,9 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def main(answers_fd: int) -> None:
-    """Do what standard input says, until it ends."""
+    """Do what standard input says, until it ends. Signals meant for whoever gives the orders end nothing here."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     orders = os.fdopen(os.dup(0), "rb", buffering=1 << 16)
     with os.fdopen(answers_fd, "wb", buffering=0) as answers:
         order = _read(orders, _ORDERS)
@@ -277,7 +272,8 @@ def _load(order: Load) -> tuple[Device, Model, Shard]:
 
 def _obey(runner: Runner, order: Order) -> None:
     match order:
-        case Begin(moves):
+        case Begin(moves, done):
+            runner.arena.wait_behind(done)
             runner.arena.begin(moves)
         case Step(None, copies, done):
             runner.arena.wait_behind(done)
@@ -290,8 +286,6 @@ def _obey(runner: Runner, order: Order) -> None:
                 pass
             if len(layout.sampled):
                 runner.keep(torch.zeros(len(layout.sampled), dtype=torch.int64, device=runner.device.torch))
-        case Erase(encoded, pieces):
-            runner.erase(Layout.decode(encoded), pieces)
 
 
 # -- frames -----------------------------------------------------------------------------------------------------------

@@ -31,11 +31,9 @@ _LOGITS_NOT_FINITE = "the model produced logits that are not finite numbers"
 class Crew(Protocol):
     """The other processes of a model that is split: told of everything before this process does it."""
 
-    def begin(self, moves: Sequence[Move]) -> None: ...
+    def begin(self, moves: Sequence[Move], done: Sequence[MoveId]) -> None: ...
 
     def step(self, layout: Layout | None, copies: Sequence[Move], done: Sequence[MoveId]) -> None: ...
-
-    def erase(self, layout: Layout, pieces: Sequence[int]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -92,7 +90,7 @@ class CudaExecutor:
             return
         self._device.bind()
         if self._crew is not None:
-            self._crew.begin(moves)
+            self._crew.begin(moves, self._take_done())
         self.runner.arena.begin(moves)
 
     def acknowledged(self, *, wait_s: float = 0.0) -> list[MoveId]:
@@ -130,8 +128,7 @@ class CudaExecutor:
         layout = self._layouts.build(slices, self._before) if slices else None
         self._check_targets(slices)
         if self._crew is not None:
-            self._crew.step(layout, copies, self._done)
-            self._done = []
+            self._crew.step(layout, copies, self._take_done())
         if layout is None:
             self.runner.arena.copy_within(copies)
             self._before = {}
@@ -160,6 +157,10 @@ class CudaExecutor:
         return ExecOutput(time.perf_counter() - step.begun, outputs)
 
     # -- parts ------------------------------------------------------------------------------------------------
+
+    def _take_done(self) -> list[MoveId]:
+        done, self._done = self._done, []
+        return done
 
     def _check_targets(self, slices: Sequence[SliceInput]) -> None:
         vocab = self.runner.decoder.config.vocab_size
@@ -250,12 +251,8 @@ class CudaExecutor:
                 yield SampledToken(token) if token != NOT_FINITE else SampleFailure(_LOGITS_NOT_FINITE)
 
     def _broken(self, layout: Layout, finite: Tensor) -> frozenset[int]:
-        """Slices with NaN or infinity; their keys and values are zeroed, lest a page's next owner inherits them."""
+        """Slices with NaN or infinity."""
         if bool(finite.all()):
             return frozenset()
         ends = layout.row_ends
-        broken = [i for i in range(layout.num_pieces) if not bool(finite[ends[i] : ends[i + 1]].all())]
-        if self._crew is not None:
-            self._crew.erase(layout, broken)
-        self.runner.erase(layout, broken)
-        return frozenset(broken)
+        return frozenset(i for i in range(layout.num_pieces) if not bool(finite[ends[i] : ends[i + 1]].all()))

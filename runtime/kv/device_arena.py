@@ -45,7 +45,8 @@ class PagedCache:
         self.scratch_page = num_pages - 1
         self.page_slots = layers * 2 * self.page_size  # a page's first slot is its number times this
         self._slots = pages.view(num_pages * self.page_slots, kv_heads, head_dim)
-        self._layers = layers
+        sides = torch.arange(layers * 2, dtype=torch.int64, device=pages.device)
+        self._sides = sides * self.page_size  # from a slot to its place in every layer's keys and values
 
     def keys(self, layer: int) -> Tensor:
         """[num_pages, page_size, kv_heads, head_dim], not contiguous between pages."""
@@ -64,11 +65,12 @@ class PagedCache:
         """Keys (0) or values (1) of a layer by slot: [slots, kv_heads, head_dim]."""
         return self._slots[(layer * 2 + side) * self.page_size :]
 
-    def erase(self, slots: Tensor) -> None:
-        """Zero keys and values of these slots in all layers."""
-        for layer in range(self._layers):
-            for side in range(2):
-                self.side(layer, side).index_fill_(0, slots, 0.0)
+    def keep_finite(self, slots: Tensor, finite: Tensor) -> None:
+        """Zero what was written at ``slots`` [n] in all layers where ``finite`` [n] is false, lest a page's next owner
+        inherits NaN. Part of the step itself: once it has ended, the pages may be somebody else's. Rows that are
+        finite zero the scratch page instead, so that the device does the same work whatever it has found."""
+        wrong = torch.where(finite, self.scratch_page * self.page_slots, slots)
+        self._slots.index_fill_(0, (wrong[:, None] + self._sides).flatten(), 0.0)
 
 
 class DeviceArena:

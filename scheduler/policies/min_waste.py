@@ -12,7 +12,7 @@ from caesura.scheduler.types import Action, ActionCosts, ContextId
 from caesura.scheduler.waste import discard_contended_token_s, preserve_token_s, swap_exposed_token_s
 
 PATIENCE_S = 1.0  # how long others that lack nothing may go ahead of one who waits for memory
-STARVING_S = 30.0  # in the queue, after which a context goes before all others
+STARVING_S = 30.0  # in the queue, after which one context goes before all others
 AHEAD_S = 1e9  # earlier than any arrival
 LISTED_BATCHES = 4  # of copies ahead, so that ranking is not done for each
 
@@ -39,7 +39,7 @@ class MinWaste(PausePolicy):
     4. *Queueing and starvation*: W_drop charges everybody who stays in memory longer, W_swap the one who waits. Service
        is by original arrival, so whoever comes later cannot hold one up; those who lack nothing go ahead of one who
        waits for memory for a second and no longer. Programs that are never done would keep newcomers out for ever:
-       who has queued for half a minute goes before everybody, until its next pause.
+       who has queued for longest, and for half a minute, goes before everybody until its next pause.
     5. *Partial states*: only the wanted part of a run is priced and taken, at its own depth, by what is cheaper for it.
     6. *Forks and parallel calls*: a pause ends with the last or the first of its calls, as the estimator says.
 
@@ -55,23 +55,25 @@ class MinWaste(PausePolicy):
 
     def __init__(self, estimator: Estimator | None = None) -> None:
         super().__init__(estimator)
-        self._starving: set[ContextId] = set()
+        self._starved: ContextId | None = None  # one at a time: more would take each other's memory
 
     def saw_paused(self, context: Context, now: float) -> None:
-        self._starving.discard(context.id)
+        self.saw_closed(context)
 
     def saw_closed(self, context: Context) -> None:
-        self._starving.discard(context.id)
+        if self._starved == context.id:
+            self._starved = None
 
     def order_key(self, context: Context) -> tuple[float, ...]:
-        return (context.arrival - AHEAD_S * (context.id in self._starving), context.id)
+        return (context.arrival - AHEAD_S * (context.id == self._starved), context.id)
 
     def admit(self, queued: Sequence[Context], room: Room) -> Sequence[Context]:
-        late = {context.id for context in queued if room.now - context.requeued > STARVING_S} - self._starving
-        if not late:
-            return queued
-        self._starving |= late
-        return sorted(queued, key=self.order_key)
+        if self._starved is None:
+            longest = min(queued, key=lambda context: context.requeued)
+            if room.now - longest.requeued > STARVING_S:
+                self._starved = longest.id
+                return sorted(queued, key=self.order_key)
+        return queued
 
     def lets_pass(self, context: Context, now: float) -> bool:
         return now - context.requeued < PATIENCE_S

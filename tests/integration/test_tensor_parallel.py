@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,20 +18,24 @@ from caesura.runtime.embedded.net import Shape, TinyLlama
 from caesura.runtime.embedded.train import export
 from caesura.runtime.errors import EngineStopped, InvalidRequest, UnsupportedModel
 from caesura.runtime.executors.base import SliceInput
+from caesura.runtime.executors.crew import Begin, _obey
 from caesura.runtime.executors.torch_cuda import CudaExecutor
 from caesura.runtime.model import load_model
 from caesura.runtime.model.config import ModelConfig, parse_config
 from caesura.runtime.model.cuda.device import Device
 from caesura.runtime.model.cuda.loading import load_part
 from caesura.runtime.model.cuda.parallel import Shard
+from caesura.runtime.model.cuda.runner import Runner
 from caesura.runtime.sampling import SamplingParams
 from caesura.runtime.service import EngineService
 from caesura.runtime.sim import SimTokenizer
 from caesura.scheduler.types import ContextId, Move, MoveId, MoveKind, PageId
 from tokenizers import Tokenizer
 
+from tests.integration.device_executor import make_device_executor
 from tests.integration.model_checkpoints import drive, make_executor, make_reference, make_runs, save
 from tests.integration.test_device_executor import PROMPTS, tokens_of
+from tests.integration.test_identical_output import tiny_model
 from tests.sim.agents import PROFILE
 
 
@@ -45,6 +52,8 @@ def test_two_processes_yield_the_tokens_of_one(name: str, tmp_path: Path) -> Non
     folder = save(make_reference(name), tmp_path)
     expected = tokens_of(make_executor(load_model(folder), 4, native=False))
     executor = split(folder)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a terminal sends them to all; the first one decides
+        executor._crew._members[0]._process.send_signal(number)  # type: ignore[union-attr]
     runs = make_runs(PROMPTS, 12, 7, 4)
     assert [[token.token_id for token in sampled] for sampled in drive(executor, runs)] == expected
 
@@ -73,6 +82,39 @@ def test_two_processes_yield_the_tokens_of_one(name: str, tmp_path: Path) -> Non
             executor.begin([Move(MoveId(3), MoveKind.OUT, (PageId(1),), (PageId(1),))])
     executor.close()
     executor.close()
+
+
+class Told:
+    """A crew, and a member's arena, that remember what they were told."""
+
+    def __init__(self) -> None:
+        self.orders: list[tuple[str, list[MoveId]]] = []
+
+    def begin(self, moves: Sequence[Move], done: Sequence[MoveId] = ()) -> None:
+        self.orders.append(("begin", [*done]))
+
+    def wait_behind(self, moves: Sequence[MoveId]) -> None:
+        self.orders.append(("wait", [*moves]))
+
+    def step(self, layout: object, copies: object, done: Sequence[MoveId]) -> None:
+        self.orders.append(("step", [*done]))
+
+    def close(self) -> None: ...
+
+
+def test_copies_are_begun_behind_those_that_the_first_process_has_seen_end() -> None:
+    crew, arena = Told(), Told()
+    runner = make_device_executor(tiny_model(), 16, num_device_pages=4, num_host_pages=2, flashinfer=False).runner
+    executor = CudaExecutor(runner, eos_ids={2}, crew=crew)
+    executor.begin([Move(MoveId(1), MoveKind.OUT, (PageId(3),), (PageId(1),))])
+    executor.collect(executor.launch([], []))
+    assert executor.acknowledged(wait_s=5.0) == [1]
+    again = [Move(MoveId(2), MoveKind.OUT, (PageId(2),), (PageId(1),))]  # into the page that the first one left
+    executor.begin(again)
+    executor.collect(executor.launch([], []))
+    assert crew.orders == [("begin", []), ("step", []), ("begin", [1]), ("step", [])]
+    _obey(cast("Runner", SimpleNamespace(arena=arena)), Begin(again, [MoveId(1)]))
+    assert arena.orders == [("wait", [1]), ("begin", [])]
 
 
 def test_a_checkpoint_serves_from_two_processes(tmp_path: Path) -> None:

@@ -120,7 +120,9 @@ class DecodeGraphs:
         def run() -> tuple[Tensor, Tensor]:
             token_ids = filled(inputs[0], inputs[3], sampled)
             hidden = decoder.forward(token_ids, inputs[1], inputs[2], attend, cache)
-            return decoder.logits(hidden), torch.isfinite(hidden).all(dim=-1)
+            finite = torch.isfinite(hidden).all(dim=-1)
+            cache.keep_finite(inputs[2], finite)
+            return decoder.logits(hidden), finite
 
         replay, (logits, finite) = capture(run)
         return Captured(replay, graph_attention, inputs, logits, finite)

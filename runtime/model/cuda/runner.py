@@ -139,16 +139,11 @@ class Runner:
             token_ids = filled(token_ids, source, self.sampled)
         hidden = self.decoder.forward(token_ids, positions, slots, attend, self.cache)
         finite = torch.isfinite(hidden).all(dim=-1)
+        self.cache.keep_finite(slots, finite)
         count = len(layout.sampled)
         wanted = hidden if count == layout.num_rows else hidden[self._sent(layout.sampled)]
         logits = self.decoder.logits(wanted) if count else hidden.new_empty(0, 1, dtype=torch.float32)
         return Rows(logits, finite, hidden)
-
-    def erase(self, layout: Layout, pieces: Sequence[int]) -> None:
-        """Zero the keys and values that these pieces wrote."""
-        slots, ends = layout.slots(self.cache.page_slots), layout.row_ends
-        for piece in pieces:
-            self.cache.erase(self._sent(slots[ends[piece] : ends[piece + 1]]))
 
     def score_logits(self, layout: Layout, rows: Rows) -> Iterator[Tensor]:
         """Logits [n, vocab] of the scored rows, a bounded number at a time."""
