@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from caesura.runtime.api import PendingCall
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
     from caesura.runtime.service import EngineService
 
 T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Request:
+    """What the engine thread knows of a request."""
+
+    begun: bool = False  # the engine took it on
+    ended: bool = False
 
 
 class ContextHandle:
@@ -68,12 +77,14 @@ class ContextHandle:
         stops = await _stops_of(params)
         loop = asyncio.get_running_loop()
         chunks: asyncio.Queue[TokenChunk] = asyncio.Queue()
+        request = _Request()
 
         def sink(chunk: TokenChunk) -> None:
+            request.ended = chunk.finish is not None
             try:
                 loop.call_soon_threadsafe(chunks.put_nowait, chunk)
             except RuntimeError:  # that loop is gone, and with it whoever was listening
-                self._service.post(lambda engine: engine.stop(self.id))
+                self._stop(request)
 
         def begin(engine: Engine) -> None:
             names = tuple(str(tool["name"]) for tool in tools.tools) if tools else ()
@@ -90,11 +101,11 @@ class ContextHandle:
                 stops,
             )
             engine.generate(self.id, generation)
+            request.begun = True
 
-        begun = finished = False
+        finished = False
         try:
             await self._call(begin)
-            begun = True
             while not finished:
                 chunk = await chunks.get()
                 finished = chunk.finish is not None
@@ -103,12 +114,18 @@ class ContextHandle:
                 if finished:
                     self.num_tokens = await self._call(lambda engine: engine.num_tokens(self.id))
                 yield chunk
-        except asyncio.CancelledError:  # the command may still be on its way
-            begun = True
-            raise
         finally:
-            if begun and not finished:
-                self._service.post(lambda engine: engine.stop(self.id))
+            if not finished:
+                self._stop(request)
+
+    def _stop(self, request: _Request) -> None:
+        """Abort a request, also one that is still on its way to the engine; never another one of this context."""
+
+        def run(engine: Engine) -> None:
+            if request.begun and not request.ended:
+                engine.stop(self.id)
+
+        self._service.post(run)
 
     async def _prepare(
         self, params: SamplingParams, tools: ToolCalling | None
@@ -148,18 +165,24 @@ class ContextHandle:
 
     async def _request(self, begin: Callable[[Engine, Callable[[Any], None]], None]) -> Any:
         answer: Future[Any] = Future()
+        request = _Request()
+
+        def run(engine: Engine) -> None:
+            begin(engine, done)
+            request.begun = True
 
         def done(result: Any) -> None:
+            request.ended = True
             if isinstance(result, Exception):
                 answer.set_exception(self._closed or result)
             else:
                 answer.set_result(result)
 
         try:
-            await self._call(lambda engine: begin(engine, done))
+            await self._call(run)
             return await shielded(answer)
         except asyncio.CancelledError:
-            self._service.post(lambda engine: engine.stop(self.id))
+            self._stop(request)
             raise
 
     async def fork(self, count: int) -> list[ContextHandle]:

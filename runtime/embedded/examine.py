@@ -17,7 +17,6 @@ from caesura.runtime.api import PendingCall
 from caesura.runtime.embedded.chat import Message, render
 from caesura.runtime.embedded.skills.mixture import SKILLS, Exam, held_out_task
 from caesura.runtime.embedded.skills.task import Call
-from caesura.runtime.embedded.tools import ToolFault
 from caesura.runtime.errors import ContextTooLong
 from caesura.runtime.handle import ContextHandle
 from caesura.runtime.sampling import Constraint, ConstraintKind, SamplingParams
@@ -30,6 +29,7 @@ MAX_ROUNDS = 32
 MAX_TURN_TOKENS = 256
 CONCURRENT = 32
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_PYTHON_TYPES: dict[str, tuple[type, ...]] = {"string": (str,), "integer": (int,), "number": (int, float)}
 
 
 class Terms(StrEnum):
@@ -151,18 +151,33 @@ class Attempt:
             return f"error: {error}"
         try:
             return self._exam.world.run(call)
-        except (ToolFault, TypeError, KeyError) as error:  # arguments of the wrong type
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # values that a tool did not foresee
             return f"error: {error}"
 
     def _parsed(self, body: str) -> Call:
         """The call between the tags, by the tool's own names. Raises ValueError unless it is one that was offered."""
         inside, mark, rest = body.partition(_CLOSE)
-        value: Any = json.loads(inside)
-        offer = self._offers.get(value["name"]) if isinstance(value, dict) and "name" in value else None
+        value = _read(inside)
+        name = value.get("name") if isinstance(value, dict) else None
+        offer = self._offers.get(name) if isinstance(name, str) else None
         if not mark or rest.strip() or offer is None:
             raise ValueError("no call of a tool on offer")
         own = {shown: name for name, shown in offer.arguments.items()}
+        types = offer.spec["function"]["parameters"]["properties"]
         arguments = value.get("arguments")
         if not isinstance(arguments, dict) or set(arguments) != set(own):
             raise ValueError(f"{offer.name} takes {', '.join(own) or 'no arguments'}")
+        for key, argument in arguments.items():
+            if type(argument) not in _PYTHON_TYPES[types[key]["type"]]:
+                raise ValueError(f"{key} is no {types[key]['type']}")
         return Call(offer.tool, {own[key]: argument for key, argument in arguments.items()})
+
+
+def _read(text: str) -> Any:
+    """JSON that can be written again as text: without NaN, without halves of characters. Raises ValueError."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value

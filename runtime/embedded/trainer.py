@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from caesura.runtime.embedded.data import Example, batches, token_id
 from caesura.runtime.embedded.muon import Muon
 from caesura.runtime.embedded.net import Shape, TinyLlama
 from rich.console import Console
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -94,7 +96,9 @@ class Trainer:
 
     def run(self, console: Console) -> Iterator[int]:
         """Train to the end of the schedule; yields the number of steps done after each."""
-        for batch in self._batches():
+        to_come = self._batches()
+        while self.step < self.recipe.steps:
+            batch = next(to_come)
             started_s = time.monotonic()
             loss, right = self.update(batch)
             self.step += 1
@@ -105,8 +109,6 @@ class Trainer:
                     f"{self.tokens / self.seconds:,.0f} tokens/s  {self.seconds / 60:,.1f} min"
                 )
             yield self.step
-            if self.step >= self.recipe.steps:
-                break
         self.model.eval()
 
     def update(self, batch: list[list[Example]]) -> tuple[float, float]:
@@ -166,20 +168,29 @@ class Trainer:
     # -- state -----------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Write everything that `load` needs to go on as if nothing had been."""
+        """Write everything that `load` needs to go on as if nothing had been: one file, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"weight.{name}": tensor.detach().contiguous() for name, tensor in self.model.named_parameters()}
         for index, optimizer in enumerate(self._optimizers):
             for number, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"state.{index}.{number}.{key}": torch.as_tensor(value) for key, value in state.items()}
         counts = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "pool": self._pool}
-        (folder / "state.json").write_text(json.dumps(counts))
-        (folder / "state.safetensors").write_bytes(save(tensors))
+        unfinished = folder / "state.tmp"
+        unfinished.write_bytes(save(tensors, {"counts": json.dumps(counts | self._drawn_by())}))
+        os.replace(unfinished, folder / "state.safetensors")
+
+    def _drawn_by(self) -> dict[str, int]:
+        """What the conversations follow from."""
+        return {"seed": self.recipe.seed, "batch_tokens": self.recipe.batch_tokens}
 
     def load(self, folder: Path) -> None:
-        """Go on from a saved state."""
-        tensors = load_file(folder / "state.safetensors")
-        counts = json.loads((folder / "state.json").read_text())
+        """Go on from a saved state. Raises ValueError for one of another seed or another size of batches."""
+        with safe_open(folder / "state.safetensors", framework="pt") as file:
+            counts = json.loads((file.metadata() or {}).get("counts", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it cannot be iterated
+        for name, value in self._drawn_by().items():
+            if counts.get(name) != value:
+                raise ValueError(f"{folder} is of a training with {name} {counts.get(name)}, and this one has {value}")
         self.step, self.tokens, self.seconds = counts["step"], counts["tokens"], counts["seconds"]
         self._pool = counts["pool"][0], counts["pool"][1]
         with torch.no_grad():

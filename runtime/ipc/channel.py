@@ -96,6 +96,11 @@ class Channel(Generic[M]):
 
     # -- sending ----------------------------------------------------------------------------------------------
 
+    @property
+    def room_bytes(self) -> int:
+        """Of messages that may be packed now. Half of what may stay unacknowledged: frames are larger than these."""
+        return MAX_UNACKED_BYTES // 2 - self._unacked_bytes
+
     def pack(self, messages: list[bytes]) -> list[bytes]:
         """Frames that carry these encoded messages, kept until they are acknowledged."""
         frames: list[bytes] = []

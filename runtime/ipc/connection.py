@@ -232,11 +232,14 @@ class Connection:
         self.on_context_closed(self._life, event.context, m.revive(event.error))
         self.post(m.Close(event.context), self._life)
 
-    def _take_outbox(self) -> list[bytes]:
+    def _take_outbox(self, room_bytes: int) -> list[bytes]:
+        """What there is room for; the rest waits until some of it is acknowledged."""
+        taken: list[bytes] = []
         with self._lock:
-            outbox = list(self._outbox)
-            self._outbox.clear()
-        return outbox
+            while self._outbox and len(self._outbox[0]) <= room_bytes:
+                taken.append(self._outbox.popleft())
+                room_bytes -= len(taken[-1])
+        return taken
 
 
 class _Conversation:
@@ -353,7 +356,7 @@ class _Conversation:
         return m.Account(event.request, {**event.values, "ipc": ours})
 
     def _flush(self) -> None:
-        outbox = self._owner._take_outbox()
+        outbox = self._owner._take_outbox(self._child.channel.room_bytes)
         if outbox:
             self._transmit(self._child.channel.pack(outbox))
 

@@ -73,7 +73,7 @@ class EngineChild:
         except subprocess.TimeoutExpired:
             return "hung while it ended"
         if code < 0:
-            return f"was killed by {signal.Signals(-code).name}"
+            return f"was killed by {_signal_name(-code)}"
         return f"ended with code {code}"
 
     def close(self) -> None:
@@ -85,6 +85,13 @@ class EngineChild:
         self.socket.close()
         self._context.term()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a realtime signal
+        return f"signal {number}"
 
 
 def _private_folder() -> Path:

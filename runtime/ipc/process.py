@@ -118,10 +118,10 @@ class EngineProcess:
             await self._worker.drain(1.0)  # every request hears why it ended
 
     async def _beat(self) -> None:
-        while not self._ending.done():
+        """Until cancelled: an engine that drains is alive."""
+        while True:
             if self._service is not None and not self._service.ready:
                 self._end(self._service.stopped())
-                return
             self._send(m.Heartbeat(self._engine_lag_s()))
             if self._client is not None:
                 self._transmit([self._channel.note()])
@@ -129,7 +129,7 @@ class EngineProcess:
 
     def _engine_lag_s(self) -> float:
         """How long the engine thread has left a command unread."""
-        if self._service is None:
+        if self._service is None or not self._service.ready:  # one that is closed reads no more
             return 0.0
         if self._probed_at is not None:
             return time.monotonic() - self._probed_at

@@ -77,9 +77,6 @@ class Worker:
         try:
             self._send(await self._run(command))
         except asyncio.CancelledError:
-            if isinstance(command, m.Generate | m.Score | m.Prefill):  # also when it was about to begin
-                context = command.context
-                self._service.post(lambda engine: engine.stop(context))
             self._fail(command.request, ContextClosed("the request was aborted"))
         except Exception as error:
             self._fail(command.request, error)

@@ -256,7 +256,12 @@ def _choices(values: Any) -> str:
     if not 1 <= len(values) <= MAX_CHOICES:
         raise GrammarError(f"choices has {len(values)} entries; it must have between 1 and {MAX_CHOICES}")
     # one terminal, so that a choice which is another's beginning stays possible
-    return "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(value, ensure_ascii=False) for value in values)
+    return "start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, values))
+
+
+def _quoted(text: str) -> str:
+    """A string of a grammar. It takes no control character as it is, and DEL is one that JSON does not escape."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _parse_json(source: str, name: str) -> Any:

@@ -99,12 +99,14 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             )
         text = stream.read(header_bytes)
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise BrokenCheckpoint(f"{file.name} has a header that is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise BrokenCheckpoint(f"{file.name} has a header that is not an object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BrokenCheckpoint(f"{file.name} has a __metadata__ that is not an object of strings")
     return _check_entries(file, header, file_bytes - 8 - header_bytes)
 
 
@@ -113,6 +115,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a name occurs twice")
     return result
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
 
 
 def _check_entries(file: Path, header: Mapping[str, Any], data_bytes: int) -> dict[str, TensorEntry]:

@@ -18,7 +18,7 @@ from caesura.runtime.errors import BrokenCheckpoint, ModelError, UnsupportedMode
 from caesura.runtime.model.config import ModelConfig, read_config
 from caesura.runtime.model.memory import require_memory
 from caesura.runtime.model.tensorfile import TensorEntry, read_entries
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -95,7 +95,7 @@ def open_tensors(config: ModelConfig, path: Path) -> Iterator[Read]:
             name = rename(name)
             file = entries[name].file
             if file not in files:
-                files[file] = stack.enter_context(safe_open(str(file), framework="pt"))
+                files[file] = stack.enter_context(_opened(file))
             tensor: Tensor = files[file].get_tensor(name) if ranges is None else files[file].get_slice(name)[ranges]
             return tensor
 
@@ -103,6 +103,13 @@ def open_tensors(config: ModelConfig, path: Path) -> Iterator[Read]:
         if config.tie_embeddings and head in entries and not torch.equal(read(head), read("model.embed_tokens.weight")):
             raise BrokenCheckpoint("tie_word_embeddings is true, but lm_head.weight differs from the embeddings")
         yield read
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt")
+    except SafetensorError as error:
+        raise BrokenCheckpoint(f"{file.name} cannot be read: {error}") from error
 
 
 def dummy_model(config: ModelConfig, *, dtype: str = "float32", seed: int = 0) -> Model:

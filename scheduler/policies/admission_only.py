@@ -20,10 +20,10 @@ GOOD_HITS = 0.8  # share of a returning context's tokens found on the device
 class AdmissionOnly(LruHost):
     """LRU with a host tier, and AIMD on the number of active programs (CONCUR, arXiv 2601.22705).
 
-    Every second: ``W = CUT * W`` when contexts that came back found less than ``GOOD_HITS`` of their tokens on the
-    device, else ``W = W + GROWTH`` if somebody waited outside. A new program waits while W are active; it is active
-    from then until its last context is closed. The paper's thresholds, period and signals beyond the hit rate and the
-    demand were not known: the constants are ours.
+    Every second: ``W = CUT * min(W, active)``, 1 at least, when contexts that came back found less than ``GOOD_HITS``
+    of their tokens on the device, else ``W = W + GROWTH`` if somebody waited outside. A new program waits while W are
+    active; it is active from then until its last context is closed. The paper's thresholds, period and signals beyond
+    the hit rate and the demand were not known: the constants are ours.
     """
 
     name = "admission_only"

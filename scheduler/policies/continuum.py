@@ -10,6 +10,7 @@ from math import log
 from caesura.scheduler.context import Context, Pause
 from caesura.scheduler.estimate import PRIOR_S, Estimator
 from caesura.scheduler.policies.base import Choice, PausedContext, PausePolicy, View
+from caesura.scheduler.policies.foresight import keep_latest
 from caesura.scheduler.types import Action, ContextId, Phase
 
 ENOUGH_RECORDS = 100
@@ -105,21 +106,30 @@ class Continuum(PausePolicy):
     # -- learning ---------------------------------------------------------------------------------------------
 
     def saw_paused(self, context: Context, now: float) -> None:
-        if context.pause.calls:
-            self._pauses[context.id] = context.pause
+        pause, before = context.pause, self._pauses.get(context.id)
+        if before is not None and (before.since, before.tool) != (pause.since, pause.tool):
+            self._end_pause(context.id, now)
+        if pause.calls:
+            self._pauses[context.id] = pause
         else:
             self._count[context.id] = self._count.get(context.id, 0) + 1
 
     def saw_queued(self, context: Context, now: float) -> None:
         self._served.discard(context.id)
-        pause = self._pauses.pop(context.id, None)
-        live_s = self._ttl.pop(context.id, None)
-        if pause is not None:
-            duration_s = now - pause.since
-            self._everything.add(duration_s)
-            self._records.setdefault(pause.tool, Records()).add(duration_s)
-            if live_s is not None and duration_s <= live_s:
-                self._kept.add(context.id)
+        if self._end_pause(context.id, now):
+            self._kept.add(context.id)
+
+    def _end_pause(self, context: ContextId, now: float) -> bool:
+        """Learn how long its pause took, if there was one; whether that was within its time to live."""
+        pause, live_s = self._pauses.pop(context, None), self._ttl.pop(context, None)
+        if pause is None:
+            return False
+        duration_s = now - pause.since
+        records = self._records.get(pause.tool, Records())
+        for each in (self._everything, records):
+            each.add(duration_s)
+        keep_latest(self._records, pause.tool, records)
+        return live_s is not None and duration_s <= live_s
 
     def saw_running(self, context: Context, now: float) -> None:
         if context.id not in self._kept and context.id in self._count and context.id not in self._served:

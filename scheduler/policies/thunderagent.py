@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from caesura.scheduler.context import Context
 from caesura.scheduler.estimate import Estimator
 from caesura.scheduler.policies.base import Choice, PausePolicy, Room, View
-from caesura.scheduler.types import Action, ContextId, Phase
+from caesura.scheduler.types import Action, ContextId
 
 CHECK_EVERY_S = 5.0
 SLACK_TOKENS = 100  # of growth, for each program
@@ -16,15 +16,20 @@ SLACK_TOKENS = 100  # of growth, for each program
 
 @dataclass(slots=True)
 class _Program:
-    """A program in memory: its contexts, and how many of them want the engine."""
+    """A program in memory: its contexts, and those of them that want the engine."""
 
-    tokens: dict[ContextId, int]
-    reasoning: int = 0
+    tokens: dict[ContextId, int] = field(default_factory=dict)
+    reasoning: set[ContextId] = field(default_factory=set)
     acting_since: float = 0.0
 
     @property
     def size(self) -> int:
         return sum(self.tokens.values()) + SLACK_TOKENS
+
+    def count(self, context: Context) -> None:
+        """It wants the engine."""
+        self.reasoning.add(context.id)
+        self.tokens[context.id] = context.num_tokens
 
 
 class ThunderAgent(PausePolicy):
@@ -56,15 +61,14 @@ class ThunderAgent(PausePolicy):
     def saw_queued(self, context: Context, now: float) -> None:
         program = self._inside.get(context.program)
         if program is not None:
-            program.reasoning += 1
-            program.tokens[context.id] = context.num_tokens
+            program.count(context)
 
     def saw_paused(self, context: Context, now: float) -> None:
         program = self._inside.get(context.program)
-        if program is None or context.pause.calls:
+        if program is None or context.id not in program.reasoning:
             return
         program.tokens[context.id] = context.num_tokens
-        program.reasoning = max(0, program.reasoning - 1)
+        program.reasoning.remove(context.id)
         program.acting_since = now
         if not program.reasoning and context.program in self._leaving:
             self._set_aside(context.program)
@@ -73,8 +77,7 @@ class ThunderAgent(PausePolicy):
         program = self._inside.get(context.program)
         if program is not None:
             program.tokens.pop(context.id, None)
-            if context.phase in (Phase.QUEUED, Phase.RUNNING):
-                program.reasoning = max(0, program.reasoning - 1)
+            program.reasoning.discard(context.id)
             if not program.tokens:
                 self._set_aside(context.program)
 
@@ -92,6 +95,10 @@ class ThunderAgent(PausePolicy):
     def admit(self, queued: Sequence[Context], room: Room) -> Sequence[Context]:
         allowed = [context for context in queued if context.program in self._inside]
         outside = [context for context in queued if context.program not in self._inside]
+        for context in allowed:
+            inside = self._inside[context.program]
+            if context.id not in inside.reasoning:  # it was queued before its program was let in
+                inside.count(context)
         if not outside:
             return allowed
         left = room.capacity_tokens - self.used_tokens(room.now)
@@ -102,9 +109,8 @@ class ThunderAgent(PausePolicy):
                 break
             left -= size
             if program is None:
-                program = self._inside[context.program] = _Program({})
-            program.tokens[context.id] = context.num_tokens
-            program.reasoning += 1
+                program = self._inside[context.program] = _Program()
+            program.count(context)
             allowed.append(context)
         return allowed
 
@@ -123,7 +129,7 @@ class ThunderAgent(PausePolicy):
     def _relieve(self, now: float, capacity_tokens: int) -> None:
         """Set programs aside until the rest fits."""
         over = self.used_tokens(now) - capacity_tokens
-        by_score = sorted(self._inside.items(), key=lambda item: (item[1].reasoning > 0, item[1].size, item[0]))
+        by_score = sorted(self._inside.items(), key=lambda item: (bool(item[1].reasoning), item[1].size, item[0]))
         for name, program in by_score:
             if over <= 0:
                 break

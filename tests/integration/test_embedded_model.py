@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -15,11 +16,14 @@ from caesura.runtime.embedded.attention import attend
 from caesura.runtime.embedded.chat import CALCULATOR_TOOL, CHAT_TEMPLATE, calls_message, render
 from caesura.runtime.embedded.data import ConversationMaker, encode_example
 from caesura.runtime.embedded.evaluate import Chat, ask_each, ask_in_a_row, copies_results
+from caesura.runtime.embedded.examine import Attempt, Report, Terms
 from caesura.runtime.embedded.muon import Muon
 from caesura.runtime.embedded.net import Cache, Shape, TinyLlama, load_net
+from caesura.runtime.embedded.skills.mixture import held_out_task
 from caesura.runtime.embedded.tasks import Split, make_tasks
 from caesura.runtime.embedded.train import export
 from caesura.runtime.embedded.trainer import Recipe, Trainer
+from caesura.runtime.service import EngineService
 from rich.console import Console
 from tokenizers import Tokenizer
 
@@ -142,12 +146,54 @@ def test_training_is_reproducible_resumes_and_exports_what_it_trained(tokenizer:
     resumed.load(tmp_path / "state")
     assert list(resumed.run(console)) == [3, 4]
     assert torch.equal(resumed.model.model.embed_tokens.weight, first)
+    resumed.save(tmp_path / "state")
+    finished = trainer(1)
+    finished.load(tmp_path / "state")
+    assert not list(finished.run(console))
+    with pytest.raises(ValueError, match="training with seed 1, and this one has 2"):
+        trainer(2).load(tmp_path / "state")
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["state.safetensors"]
 
     export(models[0].model, tokenizer, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(FILES)
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.inference_mode():
         assert torch.equal(load_net(tmp_path / "out").hidden_states(ids), models[0].model.hidden_states(ids))
+
+
+def made_freely(skill: str, tool: str, body: str) -> tuple[str, Report]:
+    """What becomes of a call without a grammar; NAME and the tool's own arguments stand for those on offer."""
+    exam, report = held_out_task(1, 0, skill), Report()
+    offer = next(offer for offer in exam.offers if offer.tool == tool)
+    for own, shown in {"NAME": offer.name, **offer.arguments}.items():
+        body = body.replace(own, shown)
+    attempt = Attempt(cast("EngineService", None), exam, Terms.FREE, report)
+    return attempt._result(f"{body}</tool_call>"), report
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"name": ["NAME"], "arguments": {}}',
+        '{"name": "NAME", "arguments": null}',
+        '{"name": "NAME", "arguments": {"expression": ["1"]}}',
+        '{"name": "NAME", "arguments": {"expression": 5}}',
+        '{"name": "NAME", "arguments": {"expression": NaN}}',
+        '{"name": "NAME", "arguments": {"expression": "\\ud800"}}',
+        "[" * 100_000,
+    ],
+)
+def test_a_call_that_no_tool_takes_is_malformed(body: str) -> None:
+    result, report = made_freely("calculator", "calculator", body)
+    assert result.startswith("error: ")
+    assert (report.free_calls, report.malformed_calls) == (1, 1)
+
+
+def test_what_a_tool_cannot_take_is_an_error_for_the_model() -> None:
+    values = '{"value": 1e308, "from_unit": "km", "to_unit": "mm"}'
+    result, report = made_freely("units", "convert", f'{{"name": "NAME", "arguments": {values}}}')
+    assert result.startswith("error: ")
+    assert (report.free_calls, report.malformed_calls) == (1, 0)
 
 
 def test_muon_is_muon() -> None:

@@ -17,6 +17,7 @@ from caesura.runtime.config import EngineConfig
 from caesura.runtime.errors import CaesuraError, EngineStopped
 from caesura.runtime.ipc.client import EngineClient, RemoteHandle
 from caesura.runtime.ipc.connection import State, Supervision
+from caesura.runtime.ipc.launch import _signal_name
 from caesura.runtime.sampling import SamplingParams
 from caesura.scheduler.profile import CostProfile
 
@@ -150,6 +151,40 @@ def test_closing_drains_what_runs_or_ends_it() -> None:
         asyncio.run(scenario(hasty, ENDLESS, 0.0))
     with pytest.raises(EngineStopped, match="closed"):
         hasty.stats()
+
+
+def test_a_drain_lasts_as_long_as_it_may_while_nothing_is_heard_of_a_request() -> None:
+    async def scenario(client: EngineClient) -> float:
+        handle = await filled(client)
+        await client.hold(retract=False)
+        waiting = asyncio.ensure_future(count_tokens(handle, SHORT))
+        await asyncio.sleep(0.1)
+        closed_at = time.monotonic()
+        await client.aclose(1.5)
+        with pytest.raises(CaesuraError, match="closed"):
+            await waiting
+        return time.monotonic() - closed_at
+
+    client = EngineClient.start(CONFIG, Supervision(heartbeat_s=0.2))
+    assert asyncio.run(scenario(client)) >= 1.5
+
+
+def test_a_burst_waits_for_room_and_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caesura.runtime.ipc.channel.MAX_UNACKED_BYTES", 1 << 20)
+
+    async def scenario(client: EngineClient) -> set[str]:
+        handles = [await client.open() for _ in range(12)]
+        appends = (handle.append([200] * 100_000) for handle in handles)  # 2 bytes each
+        return {type(answer).__name__ for answer in await asyncio.gather(*appends, return_exceptions=True)}
+
+    with EngineClient.start(CONFIG) as client:
+        assert asyncio.run(scenario(client)) == {"ContextTooLong"}  # what the engine itself says of each
+        assert client.stats()["ipc"]["restarts"] == 0
+
+
+def test_an_end_by_any_signal_is_told() -> None:
+    for number, name in ((signal.SIGKILL, "SIGKILL"), (35, "signal 35")):  # a realtime signal has no name
+        assert _signal_name(number) == name
 
 
 PARENT = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -50,13 +51,13 @@ def _tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path
     return apply
 
 
-def _header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+def _header(change: Callable[[dict[str, Any]], Any], encoding: str = "utf-8") -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         raw = (folder / WEIGHTS).read_bytes()
         size = struct.unpack("<Q", raw[:8])[0]
         header = json.loads(raw[8 : 8 + size])
         change(header)
-        text = json.dumps(header).encode()
+        text = json.dumps(header).encode(encoding)
         (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
 
     return apply
@@ -106,6 +107,10 @@ TABLE: dict[str, tuple[Callable[[Path], Any], type[ModelError], str]] = {
     "trailing": (_bytes(lambda b: b + b"x" * 9), BrokenCheckpoint, "belong to no tensor"),
     "header length": (_bytes(lambda b: b"\xff" * 8 + b[8:]), BrokenCheckpoint, "declares a header"),
     "header json": (_bytes(lambda b: b[:8] + b"[" + b[9:]), BrokenCheckpoint, "not valid JSON"),
+    "header utf-16": (_header(lambda h: None, "utf-16-le"), BrokenCheckpoint, "not valid JSON"),
+    "header nan": (_header(lambda h: h[NORM].update(x=math.nan)), BrokenCheckpoint, "NaN is no number"),
+    "metadata": (_header(lambda h: h.update(__metadata__={"step": 1})), BrokenCheckpoint, "object of strings"),
+    "metadata a list": (_header(lambda h: h.update(__metadata__=[])), BrokenCheckpoint, "object of strings"),
     "deep header": (
         _bytes(lambda _: struct.pack("<Q", 200_000) + b"[" * 200_000),
         BrokenCheckpoint,
@@ -140,6 +145,12 @@ def test_a_bad_checkpoint_gives_one_clear_error(folder: Path, case: str, monkeyp
         load_model(folder)
     assert says in str(caught.value)
     assert type(caught.value) is error
+
+
+def test_a_header_that_only_safetensors_refuses_gives_the_same_error(folder: Path) -> None:
+    _header(lambda header: header.update(__metadata__={"half": "\ud800"}))(folder)
+    with pytest.raises(BrokenCheckpoint, match=rf"{WEIGHTS} cannot be read"):
+        load_model(folder)
 
 
 def test_too_little_memory_is_said_before_loading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

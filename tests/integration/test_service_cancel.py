@@ -52,6 +52,26 @@ def test_cancelling_a_generation_at_any_moment_stops_it(service: EngineService) 
     asyncio.run(main())
 
 
+def test_a_second_request_that_is_cancelled_leaves_the_first_alone(service: EngineService) -> None:
+    async def main() -> None:
+        handle = await service.open()
+        await handle.append([5] * 40)
+        await service.hold(retract=False)
+        first = asyncio.create_task(_generate(handle))
+        await asyncio.sleep(0.05)
+        for second in (_generate(handle), handle.prefill(), handle.score(1)):
+            task = asyncio.ensure_future(second)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+        await service.go_on()
+        await first
+        await handle.close()
+
+    asyncio.run(main())
+
+
 def test_cancelling_an_open_or_a_fork_closes_what_it_made(service: EngineService) -> None:
     async def main() -> None:
         handle = await service.open()

@@ -13,9 +13,9 @@ from caesura.runtime.embedded.data import ConversationMaker, rounds_of, shown_tu
 from caesura.runtime.embedded.phrases import NAMES
 from caesura.runtime.embedded.skills import adventures
 from caesura.runtime.embedded.skills.chores import CHORES
-from caesura.runtime.embedded.skills.mixture import SKILLS, held_out_task
+from caesura.runtime.embedded.skills.mixture import SKILLS, held_out_task, misspell
 from caesura.runtime.embedded.skills.offers import KINDS, offer, toolset, usual
-from caesura.runtime.embedded.skills.task import Call, Teacher, careful
+from caesura.runtime.embedded.skills.task import Call, Task, Teacher, careful
 from caesura.runtime.embedded.skills.world import FIRST_LETTERS, PIECES, World, split_of_text
 from caesura.runtime.embedded.tasks import Split
 
@@ -87,6 +87,26 @@ def test_evaluation_shares_no_name_and_no_number_with_training() -> None:
         assert {split_of_text(name) for name in entries} == {split}
         assert {split_of_text(entry["population"]) for entry in entries.values() if "population" in entry} == {split}
     assert not known & set(NAMES["held_out"])
+
+
+def test_training_says_no_word_of_the_evaluation() -> None:
+    for number in range(60):
+        world = World(f"train/{number}", Split.TRAIN, odd_share=1.0)
+        said = [part for person in world.encyclopedia.people for part in person.split()]
+        said += [world.run(Call("lookup", {"name": name, "field": "river"})) for name in world.encyclopedia.towns]
+        said += [world.run(Call("calculator", {"expression": f"{number} + {more}"})) for more in range(20)]
+        name = world.encyclopedia.people[0]
+        said += misspell(world, Task(name, (), two_calls)).question.split()
+        assert {split_of_text(text) for text in said} == {Split.TRAIN}
+
+
+def test_a_note_is_right_when_it_is_the_teachers() -> None:
+    exams = (held_out_task(7, number, "multi_hop") for number in range(200))
+    exam = next(exam for exam in exams if exam.task.writes)
+    (key,) = exam.task.writes
+    for value, right in (("Wrong", False), (exam.notes[key], True)):
+        exam.world.run(Call("put_note", {"key": key, "value": value}))
+        assert exam.right("Noted.") == right
 
 
 def make(seed: int):  # type: ignore[no-untyped-def]

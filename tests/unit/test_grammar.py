@@ -87,7 +87,7 @@ def test_control_tokens_never_match_plain_text(compiler: GrammarCompiler) -> Non
 
 
 def test_choices_keep_longer_ones_open(compiler: GrammarCompiler) -> None:
-    choices = ["a", "ab", 'qu"ote\n', "grün"]
+    choices = ["a", "ab", 'qu"ote\n', "grün", "\x7f", "back\\slash\x7f"]
     source = json.dumps(choices)
     for choice in choices:
         assert may_end(accept(compiler.compile(Constraint(ConstraintKind.CHOICES, source)), choice))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from caesura.scheduler.context import Call, Context, ContextTable, Pause
+from caesura.scheduler.estimate import KEPT_TOOLS
 from caesura.scheduler.policies import PausedContext, Room, View, make_policy
 from caesura.scheduler.policies.admission_only import FIRST_WINDOW, AdmissionOnly
 from caesura.scheduler.policies.augserve import AugServe
@@ -209,6 +210,29 @@ def test_continuum_keeps_for_its_time_and_then_lets_go() -> None:
     assert {c.context: c.action for c in policy.review(view([young, old]))} == {1: Action.PRESERVE, 2: Action.RELEASE}
 
 
+def test_continuum_takes_a_new_pause_for_a_new_one() -> None:
+    policy, state = Continuum(), context(1)
+    wait(policy, state, "search", 0.0)
+    policy.review(view([paused(1)]))
+    policy.saw_paused(state, 0.0)  # said again, it is the same
+    assert policy._ttl.keys() == {state.id}
+    state.pause = Pause(3.0, (Call("shell"),))
+    policy.saw_paused(state, 3.0)
+    assert not policy._ttl
+    policy.saw_queued(state, 4.0)
+    assert {tool: seen._sorted for tool, seen in policy._records.items()} == {"search": [3.0], "shell": [1.0]}
+
+
+def test_made_up_tool_names_are_forgotten() -> None:
+    policy, seen, state = Continuum(), Foresight(), context(1)
+    for number in range(KEPT_TOOLS + 9):
+        for each in (policy, seen):
+            wait(each, state, f"tool {number}", 0.0)
+            each.saw_queued(state, 1.0)
+    assert len(policy._records) == len(seen._seconds) == len(seen._tokens) == KEPT_TOOLS
+    assert f"tool {number}" in policy._records
+
+
 def test_continuum_serves_the_preempted_then_those_in_time_then_by_arrival() -> None:
     policy = Continuum()
     first, timely, preempted = context(1, arrival=1.0), context(2, arrival=2.0), context(3, arrival=3.0)
@@ -246,6 +270,25 @@ def test_thunderagent_counts_acting_programs_less_and_less() -> None:
     assert policy.used_tokens(12.0) == 100  # 400 / 2 ** 2
 
 
+def test_thunderagent_counts_every_branch_once() -> None:
+    policy = ThunderAgent()
+    first, second, idle = (context(number, tokens=tokens) for number, tokens in ((1, 100), (2, 850), (3, 50)))
+    for state in (first, second, idle):
+        state.program = first.id
+    both = [first, second]
+    for state in both:
+        policy.saw_queued(state, 0.0)
+    crowd = [*both, context(4, tokens=750)]
+    assert policy.admit(crowd, room(crowd)) == [first]  # the stranger does not fit, nor does who comes after it
+    assert policy.admit(crowd, room(crowd)) == both
+    assert policy.used_tokens(0.0) == 100 + 850 + 100
+    idle.pause = Pause(1.0)
+    policy.saw_paused(idle, 1.0)
+    first.pause = Pause(1.0)
+    policy.saw_paused(first, 1.0)
+    assert policy.used_tokens(9.0) == 1050  # the second still reasons
+
+
 def test_thunderagent_sets_small_acting_programs_aside_first() -> None:
     policy = ThunderAgent()
     crowd = [context(1, tokens=100), context(2, tokens=300), context(3, tokens=200)]
@@ -274,6 +317,11 @@ def test_the_window_grows_by_two_and_shrinks_by_a_quarter() -> None:
     assert policy.window == 0.75 * (FIRST_WINDOW + 2)
     policy.saw_closed(crowd[1])
     assert crowd[1] not in policy.admit(crowd, room(crowd, now=2.5))  # no room for it any more
+    for state in crowd[2:]:
+        policy.saw_closed(state)
+    come_back(policy, back, 2.6)
+    policy.admit([], room(crowd, now=3.0))
+    assert policy.window == 1.0  # what is cut is the window in use, and one program is always let in
 
 
 def test_oracle_is_the_default_rule_with_the_truth() -> None:

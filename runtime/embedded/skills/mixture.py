@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from caesura.runtime.embedded.skills.adventures import adventure
 from caesura.runtime.embedded.skills.offers import Offer, toolset, usual
@@ -25,10 +25,13 @@ class Exam:
     offers: tuple[Offer, ...]
     world: World
     answer: str
+    notes: Mapping[str, str]  # as the teacher leaves them
 
     def right(self, text: str) -> bool:
         """Whether a final answer is right and the world is as it should be."""
-        return text.strip() == self.answer and self.task.solved()
+        found = self.world.notebook.notes
+        noted = all(found.get(key) == self.notes.get(key) for key in self.task.writes)
+        return text.strip() == self.answer and noted and self.task.solved()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ def misspell(world: World, task: Task) -> Task:
     at = world.rng.randrange(1, len(name))
     letter = world.rng.choice("bdfglmnprstaeiou")
     wrong = name[:at] + letter + name[at + world.rng.choice((0, 1)) :]
-    if wrong == name or wrong in known:
+    if wrong == name or wrong in known or not world.may_say(wrong):
         return task
 
     def solve() -> Teacher:
@@ -98,7 +101,7 @@ def misspell(world: World, task: Task) -> Task:
             except StopIteration as stop:
                 return str(stop.value)
 
-    return Task(task.question.replace(name, wrong), task.needs, solve, task.solved)
+    return replace(task, question=task.question.replace(name, wrong), solve=solve)
 
 
 def held_out_task(seed: int, number: int, skill: str) -> Exam:
@@ -108,7 +111,7 @@ def held_out_task(seed: int, number: int, skill: str) -> Exam:
     twin = _world(seed, number, skill)
     _, rehearsed = _drawn(twin, skill)
     answer = run(careful(rehearsed.solve()), twin)
-    return Exam(skill, task, tuple(offers), world, answer)
+    return Exam(skill, task, tuple(offers), world, answer, twin.notebook.notes)
 
 
 def run(teacher: Teacher, world: World) -> str:

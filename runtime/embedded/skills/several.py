@@ -226,15 +226,13 @@ def note_and(world: World) -> Task:
     question = rng.choice(
         ("Note the {f} of {x} as {k}.", "Save the {f} of {x} under {k}.", "Look up the {f} of {x} and note it as {k}.")
     )
-    noted: list[str] = []
 
     def keep() -> Teacher:
         (value,) = yield [_lookup(name, field)]
-        noted[:] = [value]
         yield [Call("put_note", {"key": key, "value": value})]
         return "Noted."
 
-    return Task(question.format(f=word, x=name, k=key), ("lookup", "put_note"), keep, lambda: key in book.notes)
+    return Task(question.format(f=word, x=name, k=key), ("lookup", "put_note"), keep, writes=(key,))
 
 
 def at_once(world: World) -> Task:

@@ -237,7 +237,7 @@ def notes(world: World) -> Task:
             yield [Call("put_note", {"key": key, "value": value})]
             return "Noted."
 
-        return Task(question, ("put_note",), put, lambda: book.notes.get(key) == value)
+        return Task(question, ("put_note",), put, writes=(key,))
     for _ in range(rng.randint(0 if kind == "list_notes" else 1, 3)):
         book.notes[draw_key(world)] = draw_note(world)
     if kind == "list_notes" or not book.notes:

@@ -26,12 +26,14 @@ Teacher = Generator[list[Call], list[str], str]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A question, the tools a right solution needs, and a teacher. ``solved`` looks at the world afterwards."""
+    """A question, the tools a right solution needs, and a teacher. ``solved`` looks at the world afterwards;
+    ``writes`` are keys of notes that are then to be as the teacher leaves them."""
 
     question: str
     needs: tuple[str, ...]
     solve: Callable[[], Teacher]
     solved: Callable[[], bool] = lambda: True
+    writes: tuple[str, ...] = ()
 
 
 def is_error(result: str) -> bool:

@@ -73,7 +73,14 @@ class World:
 
     def accepts(self, text: str) -> bool:
         """Whether a name or number belongs to this world's split."""
-        return split_of_text(text) is self.split
+        return split_of_text(text) is self.split and self.may_say(text)
+
+    def may_say(self, text: str) -> bool:
+        """Whether a text that nobody is asked about may occur: in training, when no word of it is held out."""
+        if self.split is Split.HELD_OUT or text in WEEKDAYS:
+            return True
+        words = [word.capitalize() for word in text.split()]  # as they were drawn
+        return all(split_of_text(word) is Split.TRAIN for word in [text, *words])
 
     def draw(self, make: Callable[[], str]) -> str:
         """What ``make`` gives, of this world's split."""
@@ -108,7 +115,9 @@ class World:
         except ToolFault as fault:
             return f"{self.prefix}{fault}"
         if call.tool not in STATEFUL and rng.random() < self.odd_share:
-            return odd_result(rng, result)
+            while not self.may_say(odd := odd_result(rng, result)):
+                pass
+            return odd
         return result
 
     def _function(self, tool: str) -> Callable[..., str]:
