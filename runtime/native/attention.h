@@ -69,46 +69,65 @@ INLINE void fetch_block(const Cache *cache, const Scratch *scratch, long group) 
         }
 }
 
+#define MAX_TOGETHER 6 /* rows */
+
+/* As many registers of a row as leave room for the others' sums. */
+#if REGISTER_FLOATS == 8
+#define AT_ONCE 2
+#else
+#define AT_ONCE 4
+#endif
+
 INLINE void score_rows(int rows, long first, const float *const *keys, const Cache *cache, Scratch *scratch) {
-    vec acc[rows][BLOCK / LANES];
+    for (long at = 0; at < BLOCK; at += AT_ONCE * REGISTER_FLOATS) {
+        reg acc[MAX_TOGETHER][AT_ONCE];
 #pragma GCC unroll 8
-    for (int row = 0; row < rows; row++)
+        for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
-        for (int part = 0; part < BLOCK / LANES; part++) acc[row][part] = splat(0.0f);
-    for (long d = 0; d < cache->head_dim; d++) {
-        vec key[BLOCK / LANES];
+            for (int i = 0; i < AT_ONCE; i++) acc[row][i] = (reg){};
+        for (long d = 0; d < cache->head_dim; d++) {
+            reg key[AT_ONCE];
 #pragma GCC unroll 4
-        for (int part = 0; part < BLOCK / LANES; part++) key[part] = load(keys[part] + d * cache->page_size);
+            for (int i = 0; i < AT_ONCE; i++) {
+                long position = at + i * REGISTER_FLOATS;
+                key[i] = *(const reg *)(keys[position / LANES] + d * cache->page_size + position % LANES);
+            }
 #pragma GCC unroll 8
-        for (int row = 0; row < rows; row++) {
-            vec value = splat(scratch->query[first + row][d]);
+            for (int row = 0; row < rows; row++) {
+                reg value = (reg){} + scratch->query[first + row][d];
 #pragma GCC unroll 4
-            for (int part = 0; part < BLOCK / LANES; part++) acc[row][part] += value * key[part];
+                for (int i = 0; i < AT_ONCE; i++) acc[row][i] += value * key[i];
+            }
         }
+#pragma GCC unroll 8
+        for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+            for (int i = 0; i < AT_ONCE; i++)
+                *(reg *)(scratch->weight[first + row] + at + i * REGISTER_FLOATS) = acc[row][i];
     }
-    for (int row = 0; row < rows; row++)
-        for (int part = 0; part < BLOCK / LANES; part++) store(scratch->weight[first + row] + part * LANES, acc[row][part]);
 }
 
-/* mixed += weight * values, `width` vectors of the head at a time. */
+/* mixed += weight * values, `width` registers of the head at a time. */
 INLINE void mix_rows(int rows, int width, long first, const float *const *values, long head_dim, long at, long count,
                      Scratch *scratch) {
-    vec acc[rows][width];
+    reg acc[MAX_TOGETHER][AT_ONCE];
 #pragma GCC unroll 8
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
-        for (int part = 0; part < width; part++) acc[row][part] = load(scratch->mixed[first + row] + at + part * LANES);
+        for (int i = 0; i < width; i++) acc[row][i] = *(const reg *)(scratch->mixed[first + row] + at + i * REGISTER_FLOATS);
     for (long t = 0; t < count; t++) {
         const float *value = values[t / LANES] + t % LANES * head_dim + at;
 #pragma GCC unroll 8
         for (int row = 0; row < rows; row++) {
-            vec weight = splat(scratch->weight[first + row][t]);
+            reg weight = (reg){} + scratch->weight[first + row][t];
 #pragma GCC unroll 4
-            for (int part = 0; part < width; part++) acc[row][part] += weight * load(value + part * LANES);
+            for (int i = 0; i < width; i++) acc[row][i] += weight * *(const reg *)(value + i * REGISTER_FLOATS);
         }
     }
+#pragma GCC unroll 8
     for (int row = 0; row < rows; row++)
-        for (int part = 0; part < width; part++) store(scratch->mixed[first + row] + at + part * LANES, acc[row][part]);
+#pragma GCC unroll 4
+        for (int i = 0; i < width; i++) *(reg *)(scratch->mixed[first + row] + at + i * REGISTER_FLOATS) = acc[row][i];
 }
 
 /* As many rows at a time as there are registers for; how they are grouped does not change a row. */
@@ -129,12 +148,14 @@ static void score_block(long queries, const float *const *keys, const Cache *cac
 
 static void mix_block(long queries, const float *const *values, long head_dim, long count, Scratch *scratch) {
     long at = 0;
-#define MIX4(rows) mix_rows(rows, 4, row, values, head_dim, at, count, scratch); row += rows;
+#define MIX(rows) mix_rows(rows, AT_ONCE, row, values, head_dim, at, count, scratch); row += rows;
+    for (; at + AT_ONCE * REGISTER_FLOATS <= head_dim; at += AT_ONCE * REGISTER_FLOATS) ROWS_AT_A_TIME(MIX)
+#if AT_ONCE * REGISTER_FLOATS > LANES
 #define MIX2(rows) mix_rows(rows, 2, row, values, head_dim, at, count, scratch); row += rows;
 #define MIX1(rows) mix_rows(rows, 1, row, values, head_dim, at, count, scratch); row += rows;
-    for (; at + 4 * LANES <= head_dim; at += 4 * LANES) ROWS_AT_A_TIME(MIX4)
     for (; at + 2 * LANES <= head_dim; at += 2 * LANES) ROWS_AT_A_TIME(MIX2)
     for (; at < head_dim; at += LANES) ROWS_AT_A_TIME(MIX1)
+#endif
 }
 
 /* Scores of one block into weights, and the row's running maximum, sum and mix rescaled to them. */
@@ -147,19 +168,23 @@ static void soften(long row, long at, long head_dim, Scratch *scratch) {
     }
     for (long t = 0; t < low; t++) weight[t] = -INFINITY;
     for (long t = high < 0 ? 0 : high; t < BLOCK; t++) weight[t] = -INFINITY;
-    vec top = load(weight);
-    for (long t = LANES; t < BLOCK; t += LANES) top = larger(top, load(weight + t));
-    float before = scratch->top[row], now = vec_max(top);
+    Parts top = {load(weight)}, sum = {splat(0.0f)};
+    for (long t = LANES; t < BLOCK; t += LANES)
+#pragma GCC unroll 4
+        for (int i = 0; i < REGISTERS; i++)
+            top.part[i] = larger(top.part[i], *(const reg *)(weight + t + i * REGISTER_FLOATS));
+    float before = scratch->top[row], now = vec_max(top.whole);
     now = before > now ? before : now;
-    vec sum = splat(0.0f);
-    for (long t = 0; t < BLOCK; t += LANES) {
-        vec part = vec_exp(load(weight + t) - now);
-        store(weight + t, part);
-        sum += part;
-    }
+    for (long t = 0; t < BLOCK; t += LANES)
+#pragma GCC unroll 4
+        for (int i = 0; i < REGISTERS; i++) {
+            reg *at_once = (reg *)(weight + t + i * REGISTER_FLOATS);
+            *at_once = reg_exp(*at_once - now);
+            sum.part[i] += *at_once;
+        }
     float shrink = exp_one(before - now);
     scratch->top[row] = now;
-    scratch->sum[row] = scratch->sum[row] * shrink + vec_sum(sum);
+    scratch->sum[row] = scratch->sum[row] * shrink + vec_sum(sum.whole);
     for (long d = 0; d < head_dim; d += LANES) store(scratch->mixed[row] + d, load(scratch->mixed[row] + d) * shrink);
 }
 

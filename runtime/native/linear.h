@@ -12,22 +12,17 @@
 #if defined(__AVX512F__)
 #define MAX_ROWS 12
 #define TILE_COLUMNS 32
-#define REGISTER_FLOATS 16
 #elif defined(__AVX__)
 #define MAX_ROWS 6
 #define TILE_COLUMNS 16
-#define REGISTER_FLOATS 8
 #elif defined(__aarch64__)
 #define MAX_ROWS 6
 #define TILE_COLUMNS 16
-#define REGISTER_FLOATS 4
 #else
 #define MAX_ROWS 3
 #define TILE_COLUMNS 16
-#define REGISTER_FLOATS 4
 #endif
 #define TILE_REGISTERS (TILE_COLUMNS / REGISTER_FLOATS)
-typedef float reg __attribute__((vector_size(REGISTER_FLOATS * 4), aligned(4), may_alias));
 
 typedef enum { STORE, ADD, SWIGLU } Epilogue;
 

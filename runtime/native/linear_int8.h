@@ -25,11 +25,10 @@ typedef struct {
     long stride;    /* bytes */
 } CodedRows;
 
-typedef uint8_t bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint8_t bytes __attribute__((vector_size(REGISTER_FLOATS), aligned(1), may_alias));
 
 static long num_groups(long inner) { return (inner + PAIRED - 1) / PAIRED * (PAIRED / GROUP); }
 
-INLINE ivec load_ints(const int32_t *from) { return *(const ivec *)from; }
 INLINE int32_t four_codes(const uint8_t *from) {
     int32_t four;
     memcpy(&four, from, sizeof four);
@@ -48,15 +47,18 @@ INLINE vec load_some(const float *x, long left) {
    are seen in the result as they would be without codes. Not inlined: one chain of operations for every row. */
 static __attribute__((noinline)) void code_row(const float *x, long size, long padded, uint8_t *codes, float *scale,
                                                int32_t *zero) {
-    vec low = splat(0.0f), high = splat(0.0f), broken = splat(0.0f);
+    Parts low = {splat(0.0f)}, high = low, broken = low;
     for (long i = 0; i < size; i += LANES) {
-        vec part = load_some(x + i, size - i);
-        low = choose(part < low, part, low);
-        high = larger(part, high);
-        broken += part * 0.0f;
+        Parts some = {load_some(x + i, size - i)};
+#pragma GCC unroll 4
+        for (int j = 0; j < REGISTERS; j++) {
+            low.part[j] = choose(some.part[j] < low.part[j], some.part[j], low.part[j]);
+            high.part[j] = larger(some.part[j], high.part[j]);
+            broken.part[j] += some.part[j] * 0.0f;
+        }
     }
-    float least = -vec_max(-low), most = vec_max(high), step = (most - least) / 255.0f;
-    if (vec_sum(broken) != 0.0f || !(step < INFINITY)) {
+    float least = -vec_max(-low.whole), most = vec_max(high.whole), step = (most - least) / 255.0f;
+    if (vec_sum(broken.whole) != 0.0f || !(step < INFINITY)) {
         *scale = NAN;
         *zero = 0;
         memset(codes, 0, padded);
@@ -68,10 +70,14 @@ static __attribute__((noinline)) void code_row(const float *x, long size, long p
     *scale = inverse > 0.0f ? step : 0.0f;
     *zero = (int32_t)from_zero;
     for (long i = 0; i < size; i += LANES) {
-        vec part = load_some(x + i, size - i);
-        vec code = ((part * inverse + magic) - magic) + from_zero;
-        code = choose(code > splat(255.0f), splat(255.0f), larger(code, splat(0.0f)));
-        *(bytes16 *)(codes + i) = __builtin_convertvector(__builtin_convertvector(code, ivec), bytes16);
+        Parts some = {load_some(x + i, size - i)};
+#pragma GCC unroll 4
+        for (int j = 0; j < REGISTERS; j++) {
+            const reg zero_reg = {}, most_reg = zero_reg + 255.0f;
+            reg code = ((some.part[j] * inverse + magic) - magic) + from_zero;
+            code = choose(code > most_reg, most_reg, larger(code, zero_reg));
+            *(bytes *)(codes + i + j * REGISTER_FLOATS) = __builtin_convertvector(__builtin_convertvector(code, ireg), bytes);
+        }
     }
     memset(codes + size, 0, padded - size);
 }
@@ -192,10 +198,10 @@ static __attribute__((noinline)) void scale_sums(long rows, const int32_t sums[]
     const float *scales = linear->scales + block * COLUMNS;
     const int32_t *totals = linear->totals + block * COLUMNS;
     for (long row = 0; row < rows; row++)
-        for (int half = 0; half < 2; half++) {
-            ivec sum = load_ints(sums[row] + half * LANES) - load_ints(totals + half * LANES) * x->zero[first + row];
-            vec scale = load(scales + half * LANES) * x->scale[first + row];
-            store(values[row] + half * LANES, __builtin_convertvector(sum, vec) * scale);
+        for (int column = 0; column < COLUMNS; column += REGISTER_FLOATS) {
+            ireg sum = *(const ireg *)(sums[row] + column) - *(const ireg *)(totals + column) * x->zero[first + row];
+            reg scale = *(const reg *)(scales + column) * x->scale[first + row];
+            *(reg *)(values[row] + column) = __builtin_convertvector(sum, reg) * scale;
         }
 }
 
