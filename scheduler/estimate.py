@@ -18,7 +18,7 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from caesura.scheduler.context import Call, Pause
 
@@ -31,6 +31,15 @@ GONE_S = 1e9  # finite, so that it can be multiplied by tokens and written as JS
 STALE_SHARE = 16
 MOMENTS = 32  # at which holding on is weighed against giving up
 ERROR_WEIGHT = 0.1  # of the newest call in the running errors of hints and of history
+T = TypeVar("T")
+
+
+def keep_latest(by_tool: dict[str, T], tool: str, value: T) -> None:
+    """Set what is known of a tool; that of the one set longest ago is forgotten when there are more than KEPT_TOOLS."""
+    by_tool.pop(tool, None)
+    by_tool[tool] = value
+    if len(by_tool) > KEPT_TOOLS:
+        del by_tool[next(iter(by_tool))]
 
 
 class Estimator(Protocol):
@@ -191,11 +200,11 @@ class Histories:
 
     def add(self, name: str, duration_s: float) -> None:
         """Remember a duration, and forget a tool when there are too many."""
-        seen = self._by_name.pop(name, None)
-        self._by_name[name] = seen = History() if seen is None else seen
+        seen = self._by_name.get(name)
+        if seen is None:
+            seen = History()
         seen.add(duration_s)
-        if len(self._by_name) > KEPT_TOOLS:
-            del self._by_name[next(iter(self._by_name))]
+        keep_latest(self._by_name, name, seen)
 
 
 class Profiled(PerCall):

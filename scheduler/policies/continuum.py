@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from math import log
 
 from caesura.scheduler.context import Context, Pause
-from caesura.scheduler.estimate import PRIOR_S, Estimator
+from caesura.scheduler.estimate import PRIOR_S, Estimator, keep_latest
 from caesura.scheduler.policies.base import Choice, PausedContext, PausePolicy, View
-from caesura.scheduler.policies.foresight import keep_latest
 from caesura.scheduler.types import Action, ContextId, Phase
 
 ENOUGH_RECORDS = 100

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 from caesura.scheduler.context import Context
-from caesura.scheduler.estimate import KEPT_TOOLS
+from caesura.scheduler.estimate import keep_latest
 from caesura.scheduler.types import ContextId
 
 NEWEST = 0.05  # weight of the newest value in a running mean
 FIRST_TOKENS, FIRST_S = 100.0, 0.5  # before anything was seen
-T = TypeVar("T")
 
 
 class Foresight:
@@ -60,11 +57,3 @@ class Foresight:
 def _learn(means: dict[str, float], key: str, value: float) -> None:
     before = means.get(key, value)
     keep_latest(means, key, before + NEWEST * (value - before))
-
-
-def keep_latest(by_tool: dict[str, T], tool: str, value: T) -> None:
-    """Set what is known of a tool; that of the one set longest ago is forgotten when there are too many."""
-    by_tool.pop(tool, None)
-    by_tool[tool] = value
-    if len(by_tool) > KEPT_TOOLS:
-        del by_tool[next(iter(by_tool))]

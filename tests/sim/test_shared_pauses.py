@@ -17,7 +17,7 @@ from caesura.scheduler.policies.base import PausePolicy, Take, View
 from caesura.scheduler.policies.min_waste import MinWaste
 from caesura.scheduler.profile import GPT_J_6B_A100
 from caesura.scheduler.scheduler import SchedulerConfig
-from caesura.scheduler.types import ContextId
+from caesura.scheduler.types import ContextId, MoveKind
 
 PAGE = 16
 
@@ -55,6 +55,26 @@ def test_the_last_of_those_who_share_a_run_takes_it_along(policy: str) -> None:
     for context in (parent, child):
         running.resume(context)
         generate(running, context, [7], 4)
+    simulation.run()
+    running.check()
+
+
+def test_no_more_are_copied_in_than_can_run() -> None:
+    running, simulation = engine(make_policy("swap"), max_running=2)
+    contexts = []
+    for number in range(20):
+        context = running.open()
+        running.append(context, [(number * 7 + place) % 60 for place in range(64)])
+        running.prefill(context, lambda _: None)
+        simulation.run()
+        running.pause(context, [Call("t")])
+        simulation.run()
+        contexts.append(context)
+    assert not any(running.ledger.held_tokens(context) for context in contexts)
+    for context in contexts:
+        running.generate(context, generation(running, context, 4, lambda _: None))
+    coming = [move for move in running.step().moves if move.kind is MoveKind.IN]
+    assert 0 < len(coming) <= 2
     simulation.run()
     running.check()
 
