@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.pause.runs import MEASURED_SHARE, WARM_SHARE, RunRefused, RunSpec
 
@@ -16,7 +16,8 @@ UNLOADED_GAP_S = 3000.0  # between arrivals, in the mean: longer than a program 
 UNLOADED_REQUESTS = 120
 REAL_RPS, REAL_MINUTES = 100.0, 4.0  # in real time the next one always waits for the one before to end
 
-Runner = Callable[[RunSpec], dict[str, Any]]
+T = TypeVar("T")
+Search = Generator[RunSpec, dict[str, Any], T]  # says what to run next, is sent the result, and returns what it found
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,19 @@ class Capacity:
     runs: tuple[dict[str, Any], ...]
 
 
-def unloaded(spec: RunSpec, run: Runner) -> float:
+def carry_out(search: Search[T], run: Callable[[RunSpec], dict[str, Any]]) -> T:
+    """Make the runs of a search, one after the other."""
+    result = None
+    while True:
+        try:
+            spec = search.send(result)  # type: ignore[arg-type]  # None begins it
+        except StopIteration as end:
+            found: T = end.value
+            return found
+        result = run(spec)
+
+
+def unloaded(spec: RunSpec) -> Search[float]:
     """Normalized latency of programs that have the machine to themselves, one after the other (mean).
 
     ``spec.policy`` decides what happens to their KV all the same; "preserve" keeps it.
@@ -40,9 +53,9 @@ def unloaded(spec: RunSpec, run: Runner) -> float:
     spec = replace(spec, limit_s=None, alone=True)
     if spec.engine == "simulated":
         minutes = UNLOADED_REQUESTS * UNLOADED_GAP_S / 60
-        result = run(replace(spec, rate_rps=1 / UNLOADED_GAP_S, minutes=minutes))
+        result = yield replace(spec, rate_rps=1 / UNLOADED_GAP_S, minutes=minutes)
     else:  # how long the tools take does not count anyway
-        result = run(replace(spec, rate_rps=REAL_RPS, minutes=REAL_MINUTES, tool_scale=0.0))
+        result = yield replace(spec, rate_rps=REAL_RPS, minutes=REAL_MINUTES, tool_scale=0.0)
     if result["normalized_latency_s"] is None:
         raise RunRefused(
             f"{spec.workload} on an empty machine leaves nothing to measure: "
@@ -58,26 +71,23 @@ def least_rps(minutes: float) -> float:
 
 
 def capacity(
-    spec: RunSpec, limit_s: float, guess_rps: float, tolerance: float, run: Runner, *, stretch: float = 1.4
-) -> Capacity:
+    spec: RunSpec, limit_s: float, guess_rps: float, tolerance: float, *, stretch: float = 1.4
+) -> Search[Capacity]:
     """Bracket the limit from ``guess_rps`` in steps of ``stretch``, then bisect until high/low <= ``tolerance``.
 
     The programs are the same at every rate (only the gaps stretch), so neighbours differ by load and not by luck.
     """
     runs: list[dict[str, Any]] = []
 
-    def latency(rate: float) -> float:
-        result = run(replace(spec, rate_rps=rate, limit_s=limit_s))
-        runs.append(result)
-        found = result["normalized_latency_s"]
-        return math.inf if result["decided_early"] or found is None else float(found)
-
     low, high = 0.0, math.inf
     at_low, at_high = 0.0, math.inf
     least = least_rps(spec.minutes)
     rate = max(least, _round(guess_rps))
     while not (low and high < math.inf and high / low <= tolerance):
-        found = latency(rate)
+        result = yield replace(spec, rate_rps=rate, limit_s=limit_s)
+        runs.append(result)
+        unknown = result["decided_early"] or result["normalized_latency_s"] is None
+        found = math.inf if unknown else result["normalized_latency_s"]
         if found <= limit_s:
             low, at_low = rate, found
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import queue
 import subprocess
@@ -12,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pause.capacity import capacity, unloaded
+from benchmarks.pause.capacity import Search, capacity, carry_out, unloaded
 from benchmarks.pause.runs import RunRefused, RunSpec, run
 from benchmarks.pause.store import Store
 
@@ -31,40 +33,40 @@ class Chain:
     stretch: float = 1.4
 
 
-def run_chain(chain: Chain, store: Store, emit: Emit) -> dict[str, Any]:
-    """Carry a chain out; known runs are taken from the store, new ones are emitted."""
-
-    def once(spec: RunSpec) -> dict[str, Any]:
-        known = store.find(spec)
-        if known is not None:
-            return known
-        result = run(spec)
-        emit({"spec": asdict(spec), "result": result})
-        return result
-
+def _runs_of(chain: Chain) -> Search[dict[str, Any]]:
     if chain.kind == "unloaded":
-        return {"unloaded_s": unloaded(chain.spec, once)}
+        return {"unloaded_s": (yield from unloaded(chain.spec))}
     if chain.kind == "run":
-        return {"runs": [once(chain.spec)]}
-    found = capacity(chain.spec, chain.limit_s, chain.guess_rps, chain.tolerance, once, stretch=chain.stretch)
+        return {"runs": [(yield chain.spec)]}
+    found = yield from capacity(chain.spec, chain.limit_s, chain.guess_rps, chain.tolerance, stretch=chain.stretch)
     return {"rps": found.rps, "low_rps": found.low_rps, "high_rps": found.high_rps, "runs": list(found.runs)}
 
 
+def _known_or_new(spec: RunSpec, store: Store, emit: Emit) -> dict[str, Any]:
+    """A known run is taken from the store, a new one is emitted."""
+    known = store.find(spec)
+    if known is not None:
+        return known
+    result = run(spec)
+    emit({"spec": asdict(spec), "result": result})
+    return result
+
+
 def run_all(
-    chains: Iterable[Chain], store: Store, jobs: int, noted: Callable[[Chain, dict[str, Any]], None]
+    chains: Iterable[Chain],
+    store: Store,
+    jobs: int,
+    noted: Callable[[Chain, dict[str, Any]], None],
+    *,
+    in_turns: int = 1,
 ) -> Iterator[tuple[Chain, dict[str, Any]]]:
     """Outcomes as they come; a chain is asked for when somebody is free to take it.
 
-    ``noted`` hears of each new run. One job runs here, more in processes of their own.
+    ``noted`` hears of each new run. One job runs here, more in processes of their own. ``in_turns``, with one job: so
+    many chains make a run each before any of them makes the next.
     """
     if jobs <= 1:
-        for chain in chains:
-
-            def keep(line: dict[str, Any], chain: Chain = chain) -> None:
-                store.add(RunSpec(**line["spec"]), line["result"])
-                noted(chain, line["result"])
-
-            yield chain, run_chain(chain, store, keep)
+        yield from _take_turns(chains, store, noted, in_turns)
         return
     todo = iter(chains)
     lines: queue.SimpleQueue[tuple[_Worker, dict[str, Any]]] = queue.SimpleQueue()
@@ -87,6 +89,31 @@ def run_all(
     finally:
         for worker in workers:
             worker.stop()
+
+
+def _take_turns(
+    chains: Iterable[Chain], store: Store, noted: Callable[[Chain, dict[str, Any]], None], in_turns: int
+) -> Iterator[tuple[Chain, dict[str, Any]]]:
+    """There and back again, so that a machine that becomes steadily slower does so for all alike."""
+
+    def keep(chain: Chain, line: dict[str, Any]) -> None:
+        store.add(RunSpec(**line["spec"]), line["result"])
+        noted(chain, line["result"])
+
+    todo = iter(chains)
+    while group := list(itertools.islice(todo, in_turns)):
+        going: list[tuple[Chain, Search[dict[str, Any]], Any]] = [(chain, _runs_of(chain), None) for chain in group]
+        while going:
+            waiting = []
+            for chain, search, result in going:
+                try:
+                    spec = search.send(result)
+                except StopIteration as end:
+                    yield chain, end.value
+                else:
+                    result = _known_or_new(spec, store, functools.partial(keep, chain))
+                    waiting.append((chain, search, result))
+            going = waiting[::-1]
 
 
 class _Worker:
@@ -137,7 +164,7 @@ def work(store_path: Path) -> None:
         record = json.loads(line)
         chain = Chain(**{**record, "spec": RunSpec(**record["spec"])})
         try:
-            emit(run_chain(chain, store, emit))
+            emit(carry_out(_runs_of(chain), lambda spec: _known_or_new(spec, store, emit)))
         except RunRefused as error:
             emit({"refused": str(error)})
 

@@ -46,6 +46,7 @@ class Study:
     tolerance: float = 1.03
     engine: str = "simulated"
     tool_scale: float = 1.0
+    in_turns: bool = False  # the policies' searches side by side, for a machine that is not always as fast
     guess_rps: float = 3.0
     near: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # where to begin: by label, by policy
 
@@ -89,6 +90,7 @@ def real_study(model: str, tool_scale: float, **changes: Any) -> Study:
         "machine": f"cpu-{model.lower()}",
         "engine": model,
         "tool_scale": tool_scale,
+        "in_turns": True,
         "tolerance": 1.08,
         "curves": False,
         "own_limits": False,
@@ -165,6 +167,7 @@ def _medians(capacities: Capacities) -> dict[str, dict[str, float]]:
 def conduct(study: Study, store: Store, jobs: int, say: Callable[[str], None]) -> Findings:
     """Run the study: the empty machine, the first seed's capacities, the other seeds', the curves."""
     findings = Findings(study)
+    in_turns = len(study.policies) if study.in_turns else 1
     cases = [(workload, kv) for workload in study.workloads for kv in study.kv_tokens]
 
     def noted(chain: Chain, run: dict[str, Any]) -> None:
@@ -192,11 +195,11 @@ def conduct(study: Study, store: Store, jobs: int, say: Callable[[str], None]) -
         for case in cases
         for policy in study.policies
     )
-    for chain, outcome in run_all(searches, store, jobs, noted):
+    for chain, outcome in run_all(searches, store, jobs, noted, in_turns=in_turns):
         label = _note_capacity(findings, findings.capacities, chain, outcome)
         say(f"{label} {chain.spec.policy} seed {chain.spec.seed}: carries {outcome['rps']:.3g} requests/s")
     if study.own_limits:
-        _own_limits(findings, cases, limits, lambda chains: run_all(chains, store, jobs, noted))
+        _own_limits(findings, cases, limits, lambda chains: run_all(chains, store, jobs, noted, in_turns=in_turns))
     if study.curves or study.rates:
         for _, outcome in run_all(_curves(study, findings, cases), store, jobs, noted):
             findings.add_runs(outcome["runs"])
@@ -305,8 +308,8 @@ def _curves(study: Study, findings: Findings, cases: list[tuple[str, int | None]
         middle = statistics.median(carried or [study.guess_rps])
         rates = study.rates or tuple(float(f"{share * middle:.3g}") for share in GRID)
         for seed in study.seeds[:1]:
-            for policy in study.policies:
-                for rate in rates:
+            for rate in rates:
+                for policy in study.policies:
                     spec = study.spec(workload, kv, policy, seed)
                     chains.append(Chain("run", replace(spec, rate_rps=rate)))
     return chains

@@ -16,7 +16,7 @@ from caesura.scheduler.types import Move, MoveId, MoveKind, PageId
 
 from benchmarks.calibrate import COLUMNS, StepSample, fit
 from benchmarks.fidelity import Twins, compare
-from benchmarks.pause.capacity import capacity, unloaded
+from benchmarks.pause.capacity import capacity, carry_out, unloaded
 from benchmarks.pause.cli import found_rps, main
 from benchmarks.pause.page import (
     PAGE,
@@ -105,7 +105,7 @@ def test_a_run_repeats_itself_exactly() -> None:
 
 def test_more_load_is_slower_and_alone_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.pause.capacity.UNLOADED_REQUESTS", 40)
-    alone = unloaded(SPEC, run)
+    alone = carry_out(unloaded(SPEC), run)
     little, much = run(SPEC), run(replace(SPEC, rate_rps=30.0))
     assert alone <= little["normalized_latency_s"] < much["normalized_latency_s"]
 
@@ -131,13 +131,15 @@ def test_capacity_is_found_from_either_side_and_interpolated() -> None:
         return {"normalized_latency_s": latency, "decided_early": early, "rate_rps": spec.rate_rps}
 
     for guess in (0.1, 3.9, 30.0):
-        found = capacity(SPEC, 0.02, guess, 1.03, world)
+        found = carry_out(capacity(SPEC, 0.02, guess, 1.03), world)
         assert found.low_rps <= 4.0 <= found.high_rps <= 1.03 * found.low_rps
         assert found.rps == pytest.approx(4.0, rel=0.005)
 
 
 def test_a_policy_that_never_carries_anything_has_no_capacity() -> None:
-    found = capacity(SPEC, 0.02, 1.0, 1.03, lambda spec: {"normalized_latency_s": 9.0, "decided_early": False})
+    found = carry_out(
+        capacity(SPEC, 0.02, 1.0, 1.03), lambda spec: {"normalized_latency_s": 9.0, "decided_early": False}
+    )
     assert found.rps == found.low_rps == 0.0
 
 
@@ -175,6 +177,28 @@ def test_workers_bring_the_same_results_as_one_process(tmp_path: Path) -> None:
     assert Store(there.path).find(SPEC) is not None
 
 
+def test_searches_that_take_turns_share_the_minutes_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each makes a run before any makes its next, and all find what they would have found alone."""
+    made: list[str] = []
+    carried = {"lru": 2.0, "swap": 3.0, "min_waste": 4.0}
+
+    def world(spec: RunSpec) -> dict[str, Any]:
+        made.append(spec.policy)
+        latency_s = 0.01 if spec.rate_rps < carried[spec.policy] else 9.0
+        return {"normalized_latency_s": latency_s, "decided_early": False}
+
+    monkeypatch.setattr("benchmarks.pause.pool.run", world)
+    chains = [Chain("capacity", replace(SPEC, policy=policy), 0.02, 2.9, 1.2) for policy in carried]
+    alone = run_all(chains, Store(tmp_path / "alone.jsonl"), 1, lambda *_: None)
+    found = {chain.spec.policy: outcome["rps"] for chain, outcome in alone}
+    made.clear()
+    together = run_all(chains, Store(tmp_path / "together.jsonl"), 1, lambda *_: None, in_turns=3)
+    assert {chain.spec.policy: outcome["rps"] for chain, outcome in together} == found
+    assert made[:6] == ["lru", "swap", "min_waste", "min_waste", "swap", "lru"]
+
+
 def test_a_study_writes_its_json_and_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +228,7 @@ def test_a_study_writes_its_json_and_resumes(
 def test_a_search_begins_at_what_an_earlier_study_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chains: list[Chain] = []
 
-    def note(given: Iterable[Chain], *_: object) -> Iterator[tuple[Chain, dict[str, Any]]]:
+    def note(given: Iterable[Chain], *_: object, **__: object) -> Iterator[tuple[Chain, dict[str, Any]]]:
         for chain in given:
             chains.append(chain)
             yield chain, {"unloaded_s": 0.01, "rps": 3.0, "low_rps": 3.0, "high_rps": 3.0, "runs": []}

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from benchmarks import fidelity
-from benchmarks.pause.capacity import LEAST_REQUESTS, capacity, unloaded
+from benchmarks.pause.capacity import LEAST_REQUESTS, capacity, carry_out, unloaded
 from benchmarks.pause.cli import main
 from benchmarks.pause.plots import _curves, _file
 from benchmarks.pause.pool import Chain, work
@@ -38,17 +38,18 @@ def test_a_rate_of_which_a_run_cannot_tell_is_never_carried() -> None:
         tried.append(spec.rate_rps)
         return {**FINE, "normalized_latency_s": 9.0 if spec.rate_rps > 0.5 else 0.01}
 
-    found = capacity(replace(SPEC, minutes=0.5), 0.02, 1.0, 1.03, world)
+    found = carry_out(capacity(replace(SPEC, minutes=0.5), 0.02, 1.0, 1.03), world)
     assert found.rps == found.low_rps == 0.0
     window_s = 30 * (MEASURED_SHARE - WARM_SHARE)
     assert min(tried) * window_s == pytest.approx(LEAST_REQUESTS, rel=0.01)
     assert min(tried) * window_s >= LEAST_REQUESTS
-    assert capacity(replace(SPEC, minutes=5.0), 0.02, 0.001, 1.03, world).low_rps == pytest.approx(0.5, rel=0.03)
+    longer = carry_out(capacity(replace(SPEC, minutes=5.0), 0.02, 0.001, 1.03), world)
+    assert longer.low_rps == pytest.approx(0.5, rel=0.03)
 
 
 def test_a_run_without_measured_requests_is_not_carried() -> None:
     assert run(replace(SPEC, rate_rps=1e-3, minutes=0.01))["normalized_latency_s"] is None
-    assert capacity(SPEC, 0.02, 1.0, 1.03, lambda spec: {**FINE, "normalized_latency_s": None}).rps == 0.0
+    assert carry_out(capacity(SPEC, 0.02, 1.0, 1.03), lambda spec: {**FINE, "normalized_latency_s": None}).rps == 0.0
 
 
 @pytest.mark.parametrize("engine", ["simulated", "15M"])
@@ -59,11 +60,11 @@ def test_unloaded_means_one_after_the_other(engine: str) -> None:
         specs.append(spec)
         return FINE
 
-    assert unloaded(replace(SPEC, engine=engine, limit_s=0.1), note) == 0.01
+    assert carry_out(unloaded(replace(SPEC, engine=engine, limit_s=0.1)), note) == 0.01
     assert specs[0].alone
     assert specs[0].limit_s is None
     with pytest.raises(RunRefused, match="nothing to measure"):
-        unloaded(SPEC, lambda spec: {**FINE, "normalized_latency_s": None})
+        carry_out(unloaded(SPEC), lambda spec: {**FINE, "normalized_latency_s": None})
 
 
 def test_a_request_that_a_deadline_may_close_decides_nothing(tmp_path: Path) -> None:
