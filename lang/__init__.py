@@ -48,6 +48,7 @@ from caesura.lang.errors import (
     DefinitionError,
     LangError,
     NoBackend,
+    NoRecording,
     OutputError,
     ProgramCancelled,
     ProgramError,
@@ -63,6 +64,7 @@ from caesura.lang.errors import (
 )
 from caesura.lang.group import ProgramStateGroup
 from caesura.lang.program import Program, flush_cache, function, get_server_info, set_default_backend
+from caesura.lang.progress import progress_reporter, report_progress
 from caesura.lang.state import ProgramState, Snapshot
 from caesura.lang.tools import Tool, ToolCall, ToolOutput, ToolResult, tool
 
@@ -134,6 +136,7 @@ __all__ = [
     "McpServer",
     "McpTools",
     "NoBackend",
+    "NoRecording",
     "OpenAIBackend",
     "OutputError",
     "Program",
@@ -177,8 +180,10 @@ __all__ = [
     "image",
     "mcp_servers",
     "mcp_tools",
+    "progress_reporter",
     "record",
     "replay",
+    "report_progress",
     "select",
     "separate_reasoning",
     "set_default_backend",

@@ -206,6 +206,9 @@ class Session(Protocol):
     async def pause(self, calls: Sequence[PendingCall], *, wait: Literal["all", "any"] = "all") -> None:
         """The context now waits for ``calls``; signalled before the first of them starts."""
 
+    async def report(self, fraction: float, call: int = 0) -> None:
+        """Tool ``call`` of the pause has done this share of its work: advice about how long the pause will last."""
+
     async def resume(self) -> None:
         """The results are appended and the context goes on."""
 

@@ -21,6 +21,11 @@ class Symbol:
 
     __bool__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __iter__ = __len__ = __int__ = __float__ = _ask
 
+    def __str__(self) -> str:
+        if tracing.get():
+            self._ask()
+        return repr(self)
+
     def __eq__(self, other: object) -> bool:
         if tracing.get():
             self._ask()

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from caesura.lang import ir
 from caesura.lang.backend import Session
 from caesura.lang.errors import ToolError, ToolTimeout
+from caesura.lang.progress import reporting
 from caesura.lang.threads import tool_threads
 from caesura.lang.tools import Tool, ToolOutput, ToolResult, clip, render
 
@@ -54,19 +55,46 @@ def expected_s(call: ir.ToolInvocation) -> float | None:
 
 
 async def run_tool(call: ir.ToolInvocation, session: Session | None = None, number: int = 0) -> ToolResult:
-    """Call the tool, with retries. Never raises what the tool raised. A session that tapes tools stands around it."""
+    """Call the tool, with retries. Never raises what the tool raised. A session that tapes tools stands around it.
+
+    ``number``: which of the calls that its pause waits for.
+    """
     if isinstance(session, ToolTape):
-        return await session.on_tool(call.tool.name, call_text(call), number, lambda: run_tool(call))
+        return await session.on_tool(call.tool.name, call_text(call), number, lambda: _run(call, session, number))
+    return await _run(call, session, number)
+
+
+async def _run(call: ir.ToolInvocation, session: Session | None, number: int) -> ToolResult:
     timeout_s = call.timeout_s if call.timeout_s is not None else call.tool.timeout_s
     retries = call.retries if call.retries is not None else call.tool.retries
     started = time.monotonic()
     for attempt in range(retries + 1):
         if attempt:
             await asyncio.sleep(_backoff_s(attempt - 1))
-        result = await _attempt(call.tool, call.args, call.kwargs, timeout_s)
+        async with reporting(_to_pause(session, number, time.monotonic() - started if attempt else 0.0)):
+            result = await _attempt(call.tool, call.args, call.kwargs, timeout_s)
+            elapsed_s = time.monotonic() - started
         if result.ok:
             break
-    return replace(result, attempts=attempt + 1, elapsed_s=time.monotonic() - started)
+    return replace(result, attempts=attempt + 1, elapsed_s=elapsed_s)
+
+
+def _to_pause(
+    session: Session | None, number: int, before_s: float
+) -> Callable[[float], Coroutine[Any, Any, None]] | None:
+    """Passes on what an attempt says of its progress, ``before_s`` having gone to others: as the share of the whole
+    call that leaves the same time."""
+    if session is None:
+        return None
+    begun = time.monotonic()
+
+    async def send(fraction: float) -> None:
+        if before_s and fraction:
+            own_s = time.monotonic() - begun
+            fraction = (before_s + own_s) / (before_s + own_s / fraction)
+        await session.report(fraction, number)
+
+    return send
 
 
 async def run_tools(
@@ -75,8 +103,17 @@ async def run_tools(
     """Call several at once. ``wait="any"``: the first success ends the others, whose results are None."""
     if wait == "any" and isinstance(session, ToolTape):
         told = [(call.tool.name, call_text(call)) for call in calls]
-        return await session.on_race(told, lambda: run_tools(calls, wait))
-    tasks = [asyncio.ensure_future(run_tool(call, session, number)) for number, call in enumerate(calls)]
+        return await session.on_race(told, lambda: _at_once(calls, wait, _run, session))
+    return await _at_once(calls, wait, run_tool, session)
+
+
+async def _at_once(
+    calls: Sequence[ir.ToolInvocation],
+    wait: str,
+    run: Callable[[ir.ToolInvocation, Session | None, int], Coroutine[Any, Any, ToolResult]],
+    session: Session | None,
+) -> list[ToolResult | None]:
+    tasks = [asyncio.ensure_future(run(call, session, number)) for number, call in enumerate(calls)]
     try:
         if wait == "all":
             return list(await asyncio.gather(*tasks))

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from caesura.runtime.errors import InvalidRequest
 from caesura.runtime.executors.base import SampledToken
 from caesura.runtime.generation import TokenChunk, ToolCalling
 from caesura.runtime.sampling import SamplingParams
@@ -27,6 +28,14 @@ class PendingCall:
     tool: str
     expected_s: float | None = None
     deadline_s: float | None = None
+
+
+def share_of_work(fraction: float) -> float:
+    """A share as a plain float. Raises InvalidRequest when it is none."""
+    share = float(fraction)
+    if not 0.0 <= share <= 1.0:
+        raise InvalidRequest(f"fraction is {fraction}; it must lie between 0 and 1")
+    return share
 
 
 class Handle(Protocol):
@@ -67,6 +76,10 @@ class Handle(Protocol):
 
     async def pause(self, calls: Sequence[PendingCall], wait: str = "all") -> None:
         """These tools are about to start; the runtime may take the KV for something better."""
+
+    def report(self, fraction: float, call: int = 0) -> None:
+        """Tool ``call`` of the pause has done this share of its work. Nobody waits for it, and it never fails but for a
+        fraction that is none: the context may have ended meanwhile, or wait for no such call."""
 
     async def resume(self, deadline_s: float | None = None) -> None:
         """The tools have answered. Idempotent. ``deadline_s`` from now takes the place of the context's deadline."""

@@ -148,6 +148,11 @@ class Engine:
         self.scheduler.pause(context, self.clock.now(), calls, wait_any=wait_any, deadline_at=deadline_at)
         self._records.has_new_pause = True
 
+    def report(self, context: ContextId, fraction: float, call: int = 0) -> None:
+        """A tool has done this share of its work. Ignored when the context is gone, or waits for no such call."""
+        if context in self._records:
+            self.scheduler.report(context, self.clock.now(), fraction, call)
+
     def resume(self, context: ContextId, deadline_at: float | None = None) -> None:
         """The tools have answered. Idempotent; generating resumes by itself. ``deadline_at`` replaces the context's."""
         self._records.of(context)
@@ -156,6 +161,8 @@ class Engine:
     def fork(self, parent: ContextId, on_closed: Callable[[Exception], None] = lambda _: None) -> ContextId:
         """A copy that shares the parent's KV."""
         record = self._records.idle(parent)
+        if self._flight is not None and any(piece.context_id == parent for piece in self._flight.plan.slices):
+            self._land()  # it was stopped meanwhile: whether its rows came about is to be known before they are shared
         child = ContextId(next(self._ids))
         self.scheduler.fork(parent, child, self.clock.now())
         self._records[child] = Record(record.namespace, on_closed)
@@ -293,6 +300,7 @@ class Engine:
         broken = _broken(output)
         if broken:
             self._spoil(flight.plan, broken, flight.live)
+            flight.live.intersection_update(self._records)  # who shared it may be closed now
         output = replace(output, outputs=tuple(out for out in output.outputs if out.context_id in flight.live))
         endings: dict[ContextId, Ending] = {}
         tokens = self._records.read(output, endings)

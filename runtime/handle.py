@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from caesura.runtime.api import PendingCall
+from caesura.runtime.api import PendingCall, share_of_work
 from caesura.runtime.engine import Engine
 from caesura.runtime.errors import CaesuraError, ContextClosed, GrammarError, InvalidRequest
 from caesura.runtime.executors.base import SampledToken
@@ -215,6 +215,12 @@ class ContextHandle:
             engine.pause(self.id, pending, wait_any=wait == "any", deadline_at=deadline_at)
 
         await self._call(run)
+
+    def report(self, fraction: float, call: int = 0) -> None:
+        """Tool ``call`` of the pause has done this share of its work. Posted: what follows comes after it."""
+        share = share_of_work(fraction)
+        if self.is_open:
+            self._service.post(lambda engine: engine.report(self.id, share, call))
 
     async def resume(self, deadline_s: float | None = None) -> None:
         """The tools have answered. Idempotent. ``deadline_s`` from now takes the place of the context's deadline."""

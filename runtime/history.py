@@ -174,7 +174,7 @@ class History:
         paused_s = context.pause.since if context.phase is Phase.PAUSED else None
         if before is not None and before.state == state and before.paused_s == paused_s:
             return
-        began = context.requeued if paused_s is None else paused_s  # anything else began just now
+        began = context.waiting_since if paused_s is None else paused_s  # anything else began just now
         start_s = began if before is None or began > before.start_s else now
         if before is not None:
             self._end(context.id, start_s, goes_on=before.paused_s is not None and before.paused_s == paused_s)

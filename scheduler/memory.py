@@ -176,7 +176,8 @@ class MemoryDesk:
         """Back to the queue. What it holds stays, revocably, so memory is taken only as far as it is needed."""
         self.contended = True
         self._contexts.become(state, Phase.QUEUED)
-        state.requeued = self.now
+        if self._ledger.computed(state.id) >= state.num_tokens - 1:  # else it has waited in vain until now
+            state.waiting_since = self.now
         self._ledger.pause(state.id)
         self.preempted.append(state.id)
 

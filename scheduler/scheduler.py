@@ -62,7 +62,8 @@ class Scheduler:
         """Queue a context: compute what is missing and, if ``samples``, go on generating."""
         state = self.contexts[context]
         self.resume(context, now)
-        state.samples, state.recompute_from, state.requeued = samples, recompute_from, now
+        state.samples, state.recompute_from = samples, recompute_from
+        state.requeued = state.waiting_since = now
         self.ledger.truncate(context, state.reuse_limit)  # also what lies on the host now: another may bring it back
         self.contexts.become(state, Phase.QUEUED)
         state.cached_tokens = -1
@@ -85,7 +86,8 @@ class Scheduler:
         tools = [call.tool for call in calls]
         known = bool(tools) and tools == [call.tool for call in state.pause.calls]
         since, decided = (state.pause.since, state.decided) if known else (now, None)
-        self._begin_pause(state, Pause(since, tuple(calls), wait_any, deadline_at))
+        reports = state.pause.progress if known else ()
+        self._begin_pause(state, Pause(since, tuple(calls), wait_any, deadline_at, reports))
         state.decided = decided
 
     def resume(self, context: ContextId, now: float, deadline_at: float | None = None) -> None:
@@ -104,7 +106,7 @@ class Scheduler:
     def report(self, context: ContextId, now: float, fraction: float, call: int = 0) -> None:
         """A tool says how much of its work is done (0 to 1). Ignored when the context waits for no such call."""
         state = self.contexts[context]
-        if state.phase is Phase.PAUSED and call < len(state.pause.calls):
+        if state.phase is Phase.PAUSED and 0 <= call < len(state.pause.calls):
             state.pause = state.pause.reported(call, Progress(now, fraction))
 
     def stop(self, context: ContextId, now: float) -> None:

@@ -91,6 +91,7 @@ def real_study(model: str, tool_scale: float, **changes: Any) -> Study:
         "engine": model,
         "tool_scale": tool_scale,
         "in_turns": True,
+        "guess_rps": 0.5,
         "tolerance": 1.08,
         "curves": False,
         "own_limits": False,

@@ -219,6 +219,9 @@ class EngineSession:
         ]
         await self._handle.pause(pending, wait)
 
+    async def report(self, fraction: float, call: int = 0) -> None:
+        self._handle.report(fraction, call)
+
     async def resume(self) -> None:
         await self._handle.resume()
 

@@ -246,6 +246,10 @@ class HTTPSession:
         ]
         await self._post("pause", {"calls": pending, "wait": wait})
 
+    async def report(self, fraction: float, call: int = 0) -> None:
+        body = {"fraction": fraction, "call": call}
+        await self._client.request("POST", f"{self._path}/progress", body, retry=False)  # the next word will do
+
     async def resume(self) -> None:
         await self._post("resume", {"pieces": self._take_unsent()})
 

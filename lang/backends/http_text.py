@@ -91,6 +91,9 @@ class TextSession:
             "(HTTPBackend and `caesura serve` do that)",
         )
 
+    async def report(self, fraction: float, call: int = 0) -> None:
+        """Nobody wants to know."""
+
     async def resume(self) -> None:
         """Nothing was paused."""
 

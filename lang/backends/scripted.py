@@ -278,6 +278,10 @@ class ScriptedSession:
         self.paused = tuple(calls)
         self._note("pause", *(call.tool for call in calls))
 
+    async def report(self, fraction: float, call: int = 0) -> None:
+        self._alive()
+        self._note("report", fraction, call)
+
     async def resume(self) -> None:
         self._alive()
         self.paused = ()

@@ -323,6 +323,10 @@ class TapedSession:
             await self._live.pause(calls, wait=wait)
             self._paused = True
 
+    async def report(self, fraction: float, call: int = 0) -> None:
+        if self._live is not None and self._paused:
+            await self._live.report(fraction, call)
+
     async def resume(self) -> None:
         if self._live is not None and self._paused:
             self._paused = False

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from caesura.lang.errors import DefinitionError, ToolError
 from caesura.lang.mcp.servers import McpServer
+from caesura.lang.progress import progress_reporter
 from caesura.lang.runner import runner
 
 if TYPE_CHECKING:
@@ -156,9 +157,15 @@ class Connection:
         from mcp.types import CONNECTION_CLOSED, INVALID_PARAMS, METHOD_NOT_FOUND
 
         link, client = await self._open()
+        report = progress_reporter()
+
+        async def heard(progress: float, total: float | None, message: str | None) -> None:
+            if total and total > 0:  # else it says nothing about what is left
+                report(min(1.0, max(0.0, progress / total)))
+
         try:
             with link.in_use():
-                return await client.call_tool(tool, arguments)
+                return await client.call_tool(tool, arguments, progress_callback=heard)
         except MCPError as error:
             if error.code in (INVALID_PARAMS, METHOD_NOT_FOUND):
                 raise ToolError(error.message) from error

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from caesura.runtime.api import PendingCall
+from caesura.runtime.api import PendingCall, share_of_work
 from caesura.runtime.config import EngineConfig
 from caesura.runtime.errors import CaesuraError, ContextClosed, EngineStopped
 from caesura.runtime.executors.base import SampledToken
@@ -290,6 +290,10 @@ class RemoteHandle:
         """These tools are about to start; the runtime may take the KV for something better."""
         pending = tuple(calls)
         await self._ask(m.Done, lambda number: m.Pause(number, self.id, pending, wait))
+
+    def report(self, fraction: float, call: int = 0) -> None:
+        """Tool ``call`` of the pause has done this share of its work. Posted: what follows comes after it."""
+        self._connection.post(m.Report(self.id, share_of_work(fraction), call), self._life)
 
     async def resume(self, deadline_s: float | None = None) -> None:
         """The tools have answered. Idempotent. ``deadline_s`` from now takes the place of the context's deadline."""

@@ -1,7 +1,7 @@
 """What the two processes say to each other: msgspec structs, strictly decoded. Data only, whatever arrives.
 
-Every command but ``Ping``, ``Stop``, ``Close`` and ``Shutdown`` carries a request number; its answer, exactly one
-(any number of chunks first), carries the same.
+Every command but ``Ping``, ``Stop``, ``Report``, ``Close`` and ``Shutdown`` carries a request number; its answer,
+exactly one (any number of chunks first), carries the same.
 """
 
 from __future__ import annotations
@@ -136,6 +136,14 @@ class Stop(Message, frozen=True, tag=True):
     request: int
 
 
+class Report(Message, frozen=True, tag=True):
+    """A tool has done this share of its work. Nothing happens when the context is closed, or waits for no such call."""
+
+    context: ContextId
+    fraction: float
+    call: int
+
+
 class Close(Message, frozen=True, tag=True):
     """Close a context, aborting what it does."""
 
@@ -167,6 +175,7 @@ Command = (
     | Look
     | Ping
     | Stop
+    | Report
     | Close
     | Shutdown
 )

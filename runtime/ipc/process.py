@@ -118,10 +118,13 @@ class EngineProcess:
             await self._worker.drain(1.0)  # every request hears why it ended
 
     async def _beat(self) -> None:
-        """Until cancelled: an engine that drains is alive."""
+        """Until cancelled: an engine that drains is alive. One that stopped by itself may hang while it closes, and is
+        to be missed."""
         while True:
             if self._service is not None and not self._service.ready:
                 self._end(self._service.stopped())
+                if self._ending.exception() is not None:
+                    return
             self._send(m.Heartbeat(self._engine_lag_s()))
             if self._client is not None:
                 self._transmit([self._channel.note()])
@@ -186,6 +189,9 @@ class EngineProcess:
             case m.Stop():
                 if self._worker is not None:
                     self._worker.stop(command.request)
+            case m.Report():
+                if self._worker is not None:
+                    self._worker.report(command.context, command.fraction, command.call)
             case m.Close():
                 if self._worker is not None:
                     self._worker.close(command.context)

@@ -51,13 +51,24 @@ class Worker:
             return
         task = self._loop.create_task(self._answer(command))
         self._tasks[command.request] = task
-        task.add_done_callback(lambda _: self._tasks.pop(command.request, None))
+        task.add_done_callback(partial(self._done, command.request))
+
+    def _done(self, request: int, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(request, None)
+        if task.cancelled():  # before it had begun, else it has told so itself
+            self._fail(request, ContextClosed("the request was aborted"))
 
     def stop(self, request: int) -> None:
         """Abort a request, if it still runs."""
         task = self._tasks.get(request)
         if task is not None:
             task.cancel()
+
+    def report(self, context: ContextId, fraction: float, call: int) -> None:
+        """Pass on what a tool says of its progress."""
+        handle = self._handles.get(context)
+        if handle is not None:
+            handle.report(fraction, call)
 
     def close(self, context: ContextId) -> None:
         """Close a context, whatever it does."""

@@ -242,7 +242,10 @@ class Tiers:
                     if not transfer.nodes:
                         del self.transfers[transfer.id]
             self.let_go(top)
+            above = top.parent
             self.remove(top)
+            if above is not None:
+                purge(self, above)  # it may have waited for this to end
 
     def _depart(self, node: Node | None) -> None:
         """A run marked as leaving goes once it is copied and the device holds nothing below; then those above it.

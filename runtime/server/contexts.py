@@ -18,6 +18,7 @@ from caesura.runtime.server.contexts_protocol import (
     ForkRequest,
     GenerateSpec,
     PauseRequest,
+    ProgressRequest,
     RollbackRequest,
     ScoreRequest,
     SnapshotRequest,
@@ -241,6 +242,14 @@ class Contexts:
             await context.handle.pause(calls, body.wait)
             return reply(self._described(context))
 
+    async def progress(self, request: Request) -> Response:
+        """A tool says how far it is. Advice, which never stands in the way of another request on this context."""
+        body = await read(request, ProgressRequest)
+        context = self._present(request)
+        await self._contexts.touch(context)
+        context.handle.report(body.fraction, body.call)
+        return reply(self._described(context))
+
     async def resume(self, request: Request) -> Response:
         """The tools have answered; their results may come along. Without any, idempotent."""
         body = await read(request, AppendRequest)
@@ -255,16 +264,20 @@ class Contexts:
 
     async def decisions(self, request: Request) -> Response:
         """What was decided about the context's memory while it paused, and why."""
-        context = self._contexts.get(principal_of(request).key_id, request.path_params["context_id"])
-        if context is None:
-            raise ApiError(404, "there is no context of this id", code="context_not_found")
-        decisions = await context.handle.read_decisions()
+        decisions = await self._present(request).handle.read_decisions()
         return reply({"decisions": [asdict(decision) for decision in decisions]})
 
     # -- parts ------------------------------------------------------------------------------------------------
 
     def _using(self, request: Request) -> contextlib.AbstractAsyncContextManager[NamedContext]:
         return self._contexts.using(principal_of(request).key_id, request.path_params["context_id"])
+
+    def _present(self, request: Request) -> NamedContext:
+        """The context, whatever it is doing."""
+        context = self._contexts.get(principal_of(request).key_id, request.path_params["context_id"])
+        if context is None:
+            raise ApiError(404, "there is no context of this id", code="context_not_found")
+        return context
 
     def _at_work(self, request: Request) -> Work:
         """Counts this request among those at work."""

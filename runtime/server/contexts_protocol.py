@@ -186,3 +186,10 @@ class PauseRequest(msgspec.Struct):
 
     calls: Annotated[list[CallSpec], Meta(min_length=1, max_length=limits.MAX_CALLS)]
     wait: Literal["all", "any"] = "all"
+
+
+class ProgressRequest(msgspec.Struct):
+    """The body of ``.../progress``: tool ``call`` of the pause has done this share of its work."""
+
+    fraction: Annotated[float, Meta(ge=0, le=1)]
+    call: Annotated[int, Meta(ge=0, lt=limits.MAX_CALLS)] = 0

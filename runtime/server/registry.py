@@ -100,6 +100,13 @@ class ContextRegistry:
         context = self._named.get(context_id)
         return context if context is not None and context.key_id == key_id else None
 
+    async def touch(self, context: NamedContext) -> None:
+        """Somebody has asked for it, beside whoever uses it. Raises ApiError 410 when it has ended."""
+        await self.expire()
+        if context.deleted or not context.handle.is_open:
+            raise ApiError(410, "the context has ended, by its deadline or with its engine", code="context_gone")
+        context.expires_at = self._monotonic() + context.ttl_s
+
     async def delete(self, context: NamedContext) -> None:
         """Forget a context and close it, whatever it does. Idempotent."""
         context.deleted = True

@@ -64,7 +64,7 @@ class AugServe(PausePolicy):
             if context.id not in self._values:
                 missing = context.num_tokens - room.held_tokens(context.id)
                 self._values[context.id] = self.value(context, missing, room.profile)
-            if room.now - context.requeued > STARVING_S:
+            if room.now - context.waiting_since > STARVING_S:
                 self._starving.add(context.id)
         return sorted(queued, key=self.order_key)
 

@@ -69,14 +69,14 @@ class MinWaste(PausePolicy):
 
     def admit(self, queued: Sequence[Context], room: Room) -> Sequence[Context]:
         if self._starved is None:
-            longest = min(queued, key=lambda context: context.requeued)
-            if room.now - longest.requeued > STARVING_S:
+            longest = min(queued, key=lambda context: context.waiting_since)
+            if room.now - longest.waiting_since > STARVING_S:
                 self._starved = longest.id
                 return sorted(queued, key=self.order_key)
         return queued
 
     def lets_pass(self, context: Context, now: float) -> bool:
-        return now - context.requeued < PATIENCE_S
+        return now - context.waiting_since < PATIENCE_S
 
     def reclaim(self, view: View, wanted_pages: int) -> Iterator[Take]:
         segments = list(view.segments())

@@ -78,7 +78,7 @@ class ThunderAgent(PausePolicy):
         if program is not None:
             program.tokens.pop(context.id, None)
             program.reasoning.discard(context.id)
-            if not program.tokens:
+            if not program.tokens or (not program.reasoning and context.program in self._leaving):
                 self._set_aside(context.program)
 
     def _set_aside(self, program: ContextId) -> None:

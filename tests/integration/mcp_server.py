@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from mcp import MCPError
-from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver import Context, MCPServer
 from mcp.types import CallToolResult, EmbeddedResource, ImageContent, TextContent, TextResourceContents
 from pydantic import BaseModel
 
@@ -66,6 +66,17 @@ async def waits() -> str:
         mark("waits is cancelled")
         raise
     return ""
+
+
+@server.tool()
+async def steps(heard: str, context: Context) -> str:
+    """Say that a quarter is done, and go on when that was heard: then the file ``heard`` exists."""
+    await context.report_progress(7.0)  # of what, nobody knows
+    await context.report_progress(1.0, 4.0)
+    async with asyncio.timeout(20):
+        while not Path(heard).exists():
+            await asyncio.sleep(0.01)
+    return "heard"
 
 
 @server.tool()

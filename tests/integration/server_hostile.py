@@ -48,6 +48,7 @@ BASES: dict[str, dict[str, Any]] = {
     "/generate": {"text": "a", "sampling_params": {"max_new_tokens": 1}},
     "/v1/contexts/{context_id}/generate": {"max_new_tokens": 1, "stream": False},
     "/v1/contexts/{context_id}/pause": {"calls": [{"tool": "t"}]},
+    "/v1/contexts/{context_id}/progress": {"fraction": 0.5},
 }
 RICH: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"logprobs": True, "tools": [_TOOL], "stream": True},

@@ -71,6 +71,10 @@ async def life(service: Service) -> list[Any]:
     chunks = await generated(handle, GREEDY)
     seen += [ids(chunks), "".join(chunk.text for chunk in chunks), finish(chunks), handle.num_tokens]
     await handle.pause([PendingCall("clock", 0.01)])
+    handle.report(0.5)
+    handle.report(1.0, call=7)  # it waits for no such call
+    with pytest.raises(InvalidRequest, match="fraction"):
+        handle.report(1.5)
     seen.append(await handle.append(encode(" and more")))
     await handle.resume()
     seen.append(await handle.prefill())
@@ -93,6 +97,7 @@ async def life(service: Service) -> list[Any]:
     assert await handle.read_decisions() == await asyncio.to_thread(handle.decisions)
     await handle.close()
     await handle.close()
+    handle.report(0.5)
     await service.flush_cache()
     stats = await service.read_stats()
     seen += [stats["contexts"], stats["policy"], stats["device_pages"], stats["free_pages"]]

@@ -17,6 +17,7 @@ from caesura.runtime.errors import ContextClosed, EngineStopped
 from caesura.runtime.ipc import messages as m
 from caesura.runtime.ipc import process
 from caesura.runtime.ipc.channel import Channel
+from caesura.runtime.ipc.worker import Worker
 from caesura.runtime.sampling import SamplingParams
 from caesura.runtime.service import EngineService
 from caesura.scheduler.profile import CostProfile
@@ -25,6 +26,22 @@ from caesura.scheduler.types import ContextId
 PROFILE = CostProfile(0.001, 1e-5, 0.0, 1e-4, 1e-6, 256)
 CONFIG = EngineConfig(kv_tokens=2048, policy="preserve", num_threads=1, profile=PROFILE)
 KEY = bytes(range(32))
+
+
+def test_a_request_that_is_stopped_before_it_begins_is_answered() -> None:
+    async def scene() -> list[m.Event]:
+        heard: list[m.Event] = []
+        with EngineService.start(CONFIG) as service:
+            worker = Worker(service, heard.append)
+            worker.request(m.Prefill(7, ContextId(1)))
+            worker.stop(7)
+            await asyncio.sleep(0.05)
+            await worker.drain(1.0)
+        return heard
+
+    (answer,) = asyncio.run(scene())
+    assert isinstance(answer, m.Failed)
+    assert (answer.request, answer.error.kind) == (7, "ContextClosed")
 
 
 class Line:

@@ -26,6 +26,7 @@ from caesura.lang import (
     function,
     gen,
     get_server_info,
+    report_progress,
     select,
     set_default_backend,
     system,
@@ -133,6 +134,32 @@ def test_every_token_and_figure_is_that_of_the_engine(engine: EngineBackend, rem
     assert expected["calls"] == [("calculator", expected["calls"][0][1], "1911492")]
     for stream in (False, True):
         assert _outcome(remote, stream=stream) == expected
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["here", "over http"])
+def test_a_tool_tells_the_scheduler_how_far_it_is(engine: EngineBackend, remote: HTTPBackend, there: bool) -> None:
+    told: list[float] = []
+
+    def look() -> list[float]:
+        contexts = engine.service.call_now(lambda engine: list(engine.scheduler.contexts.values()))
+        return [report.fraction for context in contexts for report in context.pause.progress if report is not None]
+
+    @tool
+    def build() -> str:
+        report_progress(0.25)
+        end = time.monotonic() + 20
+        while not told and time.monotonic() < end:
+            told.extend(look())
+            time.sleep(0.005)
+        return "built"
+
+    @function
+    def program(s: ProgramState) -> None:
+        s += "make: " + call_tool("x", build) + gen("y", max_tokens=1)
+
+    program.run(backend=remote if there else engine).error()
+    assert told == [0.25]
+    assert not look()
 
 
 def test_two_hundred_programs_at_once_on_one_pool(server: Live, engine: EngineBackend) -> None:

@@ -121,6 +121,20 @@ def test_a_late_call_is_cancelled_at_the_server(stdio, folder):
     wait_for(folder / "stdio", "waits is cancelled")
 
 
+def test_a_server_says_how_far_it_is(stdio, folder):
+    class Events(list):
+        def append(self, event):
+            super().append(event)
+            if event[0] == "report":
+                (folder / "heard").touch()
+
+    backend = ScriptedBackend([])
+    backend.events = Events()
+    state = call.run(stdio["marks__steps"], heard=str(folder / "heard"), backend=backend)
+    assert state["it"] == "heard"
+    assert [event[2:] for event in backend.events if event[0] == "report"] == [(0.25, 0)]
+
+
 def test_the_process_sees_what_it_is_given_and_no_more(stdio):
     seen = result(stdio["marks__environment"]).value
     assert (seen["secret"], seen["given"]) == (None, "yes")

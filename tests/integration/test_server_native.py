@@ -303,6 +303,10 @@ def test_a_context_pauses_resumes_forks_and_rolls_back() -> None:
             client, f"{path}/pause", {"calls": [{"tool": "calculator", "expected_s": 0.1, "deadline_s": 60}]}
         )
         assert state["num_tokens"] == finish["num_tokens"]
+        assert await post(client, f"{path}/progress", {"fraction": 0.25}) == state
+        assert await post(client, f"{path}/progress", {"fraction": 1, "call": 63}) == state, "it waits for no such call"
+        for wrong in ({}, {"fraction": 1.5}, {"fraction": -0.1}, {"fraction": 0.5, "call": -1}):
+            assert (await client.post(f"{path}/progress", json=wrong)).status_code == 400
         assert isinstance((await client.get(f"{path}/decisions")).json()["decisions"], list)
         await post(client, f"{path}/resume", {"tool_results": [{"name": "calculator", "content": "1911492"}]})
         after = await post(client, f"{path}/generate", {"temperature": 0, "stream": False})
@@ -342,10 +346,11 @@ def test_a_context_belongs_to_its_key_and_to_one_request_at_a_time() -> None:
             ("GET", ""),
             ("DELETE", ""),
             ("POST", "/pause"),
+            ("POST", "/progress"),
             ("POST", "/generate"),
             ("GET", "/decisions"),
         ]:
-            body = {"calls": [{"tool": "x"}]}
+            body = {"calls": [{"tool": "x"}], "fraction": 0.5}
             assert (await client.request(method, path + verb, json=body, headers=bob)).status_code == 404
         spec = {"max_new_tokens": 1900, "ignore_eos": True, "stream": False}
         running = asyncio.ensure_future(client.post(f"{path}/generate", json=spec, headers=ann))

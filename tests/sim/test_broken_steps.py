@@ -27,6 +27,7 @@ class Breaking(SimExecutor):
     """One step goes wrong as on a device: its rows are erased and a failure reported, or it raises."""
 
     wrong: str | None = "not finite"
+    only: ContextId | None = None  # the one that goes wrong, when others of its step do not
 
     def execute(self, slices: Sequence[SliceInput], copies: Sequence[Move]) -> ExecOutput:
         if not slices or self.wrong is None:
@@ -35,10 +36,14 @@ class Breaking(SimExecutor):
         if wrong == "raises":
             raise RuntimeError("the device is gone")
         output = super().execute(slices, copies)
-        for piece in slices:
+        failed = [piece for piece in slices if self.only in (None, piece.context_id)]
+        for piece in failed:
             for position in range(piece.start, piece.start + len(piece.token_ids)):
                 self._device[piece.pages[position // PAGE], position % PAGE] = 0
-        return ExecOutput(output.duration_s, tuple(SliceOutput(s.context_id, None, failure=wrong) for s in slices))
+        rest = tuple(out for out in output.outputs if self.only not in (None, out.context_id))
+        return ExecOutput(
+            output.duration_s, (*rest, *(SliceOutput(piece.context_id, None, failure=wrong) for piece in failed))
+        )
 
 
 def engine(*, late: bool, policy_name: str = "min_waste", host_pages: int = 0) -> tuple[Engine, Breaking]:
@@ -51,9 +56,9 @@ def engine(*, late: bool, policy_name: str = "min_waste", host_pages: int = 0) -
     return Engine(executor, policy, GPT_J_6B_A100, clock, overlapping=executor), inner
 
 
-def ask(running: Engine, chunks: list[TokenChunk]) -> ContextId:
+def ask(running: Engine, chunks: list[TokenChunk], prompt: Sequence[int] = PROMPT) -> ContextId:
     context = running.open()
-    running.append(context, PROMPT)
+    running.append(context, prompt)
     running.generate(context, generation(running, context, 1, chunks.append))
     return context
 
@@ -129,6 +134,55 @@ def test_who_waited_for_a_prefix_that_failed_computes_it_or_is_told(late: bool) 
     for chunks, reason in zip(asked, reasons, strict=True):
         tokens = [token for chunk in chunks for token in chunk.token_ids]
         assert tokens == ([] if reason == "abort" else [expected_token(PROMPT, 64)])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_who_shares_within_the_step_that_fails_is_told_and_the_others_go_on(late: bool) -> None:
+    """A score of the same prompt is computed partly in the same step, and has the pages of the one that fails."""
+    running, executor = engine(late=late)
+    long = PROMPT * 3  # both together are more than a step computes
+    chunks: list[TokenChunk] = []
+    executor.only = ask(running, chunks, long)
+    told: list[Any] = []
+    scored = running.open()
+    running.append(scored, long)
+    running.score(scored, 1, told.append)
+    others: list[TokenChunk] = []
+    other = running.open()
+    running.append(other, PROMPT[::-1])
+    running.generate(other, generation(running, other, 5, others.append))
+    run(running)
+    running.check()
+    assert chunks[-1].finish is not None and chunks[-1].finish.reason == "abort"
+    assert len(told) == 1
+    assert others[-1].finish is not None and others[-1].finish.reason == "length"
+    again: list[TokenChunk] = []
+    ask(running, again, long)
+    run(running)
+    assert [token for chunk in again for token in chunk.token_ids] == [expected_token(long, 64)]
+
+
+def test_a_fork_of_who_was_stopped_within_the_step_that_fails_has_none_of_it() -> None:
+    running, executor = engine(late=True)
+    executor.wrong = None
+    context = running.open()
+    running.append(context, PROMPT)
+    running.generate(context, generation(running, context, 20, lambda _: None))
+    for _ in range(5):
+        running.step()
+    executor.wrong = "not finite"  # of the step under way: a row in a page that is not full
+    running.stop(context)
+    child = running.fork(context)
+    running.append(child, [7])
+    chunks: list[TokenChunk] = []
+    running.generate(child, generation(running, child, 3, chunks.append))
+    tokens = running.tokens(child)
+    run(running)
+    running.check()
+    for token in (token for chunk in chunks for token in chunk.token_ids):
+        assert token == expected_token(tokens, 64)
+        tokens.append(token)
+    assert len([chunk for chunk in chunks if chunk.token_ids]) == 3
 
 
 class Outgrown:

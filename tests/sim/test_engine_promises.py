@@ -33,7 +33,7 @@ class Recorder:
     """Stands before a scheduler and writes down every call with its arguments and plans."""
 
     CALLS = (
-        *("open", "append", "submit", "pause", "resume", "stop", "fork", "truncate", "close"),
+        *("open", "append", "submit", "pause", "report", "resume", "stop", "fork", "truncate", "close"),
         *("plan", "commit", "settle"),
     )
 

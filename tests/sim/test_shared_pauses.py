@@ -97,6 +97,32 @@ def test_infercept_copies_what_hides_behind_the_coming_step() -> None:
     assert hidden - PAGE < copied <= hidden + PAGE
 
 
+@pytest.mark.parametrize("soon", [0, 1])
+def test_who_says_that_it_will_soon_be_back_keeps_its_memory(soon: int) -> None:
+    """Two wait for the same tool; a second later one has nearly done, the other has hardly begun."""
+    running, simulation = engine(make_policy("min_waste"), pages=64, host_pages=0)
+    contexts = []
+    for number in range(2):
+        context = running.open()
+        generate(running, context, [number] * (24 * PAGE), 1)
+        simulation.run()
+        running.pause(context, [Call("build")])
+        contexts.append(context)
+    simulation.clock.advance_to(simulation.clock.now() + 1.0)
+    for number, context in enumerate(contexts):
+        running.report(context, 0.9 if number == soon else 0.01)
+        running.report(context, 0.5, call=1)  # no such call
+        running.pause(context, [Call("build", expected_s=3.0)])  # said again, now with a hint: still the same pause
+    generate(running, running.open(), [9] * (24 * PAGE), 1)
+    simulation.run()
+    held = [running.ledger.held_tokens(context) for context in contexts]
+    assert held[soon] > 23 * PAGE > held[1 - soon]
+    assert running.decisions(contexts[1 - soon])[-1].expected_remaining_s > 50
+    running.resume(contexts[soon])
+    running.report(contexts[soon], 0.5)  # too late
+    running.check()
+
+
 @pytest.mark.parametrize("scores", [False, True])
 def test_who_shares_a_run_that_is_brought_back_computes_its_own_last_row(scores: bool) -> None:
     """Both have all of their KV on the host when they go on; what the first brings back is all that the second has."""

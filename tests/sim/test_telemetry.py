@@ -60,6 +60,17 @@ def count(snapshot: dict[str, Any]) -> int:
     return int(sum(snapshot["counts"]))
 
 
+def test_a_request_that_is_preempted_is_one_request() -> None:
+    engine, telemetry, _ = make(pages=16)
+    for number in range(2):
+        begin(engine, [(token + number) % 50 for token in range(100)], 100)
+    work(engine)
+    account = telemetry.account(engine)
+    assert engine.scheduler.meter.snapshot()["preemptions"] > 0
+    assert (account["requests"], account["prompt_tokens"], account["generated_tokens"]) == (2, 200, 200)
+    assert count(account["first_token_s"]) == count(account["request_s"]) == 2
+
+
 def test_times_and_tokens_of_two_requests_one_of_which_waits() -> None:
     engine, telemetry, steps = make(running=1)
     prompt = [token % 50 for token in range(100)]

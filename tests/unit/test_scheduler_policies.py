@@ -188,7 +188,7 @@ def test_min_waste_weighs_waste_against_the_time_it_buys() -> None:
 
 
 def test_min_waste_lets_others_pass_for_a_second_only() -> None:
-    waiting = Context(ContextId(1), 0.0, requeued=5.0)
+    waiting = Context(ContextId(1), 0.0, waiting_since=5.0)
     policy = make_policy("min_waste")
     assert policy.lets_pass(waiting, 5.5)
     assert not policy.lets_pass(waiting, 6.0)

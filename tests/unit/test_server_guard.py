@@ -34,8 +34,8 @@ KEYED = {
     "/concate_and_append_request", "/abort_request", "/tokenize", "/v1/tokenize", "/detokenize", "/v1/detokenize",
     "/v1/contexts", "/v1/contexts/{context_id}", "/openapi.json",
     *(f"/v1/contexts/{{context_id}}/{verb}" for verb in (
-        "append", "generate", "prefill", "score", "fork", "pause", "resume", "truncate", "snapshot", "rollback",
-        "tokens", "decisions",
+        "append", "generate", "prefill", "score", "fork", "pause", "progress", "resume", "truncate", "snapshot",
+        "rollback", "tokens", "decisions",
     )),
 }  # fmt: skip
 
