@@ -89,7 +89,7 @@ async def call_tools(core: Core, node: ir.CallTools) -> None:
     name = node.name or core.auto_name("calls")
     session = await core.flush()
     async with paused(core, session, name, pending(name, node.calls), node.wait):
-        results = await run_tools(node.calls, node.wait, session)
+        results = await run_tools(node.calls, session, node.wait)
         told = [_told(call, name, i) for i, call in enumerate(node.calls)]
         done = [(call, result) for call, result in zip(told, results, strict=True) if result is not None]
         core.values.tool_results[name] = [result for _, result in done]

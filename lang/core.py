@@ -7,17 +7,22 @@ The log keeps generated parts as token ids; a session can be rebuilt from it exa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from caesura.lang.backend import ChatFormat, Finish, Piece, Session, Tokens, ToolSpec
+from caesura.lang.decisions import Decisions, note_decisions
 from caesura.lang.errors import StateError, UnsupportedByBackend
 from caesura.lang.spans import Span, SpanStack
 
 if TYPE_CHECKING:
     from caesura.lang.execution import Execution
     from caesura.lang.tools import Tool, ToolCall, ToolResult
+
+
+DECISIONS_S = 5.0  # for a backend to tell at the end what it decided
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +49,13 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class StreamEvent:
-    """A piece of text as it came, the variable it belongs to, and what is known about that generation so far."""
+    """A piece of text as it came, the variable it belongs to, and what is known about that generation so far. A
+    rollback is one, too: it makes text of the variables in ``void`` void."""
 
     name: str | None
     text: str
     meta: dict[str, Any]
+    void: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +102,7 @@ class Values:
     tool_calls: dict[str, list[tuple[ToolCall, ToolResult]]] = field(default_factory=dict)
     messages: list[dict[str, Any]] = field(default_factory=list)
     scopes: dict[str, int] = field(default_factory=dict)
+    inherited: set[str] = field(default_factory=set)  # variables from before the fork that it has not set itself
     turn: Turn | None = None
     num_turns: int = 0
     tools: tuple[Tool, ...] = ()
@@ -109,6 +117,7 @@ class Values:
             tool_calls=dict(self.tool_calls),
             messages=list(self.messages),
             scopes=dict(self.scopes),
+            inherited=set(self.inherited),
         )
 
 
@@ -121,6 +130,8 @@ class Saved:
     num_segments: int
     mark: int
     num_rebuilds: int
+    num_events: int
+    number: int
 
 
 class Core:
@@ -138,7 +149,9 @@ class Core:
         self.usage = Usage()
         self.forked_at = 0
         self.forked_messages = 0
-        self.inherited: set[str] = set()  # variables that it has from before the fork, and has not set itself
+        self.decisions: Decisions | None = None  # kept when the session goes
+        self._points: list[int] = []  # numbers of the snapshots that no rollback has cut off
+        self._num_saved = 0
         self._waiters: list[asyncio.Future[None]] = []
         self._num_auto = 0
 
@@ -180,9 +193,9 @@ class Core:
         self.log.append(Segment((piece,), source="model", name=name, constrained=constrained, finish=finish))
         self.num_sent = len(self.log)
 
-    def emit(self, name: str | None, text: str, meta: dict[str, Any]) -> None:
+    def emit(self, name: str | None, text: str, meta: dict[str, Any], void: frozenset[str] = frozenset()) -> None:
         """Tell streams about new text."""
-        self.events.append(StreamEvent(name, text, meta))
+        self.events.append(StreamEvent(name, text, meta, void))
         self.notify()
 
     def set(self, name: str, value: Any, *, text: str | None = None, meta: dict[str, Any] | None = None) -> None:
@@ -191,7 +204,7 @@ class Core:
         if meta is not None:
             self.values.meta[name] = meta
         self.values.variables[name] = value
-        self.inherited.discard(name)
+        self.values.inherited.discard(name)
         self.notify()
 
     def auto_name(self, kind: str) -> str:
@@ -296,7 +309,7 @@ class Core:
         """A copy of everything but the session."""
         child = Core(self.execution, self.spans.top.add("branch", name))
         child.values = self.values.copy()
-        child.inherited = set(self.values.variables)
+        child.values.inherited = set(self.values.variables)
         child.log = list(self.log)
         child.num_sent = self.num_sent
         child.num_rebuilds = self.num_rebuilds
@@ -308,12 +321,20 @@ class Core:
     async def save(self) -> Saved:
         """Take a snapshot."""
         session = await self.flush()
-        return Saved(self, self.values.copy(), len(self.log), await session.mark(), self.num_rebuilds)
+        mark = await session.mark()
+        self._num_saved += 1
+        self._points.append(self._num_saved)
+        return Saved(
+            self, self.values.copy(), len(self.log), mark, self.num_rebuilds, len(self.events), self._num_saved
+        )
 
     async def restore(self, saved: Saved) -> None:
         """Return to a snapshot of this context."""
         if saved.core is not self:
             raise StateError("the snapshot belongs to another state; take it from the state that is rolled back")
+        if saved.number not in self._points:
+            raise StateError("the snapshot is gone: a rollback to an earlier one has cut it off")
+        del self._points[self._points.index(saved.number) + 1 :]
         session = await self.open()
         tools = self.values.tools
         self.values = saved.values.copy()
@@ -324,7 +345,23 @@ class Core:
         else:  # the tool declarations were written in between; they stay
             self.values.tools = tools
             await self._rebuild()
-        self.emit(None, "", {"rollback": True})
+        void = frozenset(event.name for event in self.events[saved.num_events :] if event.name is not None)
+        self.emit(None, "", {"rollback": True}, void)
+
+    async def read_decisions(self) -> Decisions:
+        """The backend's decisions for this context."""
+        if self.decisions is None and self.session is not None:
+            return Decisions(await self.session.decisions())
+        return self.decisions or Decisions()
+
+    async def keep_decisions(self) -> None:
+        """Remember the decisions before the session goes, if the backend tells them in time: no outcome needs them."""
+        if self.session is None:
+            return
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(DECISIONS_S):
+                self.decisions = await self.read_decisions()
+            note_decisions(self.spans.root, self.decisions)
 
     async def _rebuild(self) -> None:
         """Start the session's context again from the log."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import collections
 import contextvars
 import itertools
+import math
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from caesura.lang import ir
 from caesura.lang.runner import runner
 
 # The states whose bodies, and whose drains, the running code is part of: they must not be waited for to end.
 _INSIDE: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("caesura_inside", default=frozenset())
-_DRAINED_BY: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("caesura_drained_by", default=frozenset())
+_DRAINED_BY: contextvars.ContextVar[frozenset[Drain]] = contextvars.ContextVar(
+    "caesura_drained_by", default=frozenset()
+)
 _keys = itertools.count()
 
 
@@ -40,8 +44,10 @@ class Drain:
         self._task: asyncio.Task[None] | None = None
         self._num_added = 0
         self._num_done = 0
-        self._writers: dict[str, int] = {}  # variable -> number of the last node that sets it
-        self._writer_of_any = 0
+        self._writers: dict[str, list[int]] = {}  # variable -> numbers of the nodes that set it
+        self._writers_of_any: list[int] = []
+        self.parent: Drain | None = None  # of a fork: the queue that it was forked from,
+        self.joined_at = math.inf  # and the number of the node there that waits for this queue
         self.open = False  # whether there is a context to work on
 
     def add(self, node: ir.Expr) -> None:
@@ -59,21 +65,24 @@ class Drain:
         """Note which variable a node will set, so that a read waits for the latest value, not an older one."""
         name = getattr(node, "name", None)
         if isinstance(name, str):
-            self._writers[name] = self._num_added
+            self._writers.setdefault(name, []).append(self._num_added)
         elif isinstance(node, (ir.ProgramCall, ir.JoinFrom, ir.RollbackTo)):  # these may set any
-            self._writer_of_any = self._num_added
+            self._writers_of_any.append(self._num_added)
+        if isinstance(node, ir.JoinFrom):
+            for child in node.children:
+                child.drain.joined_at = self._num_added
 
     def announced(self, name: str) -> bool:
         """Whether a node that sets ``name`` was ever added."""
         return name in self._writers
 
     def latest(self, name: str) -> bool:
-        """Whether no node that sets ``name`` is still to run."""
-        if self.drains_caller:
-            return True
-        last = self._writers.get(name, 0)
-        if self.body_of_caller:
-            last = max(last, self._writer_of_any)
+        """Whether no node that sets ``name``, and that the running code can wait for, is still to run. Nodes that may
+        set it count for the program's own code, which has added them; others have early values early."""
+        bound = self._bound
+        last = _last_below(bound, self._writers.get(name, ()))
+        if self.holds_caller:
+            last = max(last, _last_below(bound, self._writers_of_any))
         return last <= self._num_done
 
     @property
@@ -84,18 +93,38 @@ class Drain:
     # -- who is asking -------------------------------------------------------------------------------------------
 
     @property
-    def drains_caller(self) -> bool:
-        """The running code is part of a node of this queue; it cannot wait for the queue."""
-        return self._key in _DRAINED_BY.get()
+    def _bound(self) -> float:
+        """The number of the first node that waits for the running code, and so cannot be waited for: a node that this
+        code is part of, or the join of a fork whose node it is part of."""
+        inner = _DRAINED_BY.get()
+        if self in inner:
+            return 0
+        line = (drain for one in inner for drain in one.line)
+        return min((drain.joined_at for drain in line if drain.parent is self), default=math.inf)
 
     @property
-    def body_of_caller(self) -> bool:
-        """The running code is part of the body that fills this queue; it cannot wait for the body."""
-        return self._key in _INSIDE.get()
+    def line(self) -> Iterator[Drain]:
+        """This queue, the one it was forked from, and so on."""
+        drain: Drain | None = self
+        while drain is not None:
+            yield drain
+            drain = drain.parent
+
+    @property
+    def passed(self) -> bool:
+        """All has run that the running code can wait for; the rest waits for that code."""
+        return self._num_done >= self._bound - 1
+
+    @property
+    def holds_caller(self) -> bool:
+        """The running code is part of the body that fills this queue or has forked it, or of a node of it or of its
+        forks; it cannot wait for the body."""
+        inside, inner = _INSIDE.get(), _DRAINED_BY.get()
+        return any(drain._key in inside for drain in self.line) or any(self in drain.line for drain in inner)
 
     def mark_drained(self) -> None:
         """Mark the current context as part of a node of this queue."""
-        _DRAINED_BY.set(_DRAINED_BY.get() | {self._key})
+        _DRAINED_BY.set(_DRAINED_BY.get() | {self})
 
     def mark_body(self) -> contextvars.Token[frozenset[int]]:
         """Mark the current context as the body's, until `unmark_body`."""
@@ -150,3 +179,9 @@ class Drain:
         if self._task is not None and not self._task.cancelling():  # twice would cut its cleaning up short
             self._task.cancel()
         return self._task
+
+
+def _last_below(bound: float, numbers: Sequence[int]) -> int:
+    """The last of rising numbers that is below ``bound``, 0 when none is."""
+    at = bisect.bisect_left(numbers, bound)
+    return numbers[at - 1] if at else 0

@@ -172,9 +172,6 @@ class Execution:
         if failure is not None:
             for nested in self._nested:
                 nested.cancel(ProgramCancelled(f"program {self.program!r}, which ran this one, has ended"))
-        for state in self.states:
-            with contextlib.suppress(Exception):
-                await state.keep_decisions()
         if self._making:
             _, late = await asyncio.wait(set(self._making), timeout=MAKING_GRACE_S)
             for making in late:  # a server that has no room may keep us waiting for long
@@ -183,7 +180,8 @@ class Execution:
                 await asyncio.wait(late, timeout=CLOSE_TIMEOUT_S)
         sessions, self._sessions = self._sessions, []
         if sessions:
-            closing = [asyncio.ensure_future(close_session(session)) for session in sessions]
+            cores = {id(core.session): core for core in self._cores}
+            closing = [asyncio.ensure_future(_give_back(session, cores.get(id(session)))) for session in sessions]
             await asyncio.wait(closing, timeout=CLOSE_TIMEOUT_S)
 
     def _finish(self, failure: ProgramError | None) -> None:
@@ -254,11 +252,19 @@ class Execution:
     @property
     def usage(self) -> Usage:
         """Totals over all states."""
-        total = Usage()
-        for core in {id(state.core_or_none): state.core_or_none for state in self.states}.values():
-            if core is not None:
-                total += core.usage
-        return total
+        return sum((core.usage for core in self._cores), Usage())
+
+    @property
+    def _cores(self) -> list[Core]:
+        """The contexts of all states, each once."""
+        return list({id(core): core for state in self.states if (core := state.core_or_none) is not None}.values())
+
+
+async def _give_back(session: Session, core: Core | None) -> None:
+    """Close, after a last question."""
+    if core is not None:
+        await core.keep_decisions()
+    await close_session(session)
 
 
 async def close_session(session: Session) -> None:

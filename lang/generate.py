@@ -66,15 +66,17 @@ async def generate(core: Core, node: ir.Gen) -> None:
     name = node.name or core.auto_name("gen")
     session = await core.flush()
     request = request_of(core, node, name)
-    n = node.sampling.n or core.execution.options.sampling.n or 1
-    prompt = await _prompt_logprobs(core, session, node)
+    given = node.sampling.over(core.execution.options.sampling)
+    n = given.n or 1
+    prompt = await _prompt_logprobs(session, given)
     others: list[Output] = []
     if n == 1:
         output = await stream(core, session, request)
     else:
         output, others = await _several(core, session, request, n)
-    meta = [meta_of(one, request, node, prompt) for one in (output, *others)]
-    value = _value(node, output) if n == 1 else [_value(node, one) for one in (output, *others)]
+    meta = [meta_of(one, request, given, prompt) for one in (output, *others)]
+    values = [value_of(node, one.text, one.finish) for one in (output, *others)]
+    value = values[0] if n == 1 else values
     core.set(name, value, text=output.text, meta=meta[0] if n == 1 else {**meta[0], "samples": meta})
 
 
@@ -165,16 +167,20 @@ def _usage(output: Output) -> Usage:
     return Usage(1, finish.prompt_tokens, finish.completion_tokens, finish.cached_tokens)
 
 
-def _value(node: ir.Gen, output: Output) -> Any:
-    """The parsed value of a typed generation, else the text."""
-    if node.output is None:
-        return output.text
+def value_of(node: ir.Gen, text: str, finish: Finish) -> Any:
+    """The parsed value of a typed generation, else the text. One that was cut off has none, even if it reads well."""
+    kind = node.output
+    if kind is None:
+        return text
     try:
-        return node.output.parse(output.text)
+        value = kind.parse(text)
+        if finish.reason == "length" and kind.may_go_on(text):
+            raise OutputError(f"the generated text may be no whole {kind.name}: {text!r}")
     except OutputError as error:
-        if output.finish.reason == "length":
+        if finish.reason == "length":
             raise OutputError(f"{error}; it was cut off at max_tokens, so give more") from error
         raise
+    return value
 
 
 def _progress(request: GenRequest, completion_tokens: int, finish: Finish | None) -> dict[str, Any]:
@@ -199,11 +205,11 @@ def _finish_meta(finish: Finish) -> dict[str, Any]:
 Triple = tuple[float, int, str | None]
 
 
-def meta_of(output: Output, request: GenRequest, node: ir.Gen, prompt: Sequence[TokenLogprob]) -> dict[str, Any]:
+def meta_of(output: Output, request: GenRequest, given: ir.Sampling, prompt: Sequence[TokenLogprob]) -> dict[str, Any]:
     """Meta information under SGLang's keys; logprobs are ``(logprob, token_id, text)``."""
     meta: dict[str, Any] = {"id": request.name, **_finish_meta(output.finish)}
     if request.logprobs is not None:
-        with_text = bool(node.sampling.return_text_in_logprobs)
+        with_text = bool(given.return_text_in_logprobs)
         meta["output_token_logprobs"] = [triple(item, with_text) for item in output.logprobs]
         meta["output_top_logprobs"] = [
             [(value, token_id, text if with_text else None) for value, token_id, text in item.top]
@@ -218,9 +224,9 @@ def triple(item: TokenLogprob, with_text: bool = True) -> Triple:
     return (item.logprob, item.token_id, item.text if with_text else None)
 
 
-async def _prompt_logprobs(core: Core, session: Session, node: ir.Gen) -> list[TokenLogprob]:
-    start = node.sampling.logprob_start_len
-    if not node.sampling.return_logprob or start is None or start < 0:
+async def _prompt_logprobs(session: Session, given: ir.Sampling) -> list[TokenLogprob]:
+    start = given.logprob_start_len
+    if not given.return_logprob or start is None or start < 0:
         return []
     return await session.prompt_logprobs(max(start, 1))
 

@@ -23,20 +23,20 @@ T = TypeVar("T")
 Handler = Callable[["ProgramState", Any, contextvars.Context], Awaitable[None]]
 
 
-def check(node: ir.Expr, backend: Backend) -> None:
-    """Raise UnsupportedByBackend when the backend cannot do what ``node`` needs; called where the node is added."""
+def check(node: ir.Expr, backend: Backend, defaults: ir.Sampling) -> None:
+    """Raise UnsupportedByBackend when the backend cannot do what ``node`` needs; called where the node is added.
+    ``defaults`` are the run's."""
     able = backend.capabilities
     missing = ""
     if isinstance(node, ir.Gen):
+        given = node.sampling.over(defaults)
         if node.tools and not (able.tools and able.chat):
             missing = "gen(tools=...)"
         elif node.constraint is not None and node.constraint.kind not in able.constraints:
             missing = f"the constraint {node.constraint.kind}"
-        elif node.sampling.return_logprob and not able.logprobs:
+        elif given.return_logprob and not able.logprobs:
             missing = "logprobs"
-        elif (node.sampling.logprob_start_len is not None and node.sampling.logprob_start_len >= 0) and not (
-            able.prompt_logprobs
-        ):
+        elif given.logprob_start_len is not None and given.logprob_start_len >= 0 and not able.prompt_logprobs:
             missing = "logprobs of the prompt (logprob_start_len)"
     elif isinstance(node, ir.Select) and not able.score:
         missing = "select"
@@ -210,19 +210,23 @@ async def _join(state: ProgramState, node: ir.JoinFrom, _: contextvars.Context) 
         found: dict[str, list[Any]] = {}
         for child in node.children:
             for name, value in child.core.values.variables.items():
-                if name not in child.core.inherited:
+                if name not in child.core.values.inherited:
                     found.setdefault(name, []).append(value)
         for name, values in found.items():
             core.set(name, values)
     else:
         for child in node.children:
             _append_child(core, child.core)
-    for child in node.children:
-        child.core.spans.root.end()
-        await child.keep_decisions()
-        if child.core.session is not None:
-            await state.execution.release(child.core.session)
-            child.core.session = None
+    await asyncio.gather(*(_give_back(child) for child in node.children))
+
+
+async def _give_back(child: ProgramState) -> None:
+    """Close the context of a joined child."""
+    child.core.spans.root.end()
+    await child.core.keep_decisions()
+    if child.core.session is not None:
+        await child.execution.release(child.core.session)
+        child.core.session = None
 
 
 def _append_child(core: Core, child: Core) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
 
 EVERY_S = 0.5  # at most this often a call's word is passed on; the latest counts
-LAST_WORD_S = 1.0  # how long a call that has ended waits for the one that is under way
+AT_ONCE_S = 0.01  # a tool that began so soon after the pause began with it
 
 
 def report_progress(fraction: float) -> None:
@@ -35,10 +36,19 @@ def progress_reporter() -> Callable[[float], None]:
     return report
 
 
-class _Reporter:
-    """Passes the latest word of one call on, one at a time. What the backend makes of it is not the tool's concern."""
+def work_begins() -> None:
+    """The call got what it waited for, a thread: only now it can get on."""
+    reporter = _reporter.get()
+    if reporter is not None:
+        reporter.begun = time.monotonic()
 
-    def __init__(self, send: Callable[[float], Awaitable[None]]) -> None:
+
+class _Reporter:
+    """Passes the latest word of one attempt on, one at a time. What becomes of it is not the tool's concern."""
+
+    def __init__(self, send: Callable[[float], Awaitable[None]], paused_since: float) -> None:
+        self.begun = time.monotonic()
+        self._paused_since = paused_since
         self._send = send
         self._loop = asyncio.get_running_loop()
         self._latest: float | None = None
@@ -48,11 +58,19 @@ class _Reporter:
 
     def tell(self, fraction: float) -> None:
         """On any thread. Costs nothing while an earlier word is still under way."""
-        self._latest = fraction
+        self._latest = self._of_pause(fraction)
         if not self._awake and not self._closed:
             self._awake = True
             with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
                 self._loop.call_soon_threadsafe(self._wake)
+
+    def _of_pause(self, fraction: float) -> float:
+        """The share of the whole pause that leaves the same time: some of it went to other attempts, or to waiting."""
+        before_s = self.begun - self._paused_since
+        if not fraction or before_s < AT_ONCE_S:
+            return fraction
+        own_s = time.monotonic() - self.begun
+        return (before_s + own_s) / (before_s + own_s / fraction)
 
     def _wake(self) -> None:
         if self._closed:
@@ -69,14 +87,8 @@ class _Reporter:
         with contextlib.suppress(Exception):
             await self._send(fraction)
 
-    async def close(self) -> None:
-        """Nothing is sent any more when this returns: a late word would be taken for one about the next pause."""
-        self._closed = True
-        if self._sending is not None:
-            await asyncio.wait((self._sending,), timeout=LAST_WORD_S)
-
-    def drop(self) -> None:
-        """End at once, also what is under way."""
+    def close(self) -> None:
+        """Nothing is begun any more, and what is under way is given up: a result does not wait for advice."""
         self._closed = True
         if self._sending is not None:
             self._sending.cancel()
@@ -85,17 +97,13 @@ class _Reporter:
 _reporter: ContextVar[_Reporter | None] = ContextVar("caesura_reporter", default=None)
 
 
-@contextlib.asynccontextmanager
-async def reporting(send: Callable[[float], Awaitable[None]] | None) -> AsyncIterator[None]:
-    """While the block runs, what its tool reports goes to ``send``; None: nowhere."""
-    if send is None:
-        yield
-        return
-    reporter = _Reporter(send)
+@contextlib.contextmanager
+def reporting(send: Callable[[float], Awaitable[None]], paused_since: float) -> Iterator[None]:
+    """While the block runs, what its tool reports goes to ``send``. ``paused_since`` is by ``time.monotonic``."""
+    reporter = _Reporter(send, paused_since)
     before = _reporter.set(reporter)
     try:
         yield
-        await reporter.close()
     finally:
-        reporter.drop()
+        reporter.close()
         _reporter.reset(before)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from caesura.lang import ir
 from caesura.lang.core import Core, Saved, Usage
-from caesura.lang.decisions import Decisions, note_decisions
+from caesura.lang.decisions import Decisions
 from caesura.lang.drain import Drain
 from caesura.lang.errors import ProgramError, StateError, UnknownVariable
 from caesura.lang.group import ProgramStateGroup
@@ -42,7 +42,6 @@ class ProgramState:
         self._core = core
         self.drain = Drain(self._execute, self._node_failed, self.notify)
         self.drain.open = core is not None
-        self._decisions: Decisions | None = None
         self._waiters: list[asyncio.Future[None]] = []
         self.body_running = has_body
         self.closed: str | None = None  # why nothing can be added any more
@@ -62,7 +61,7 @@ class ProgramState:
         """Enqueue a node. Raises the state's failure, StateError after its end, and what `check` finds."""
         self._check_open()
         for inner in ir.walk(node):
-            check(inner, self._execution.backend)
+            check(inner, self._execution.backend, self._execution.options.sampling)
         self.drain.add(node)
 
     def _check_open(self) -> None:
@@ -156,12 +155,6 @@ class ProgramState:
             self._core.session = None
         self.notify()
 
-    async def keep_decisions(self) -> None:
-        """Remember the backend's decisions before the session goes."""
-        if self._decisions is None and self._core is not None and self._core.session is not None:
-            self._decisions = Decisions(await self._core.session.decisions())
-            note_decisions(self._core.spans.root, self._decisions)
-
     def _seen(self, failure: ProgramError) -> ProgramError:
         self.failure_seen = True
         return failure.copy()
@@ -170,9 +163,9 @@ class ProgramState:
 
     def _over(self) -> bool:
         """Whether nothing more will come: for the body itself when the queue is empty, else when the run is done."""
-        if self.drain.drains_caller:
+        if self.drain.passed:
             return True
-        if self.drain.body_of_caller or not self.body_running:
+        if self.drain.holds_caller or not self.body_running:
             return self.idle
         return False
 
@@ -201,7 +194,7 @@ class ProgramState:
         return self.core.values.variables[name]
 
     async def _done(self) -> None:
-        if self.drain.body_of_caller or self.drain.drains_caller or self is not self._execution.root:
+        if self.drain.holds_caller or self is not self._execution.root:
             return await self._settled()
         while not self._execution.done:
             await self.change()
@@ -318,9 +311,7 @@ class ProgramState:
         return runner().wait(self._read_decisions())
 
     async def _read_decisions(self) -> Decisions:
-        if self._decisions is not None or self._core is None or self._core.session is None:
-            return self._decisions or Decisions()
-        return Decisions(await self._core.session.decisions())
+        return Decisions() if self._core is None else await self._core.read_decisions()
 
     def trace(self) -> RunTrace:
         """What the whole program did when, forks included: to print, to save, to export. Does not wait."""
@@ -352,14 +343,15 @@ class ProgramState:
 
     # -- streaming -----------------------------------------------------------------------------------------------
 
-    async def _next_event(self, at: int, name: str | None) -> tuple[int, str, dict[str, Any]] | None:
-        """The next non-empty text of ``name`` (None: of anything) at or after position ``at``."""
+    async def _next_event(self, at: int, name: str | None, told: bool) -> tuple[int, str, dict[str, Any]] | None:
+        """The next non-empty text of ``name`` (None: of anything) at or after position ``at``. Of a variable that no
+        text of has been ``told`` when it is set, all of it."""
         while True:
             events = self._core.events if self._core is not None else []
             while at < len(events):
                 event = events[at]
                 at += 1
-                if (name is None or event.name == name) and (event.text or event.meta):
+                if (name is None or name == event.name or name in event.void) and (event.text or event.meta):
                     return at, event.text, event.meta
             if self.failure is not None:
                 raise self._seen(self.failure)
@@ -367,22 +359,26 @@ class ProgramState:
             if known or self._over():
                 if name is not None and not known:
                     await self._value(name)
-                return None
+                text = "" if told or name is None else self.core.values.texts[name]
+                return (at, text, {}) if text else None
             await self.change()
 
     def text_iter(self, var: str | None = None) -> Iterator[str]:
         """Text as it is generated, of one variable or of everything. Without ``stream=True`` it comes in few pieces."""
-        at = 0
-        while (found := runner().wait(self._next_event(at, var))) is not None:
-            at, text, _ = found
+        at, told = 0, False
+        while (found := runner().wait(self._next_event(at, var, told))) is not None:
+            at, text, meta = found
+            told = not meta.get("rollback")
             if text:
                 yield text
 
     async def text_async_iter(self, var: str | None = None, return_meta_data: bool = False) -> AsyncIterator[Any]:
-        """As `text_iter`, for any event loop; with ``return_meta_data`` pairs of text and metadata."""
-        at = 0
-        while (found := await runner().wait_async(self._next_event(at, var))) is not None:
+        """As `text_iter`, for any event loop; with ``return_meta_data`` pairs of text and metadata, where ``rollback``
+        says that what came since the snapshot is void."""
+        at, told = 0, False
+        while (found := await runner().wait_async(self._next_event(at, var, told))) is not None:
             at, text, meta = found
+            told = not meta.get("rollback")
             if return_meta_data:
                 yield text, meta
             elif text:
@@ -395,6 +391,8 @@ class ProgramState:
         if size < 1:
             raise StateError(f"fork size is {size}; it must be at least 1")
         children = tuple(ProgramState(self._execution, None) for _ in range(size))
+        for child in children:
+            child.drain.parent = self.drain
         try:
             self.submit(ir.ForkInto(children))
         except BaseException:

@@ -9,7 +9,7 @@ from caesura.lang.backend import Session, ToolCallRequest, ToolUse
 from caesura.lang.calls import check_raise, note, paused, pending
 from caesura.lang.core import Core
 from caesura.lang.errors import StateError
-from caesura.lang.generate import Output, meta_of, request_of, stream
+from caesura.lang.generate import Output, meta_of, request_of, stream, value_of
 from caesura.lang.toolrun import failure, run_tools
 from caesura.lang.tools import Tool, ToolCall, ToolResult
 
@@ -38,8 +38,9 @@ async def generate_with_tools(core: Core, node: ir.Gen) -> None:
     content = output.finish.content
     text = output.text if content is None else content
     core.values.tool_calls[name] = history
-    value = node.output.parse(text) if node.output is not None else text
-    core.set(name, value, text=text, meta={**meta_of(output, request, node, ()), "tool_rounds": number})
+    value = value_of(node, text, output.finish)
+    given = node.sampling.over(core.execution.options.sampling)
+    core.set(name, value, text=text, meta={**meta_of(output, request, given, ()), "tool_rounds": number})
 
 
 async def _round(
@@ -53,7 +54,7 @@ async def _round(
     prepared = [_prepare(tools, call) for call in wanted]
     runnable = [call for call in prepared if isinstance(call, ir.ToolInvocation)]
     async with paused(core, session, label, pending(label, runnable)):
-        ran = iter(await run_tools(runnable, session=session))
+        ran = iter(await run_tools(runnable, session))
         results = [next(ran) if isinstance(call, ir.ToolInvocation) else call for call in prepared]
         done = [result for result in results if result is not None]
         note(core, list(zip(calls, done, strict=True)))

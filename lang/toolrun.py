@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from caesura.lang import ir
 from caesura.lang.backend import Session
 from caesura.lang.errors import ToolError, ToolTimeout
-from caesura.lang.progress import reporting
+from caesura.lang.progress import reporting, work_begins
 from caesura.lang.threads import tool_threads
 from caesura.lang.tools import Tool, ToolOutput, ToolResult, clip, render
 
@@ -54,7 +54,7 @@ def expected_s(call: ir.ToolInvocation) -> float | None:
     return call.expected_s if call.expected_s is not None else call.tool.expected_s
 
 
-async def run_tool(call: ir.ToolInvocation, session: Session | None = None, number: int = 0) -> ToolResult:
+async def run_tool(call: ir.ToolInvocation, session: Session, number: int = 0) -> ToolResult:
     """Call the tool, with retries. Never raises what the tool raised. A session that tapes tools stands around it.
 
     ``number``: which of the calls that its pause waits for.
@@ -64,54 +64,33 @@ async def run_tool(call: ir.ToolInvocation, session: Session | None = None, numb
     return await _run(call, session, number)
 
 
-async def _run(call: ir.ToolInvocation, session: Session | None, number: int) -> ToolResult:
+async def _run(call: ir.ToolInvocation, session: Session, number: int) -> ToolResult:
     timeout_s = call.timeout_s if call.timeout_s is not None else call.tool.timeout_s
     retries = call.retries if call.retries is not None else call.tool.retries
     started = time.monotonic()
     for attempt in range(retries + 1):
         if attempt:
             await asyncio.sleep(_backoff_s(attempt - 1))
-        async with reporting(_to_pause(session, number, time.monotonic() - started if attempt else 0.0)):
+        with reporting(lambda fraction: session.report(fraction, number), started):
             result = await _attempt(call.tool, call.args, call.kwargs, timeout_s)
-            elapsed_s = time.monotonic() - started
         if result.ok:
             break
-    return replace(result, attempts=attempt + 1, elapsed_s=elapsed_s)
+    return replace(result, attempts=attempt + 1, elapsed_s=time.monotonic() - started)
 
 
-def _to_pause(
-    session: Session | None, number: int, before_s: float
-) -> Callable[[float], Coroutine[Any, Any, None]] | None:
-    """Passes on what an attempt says of its progress, ``before_s`` having gone to others: as the share of the whole
-    call that leaves the same time."""
-    if session is None:
-        return None
-    begun = time.monotonic()
-
-    async def send(fraction: float) -> None:
-        if before_s and fraction:
-            own_s = time.monotonic() - begun
-            fraction = (before_s + own_s) / (before_s + own_s / fraction)
-        await session.report(fraction, number)
-
-    return send
-
-
-async def run_tools(
-    calls: Sequence[ir.ToolInvocation], wait: str = "all", session: Session | None = None
-) -> list[ToolResult | None]:
+async def run_tools(calls: Sequence[ir.ToolInvocation], session: Session, wait: str = "all") -> list[ToolResult | None]:
     """Call several at once. ``wait="any"``: the first success ends the others, whose results are None."""
     if wait == "any" and isinstance(session, ToolTape):
         told = [(call.tool.name, call_text(call)) for call in calls]
-        return await session.on_race(told, lambda: _at_once(calls, wait, _run, session))
-    return await _at_once(calls, wait, run_tool, session)
+        return await session.on_race(told, lambda: _at_once(calls, session, wait, _run))
+    return await _at_once(calls, session, wait, run_tool)
 
 
 async def _at_once(
     calls: Sequence[ir.ToolInvocation],
+    session: Session,
     wait: str,
-    run: Callable[[ir.ToolInvocation, Session | None, int], Coroutine[Any, Any, ToolResult]],
-    session: Session | None,
+    run: Callable[[ir.ToolInvocation, Session, int], Coroutine[Any, Any, ToolResult]],
 ) -> list[ToolResult | None]:
     tasks = [asyncio.ensure_future(run(call, session, number)) for number, call in enumerate(calls)]
     try:
@@ -212,8 +191,13 @@ def _timed_out(tool: Tool, timeout_s: float) -> ToolTimeout:
 
 async def _run_sync(tool: Tool, work: Callable[[], Any], timeout_s: float | None) -> tuple[Any, str]:
     """In a thread. The timeout counts from the start of the function, not from when a thread was asked for."""
+
+    def job_work() -> tuple[Any, str]:
+        work_begins()
+        return _rendered(tool, work())
+
     pool = tool_threads()
-    job = pool.submit(lambda: _rendered(tool, work()), asyncio.get_running_loop())
+    job = pool.submit(job_work, asyncio.get_running_loop())
     try:
         await asyncio.wait((job.started, job.done), return_when=asyncio.FIRST_COMPLETED)
         done, _ = await asyncio.wait((job.done,), timeout=timeout_s)

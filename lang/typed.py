@@ -39,6 +39,12 @@ class OutputType:
     constraint: Constraint | None
     parse: Callable[[str], Any]
 
+    def may_go_on(self, text: str) -> bool:
+        """Whether ``text``, which is of the type, may begin a longer one: a number, or another option."""
+        if self.constraint is not None and self.constraint.kind == "choices":
+            return any(other != text and other.startswith(text) for other in json.loads(self.constraint.source))
+        return self.constraint is not None and text.strip()[-1:].isdigit()
+
 
 def output_type(kind: Any) -> OutputType:
     """The output type for ``kind``: int, float, bool, str, an Enum, a Literal, or anything pydantic has a schema for.

@@ -31,6 +31,7 @@ from caesura.lang.errors import RemoteError, ServerUnavailable
 MAX_AT_ONCE = 64  # forks, and options to score, in one request
 MAX_UNSENT = 1024  # pieces that wait for the next request
 MAX_TURNS = 256  # remembered turns of the chat template
+CLOSE_RETRY_S = 3.0  # a refused deletion would leave the context to the server for long; a run waits little for it
 
 Pieces = tuple[tuple[Piece, ...], tuple[Piece, ...]]
 
@@ -248,7 +249,7 @@ class HTTPSession:
 
     async def report(self, fraction: float, call: int = 0) -> None:
         body = {"fraction": fraction, "call": call}
-        await self._client.request("POST", f"{self._path}/progress", body, retry=False)  # the next word will do
+        await self._client.request("POST", f"{self._path}/progress", body, retry_s=0.0)  # the next word will do
 
     async def resume(self) -> None:
         await self._post("resume", {"pieces": self._take_unsent()})
@@ -264,12 +265,12 @@ class HTTPSession:
         await self._post("rollback", {"num_tokens": mark})
 
     async def close(self) -> None:
-        """Delete the context, whatever it does."""
+        """Delete the context, whatever it does. A server that has no room for that now is asked again."""
         if self._closed:
             return
         self._closed = True
         with contextlib.suppress(RemoteError):  # gone with its server, or about to expire there
-            await self._client.request("DELETE", self._path, None, retry=False)
+            await self._client.request("DELETE", self._path, None, retry_s=CLOSE_RETRY_S)
 
     async def decisions(self) -> Sequence[Any]:
         """The runtime's decisions, as the same objects that the engine in this process gives."""
@@ -278,7 +279,7 @@ class HTTPSession:
         import msgspec
         from caesura.scheduler.types import PauseDecision
 
-        answer = await self._client.request("GET", f"{self._path}/decisions", None, retry=False)
+        answer = await self._client.request("GET", f"{self._path}/decisions", None, retry_s=0.0)
         return msgspec.convert(answer["decisions"], list[PauseDecision], strict=False)
 
 

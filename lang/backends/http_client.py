@@ -180,10 +180,17 @@ class HttpClient:
         return await self.request("POST", path, body if body is not None else {}, computes=computes)
 
     async def request(
-        self, method: str, path: str, body: Mapping[str, Any] | None, *, computes: bool = False, retry: bool = True
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        *,
+        computes: bool = False,
+        retry_s: float | None = None,
     ) -> Any:
-        """The JSON of an answer (its text when it is none). Raises what ``failure`` makes of a refusal."""
-        async with self._answer(method, path, body, computes=computes, retry=retry) as response:
+        """The JSON of an answer (its text when it is none). Raises what ``failure`` makes of a refusal. ``retry_s``:
+        refusals are tried again for that long at most, and a server that cannot be reached is not."""
+        async with self._answer(method, path, body, computes=computes, retry_s=retry_s) as response:
             content = await response.aread()
         if not response.headers.get("content-type", "").startswith("application/json"):
             return content.decode("utf-8", "replace")
@@ -202,7 +209,13 @@ class HttpClient:
 
     @asynccontextmanager
     async def _answer(
-        self, method: str, path: str, body: Mapping[str, Any] | None, *, computes: bool, retry: bool = True
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        *,
+        computes: bool,
+        retry_s: float | None = None,
     ) -> AsyncGenerator[httpx.Response, None]:
         """A successful response, after as many retries as it takes and the time allows."""
         import httpx
@@ -224,7 +237,7 @@ class HttpClient:
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 failure: Exception = self._unreachable(error)
                 wait_s = None
-                limit_s = min(self._options.retry_s, BUSY_S) if retry else 0.0
+                limit_s = min(self._options.retry_s, BUSY_S) if retry_s is None else 0.0
             except _transport_errors() as error:
                 raise self._lost(path, error) from error
             else:
@@ -238,9 +251,10 @@ class HttpClient:
                     return
                 refusal = await self._refusal(response)
                 failure, wait_s = self._failure(refusal), refusal.retry_after_s
-                if not (retry and (refusal.retryable or refusal.is_busy)):
+                if retry_s == 0.0 or not (refusal.retryable or refusal.is_busy):
                     raise failure
                 limit_s = BUSY_S if refusal.is_busy else self._options.retry_s
+                limit_s = limit_s if retry_s is None else min(limit_s, retry_s)
             delay_s = wait_s if wait_s is not None else min(MAX_DELAY_S, FIRST_DELAY_S * 2.0**attempt)
             delay_s *= 1.0 + 0.25 * random.random()  # those refused together do not come back together
             attempt += 1

@@ -186,7 +186,7 @@ def bench(
     context: typer.Context,
     what: Annotated[str, typer.Argument(help="Which benchmark, for example engine or pause.")],
 ) -> None:
-    """Run a benchmark of the repository; what follows its name (--quick, --seed 1, -- --help) goes to it."""
+    """Run a benchmark of the repository; what follows its name (--quick, --json FILE, -- --help) goes to it."""
     from caesura.lang.cli.bench_command import bench_command
 
     bench_command(what, context.args)

@@ -220,7 +220,7 @@ def test_select(engine, method):
 def test_constraints_and_types(engine):
     @function
     def program(s):
-        s += "Value: " + gen("number", type=int, max_tokens=8, temperature=0) + "\n"
+        s += "Value: " + gen("number", type=int, max_tokens=24, temperature=0) + "\n"
         s += gen("flag", type=bool, max_tokens=8, temperature=0) + "\n"
         s += gen("shape", regex="[ab]{3}-[0-9]", max_tokens=12, temperature=0) + "\n"
         s += gen("choice", choices=["left", "right"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 from caesura.lang import (
@@ -15,6 +16,7 @@ from caesura.lang import (
     gen,
     tool,
 )
+from caesura.lang import core as core_module
 from caesura.lang.runner import runner
 
 
@@ -130,4 +132,42 @@ def test_a_failed_child_may_be_handled():
 
     backend = ScriptedBackend({"good": "1"})
     assert program.run(backend=backend).ret_value == ["1", None]
+    assert backend.open_sessions == 0
+
+
+class Secretive(ScriptedBackend):
+    """A backend that has no time to tell its decisions."""
+
+    def _session(self, ids):
+        session = super()._session(ids)
+
+        async def decisions():
+            if self.latency_s:
+                await asyncio.sleep(1.0)
+            raise ServerUnavailable("no room for questions")
+
+        session.decisions = decisions
+        return session
+
+
+@pytest.mark.parametrize("latency_s", [0.0, 0.001])
+def test_decisions_that_are_not_told_neither_fail_nor_hold_up_a_program(latency_s, monkeypatch):
+    monkeypatch.setattr(core_module, "DECISIONS_S", 0.05, raising=False)
+
+    @function
+    def program(s):
+        s += "begin"
+        forks = s.fork(3)
+        forks += gen("x")
+        forks.join()
+        others = s.fork(3)
+        others += gen("y")
+
+    backend = Secretive(["1"] * 6, latency_s=latency_s)
+    began = time.monotonic()
+    state = program.run(backend=backend)
+    assert state.error() is None
+    assert time.monotonic() - began < 1.0
+    assert state["x"] == ["1"] * 3
+    assert not state.decisions()
     assert backend.open_sessions == 0

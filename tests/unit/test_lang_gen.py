@@ -11,6 +11,7 @@ from typing import Literal
 import pydantic
 import pytest
 from caesura.lang import (
+    Capabilities,
     ChoicesDecision,
     ChoicesSamplingMethod,
     DefinitionError,
@@ -18,6 +19,7 @@ from caesura.lang import (
     ProgramError,
     ScriptedBackend,
     ScriptError,
+    UnsupportedByBackend,
     function,
     gen,
     gen_int,
@@ -27,6 +29,8 @@ from caesura.lang import (
     token_length_normalized,
     unconditional_likelihood_normalized,
 )
+from caesura.lang.backend import Finish
+from caesura.lang.generate import value_of
 
 
 class Color(enum.Enum):
@@ -89,6 +93,22 @@ def test_a_truncated_typed_value_says_why():
     with pytest.raises(ProgramError, match=r"no Person.*cut off at max_tokens"):
         state["x"]
     assert isinstance(state.error(), OutputError)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reply"), [(float, "2.50"), (Literal["New", "New York"], "New York"), (float | None, "2.5")]
+)
+def test_a_typed_value_that_is_cut_off_is_none_even_if_it_reads_well(kind, reply):
+    state, _ = run(gen("x", type=kind, max_tokens=1), reply)
+    with pytest.raises(OutputError, match=r"may be no whole .* cut off at max_tokens"):
+        state["x"]
+    assert run(gen("x", type=kind, max_tokens=4), reply)[0].error() is None
+
+
+@pytest.mark.parametrize(("kind", "text"), [(list[int], "[1, 2]"), (bool, "true"), (Literal["New", "York"], "New")])
+def test_a_typed_value_that_cannot_go_on_is_whole(kind, text):
+    node = gen("x", type=kind)
+    assert value_of(node, text, Finish("length")) == node.output.parse(text)
 
 
 def test_types_without_a_schema_are_refused():
@@ -159,6 +179,19 @@ def test_all_sampling_arguments_arrive():
     assert (request.temperature, request.top_p, request.top_k, request.min_p) == (0.3, 0.4, 5, 0.1)
     assert (request.frequency_penalty, request.presence_penalty, request.repetition_penalty) == (0.2, 0.6, 1.2)
     assert (request.ignore_eos, request.logit_bias, request.constraint.kind) == (True, ((4, -1.0),), "ebnf")
+
+
+def test_a_runs_logprob_arguments_count_as_a_generations_own():
+    @function
+    def program(s):
+        s += "one two " + gen("x")
+
+    options = {"return_logprob": True, "logprob_start_len": 0, "return_text_in_logprobs": True}
+    backend = ScriptedBackend(["a b"], capabilities=Capabilities(prompt_logprobs=True))
+    meta = program.run(backend=backend, **options).get_meta_info("x")
+    assert [text for _, _, text in meta["input_token_logprobs"]] == [" two", " "]
+    assert [text for _, _, text in meta["output_token_logprobs"]] == ["a", " b"]
+    assert isinstance(program.run(backend=ScriptedBackend(["a b"]), **options).error(), UnsupportedByBackend)
 
 
 def test_several_samples_make_a_list_and_the_first_goes_on():

@@ -83,6 +83,90 @@ def test_each_join_brings_what_its_children_have_set() -> None:
     assert state.ret_value == [["a", "b"], ["c", "d"], "k"]
 
 
+@pytest.mark.parametrize("how", ["program", "text", "tool"])
+def test_a_forks_node_reads_its_parent_while_that_joins(how: str) -> None:
+    @tool
+    def look() -> str:
+        return str(parent[0]["topic"])
+
+    @function
+    def branch(b: Any) -> None:
+        b.set_var("t", parent[0].text() if how == "text" else parent[0]["topic"])
+
+    @function
+    def main(s: Any) -> None:
+        parent.append(s)
+        s += gen("topic")
+        forks = s.fork(2)
+        forks += call_tool("t", look) if how == "tool" else branch()
+        forks.join()
+        s += gen("topic")
+
+    parent: list[Any] = []
+    state = main.run(backend=ScriptedBackend(["pauses", "rests"]), deadline_s=3)
+    assert state.error() is None
+    assert (state["t"], state["topic"]) == (["pauses"] * 2, "rests")
+
+
+def test_a_forks_node_waits_for_what_its_parent_sets_before_the_join() -> None:
+    @function
+    def branch(b: Any) -> None:
+        b.set_var("seen", parent[0]["plan"])
+
+    @function
+    def main(s: Any) -> None:
+        parent.append(s)
+        s += gen("plan")
+        forks = s.fork(2)
+        forks += branch()
+        s += gen("plan")
+        forks.join()
+        s += gen("plan")
+
+    parent: list[Any] = []
+    state = main.run(backend=ScriptedBackend(["1", "2", "3"], latency_s=0.01), deadline_s=3)
+    assert state.error() is None
+    assert (state["seen"], state["plan"]) == (["2", "2"], "3")
+
+
+def test_a_childs_read_waits_for_programs_rollbacks_and_joins() -> None:
+    @function
+    def refine(s: Any) -> None:
+        s += gen("draft")
+
+    @function
+    def main(s: Any) -> list[Any]:
+        s += gen("draft")
+        (fork,) = s.fork(1)
+        point = fork.snapshot()
+        fork += refine()
+        seen = [fork["draft"]]
+        fork.rollback(point)
+        seen.append(fork["draft"])
+        inner = fork.fork(2)
+        inner += gen("draft")
+        inner.join()
+        return [*seen, fork["draft"]]
+
+    state = main.run(backend=ScriptedBackend(["1", "2", "3", "4"], latency_s=0.01), deadline_s=3)
+    assert state.ret_value == ["2", "1", ["3", "4"]]
+
+
+def test_a_childs_rollback_forgets_that_it_has_set_a_variable() -> None:
+    @function
+    def main(s: Any) -> Any:
+        s += gen("x")
+        forks = s.fork(2)
+        for fork in forks:
+            point = fork.snapshot()
+            fork += gen("x")
+            fork.rollback(point)
+        forks.join()
+        return s["x"]
+
+    assert main.run(backend=ScriptedBackend(["old", "a", "b"])).ret_value == "old"
+
+
 def test_a_tool_may_have_a_parameter_called_name() -> None:
     @tool
     def greet(name: str, tool: str) -> str:

@@ -305,6 +305,7 @@ def test_trace_keeps_what_came_before_a_run_time_value():
         len,
         list,
         int,
+        str,
     ],
 )
 def test_trace_stops_where_a_value_is_asked_for(asks):

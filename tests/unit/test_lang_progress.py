@@ -26,6 +26,7 @@ from caesura.lang import (
 )
 from caesura.lang.backends.scripted import ScriptedSession
 from caesura.lang.progress import reporting
+from caesura.lang.threads import ToolThreads
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +142,7 @@ def test_the_latest_word_counts_and_one_is_under_way_at_a_time():
             sent.append(fraction)
             await gate.wait()
 
-        async with reporting(send):
+        with reporting(send, time.monotonic()):
             for i in range(1000):
                 report_progress(i / 1000)
             await until_async(lambda: sent)
@@ -157,67 +158,33 @@ def test_the_latest_word_counts_and_one_is_under_way_at_a_time():
     assert sent == [first[0], 0.9995]
 
 
-def test_no_word_comes_after_the_call_and_a_cancelled_one_waits_for_nobody():
-    async def scene(cancelled):
-        ended, begun = [], asyncio.Event()
-
-        async def send(fraction):
-            begun.set()
-            try:
-                await asyncio.sleep(30 if cancelled else 0.05)
-            except asyncio.CancelledError:
-                ended.append("cancelled")
-                raise
-            ended.append(fraction)
-
-        async def work():
-            async with reporting(send):
-                report_progress(0.5)
-                await begun.wait()
-                report_progress(0.6)
-                if cancelled:
-                    await asyncio.sleep(30)
-            return list(ended)
-
-        task = asyncio.ensure_future(work())
-        await begun.wait()
-        if cancelled:
-            task.cancel()
-        (outcome,) = await asyncio.gather(task, return_exceptions=True)
-        await asyncio.sleep(0.15)
-        return outcome, ended
-
-    outcome, ended = asyncio.run(scene(cancelled=False))
-    assert outcome == ended == [0.5]
-    outcome, ended = asyncio.run(scene(cancelled=True))
-    assert isinstance(outcome, asyncio.CancelledError)
-    assert ended == ["cancelled"]
-
-
-def test_a_call_that_has_ended_does_not_wait_for_a_server_that_hangs(monkeypatch):
-    monkeypatch.setattr("caesura.lang.progress.LAST_WORD_S", 0.05)
-    ended = []
+def test_no_word_comes_after_the_call_and_none_is_waited_for():
+    """Neither the one under way, to a server that hangs, nor the latest, which was not begun."""
+    backend = ScriptedBackend([])
+    seen = []
 
     async def report(self, fraction, call=0):
-        ended.append("begun")
+        seen.append(fraction)
         try:
             await asyncio.sleep(30)
         except asyncio.CancelledError:
-            ended.append("cancelled")
+            seen.append("given up")
             raise
-
-    monkeypatch.setattr(ScriptedSession, "report", report)
 
     @tool
     def build() -> str:
         report_progress(0.5)
-        until(lambda: ended)
+        until(lambda: seen)
+        report_progress(0.6)
         return "built"
 
-    state = call.run(call_tool("x", build), backend=ScriptedBackend([]))
-    state.error()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptedSession, "report", report)
+        state = call.run(call_tool("x", build), backend=backend)
+        state.error()
+        time.sleep(0.1)  # longer than until the next word would be begun
     assert state["x"] == "built"
-    assert ended == ["begun", "cancelled"]
+    assert seen == [0.5, "given up"]
 
 
 def test_a_second_attempt_speaks_of_what_is_left_and_the_first_no_more():
@@ -225,12 +192,13 @@ def test_a_second_attempt_speaks_of_what_is_left_and_the_first_no_more():
     backend = ScriptedBackend([])
     first = []
 
-    @tool(retries=1, timeout_s=0.3)
+    @tool(retries=1)
     def build() -> str:
         if not first:
             first.append(progress_reporter())
-            time.sleep(0.5)
-        first[0](0.0001)  # the thread of an attempt that timed out may go on
+            time.sleep(0.3)
+            raise ValueError("once more")
+        first[0](0.0001)
         report_progress(0.5)
         until(lambda: reports(backend))
         return "built"
@@ -238,7 +206,32 @@ def test_a_second_attempt_speaks_of_what_is_left_and_the_first_no_more():
     state = call.run(call_tool("x", build), backend=backend)
     state.error()
     assert state.tool_result("x").attempts == 2
-    assert all(0.5 < fraction < 1 for fraction, _ in reports(backend))
+    ((fraction, number),) = reports(backend)
+    assert number == 0
+    assert 0.5 < fraction < 1
+
+
+def test_waiting_for_a_thread_is_none_of_the_work(monkeypatch):
+    """All threads are taken for a while; then the tool has half done what it began a moment ago."""
+    backend = ScriptedBackend([])
+    monkeypatch.setattr("caesura.lang.toolrun.tool_threads", lambda: pool)
+    pool = ToolThreads(max_threads=1)
+
+    @tool
+    def first() -> str:
+        time.sleep(0.3)
+        return "first"
+
+    @tool
+    def second() -> str:
+        report_progress(0.5)
+        until(lambda: reports(backend))
+        return "second"
+
+    call.run(call_tools("x", [(first,), (second,)]), backend=backend).error()
+    ((fraction, number),) = reports(backend)
+    assert number == 1
+    assert 0.5 < fraction < 1
 
 
 def test_a_backend_that_fails_at_it_disturbs_nobody(monkeypatch):
@@ -285,7 +278,7 @@ def test_a_callback_of_another_task_may_speak_for_the_call():
 
         other = asyncio.create_task(elsewhere())
         await asyncio.sleep(0)
-        async with reporting(send):
+        with reporting(send, time.monotonic()):
             given.put_nowait(progress_reporter())
             await other
             await until_async(lambda: sent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
+import httpx
 import pytest
 from caesura.lang import (
     DefinitionError,
@@ -20,7 +21,8 @@ from caesura.lang import (
 from caesura.lang.backend import Constraint, GenRequest, Piece, TokenLogprob, ToolCallRequest, ToolUse
 from caesura.lang.backends import http_client
 from caesura.lang.backends.connect import shared, split_address
-from caesura.lang.backends.http_client import Event, EventParser, failure_of, refusal_of
+from caesura.lang.backends.http import HTTPSession
+from caesura.lang.backends.http_client import Event, EventParser, HttpClient, failure_of, refusal_of
 from caesura.lang.backends.http_text import (
     Notices,
     TextSession,
@@ -105,6 +107,27 @@ def test_what_may_be_tried_again() -> None:
     assert not refusal_of(429, b'{"error": {"code": "insufficient_quota", "message": "pay"}}').retryable
     assert not refusal_of(500, b"{}").retryable
     assert refusal_of(409, b'{"error": {"code": "context_busy"}}').is_busy
+
+
+def test_a_refused_deletion_is_tried_again_and_one_of_a_dead_server_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.method)
+        if asked == ["DELETE"]:
+            return httpx.Response(503, headers={"retry-after": "0"})
+        if len(asked) == 3:
+            raise httpx.ConnectError("gone")
+        return httpx.Response(200, json={})
+
+    async def close() -> None:
+        backend = HTTPBackend("http://127.0.0.1:9")
+        for number in range(2):
+            await HTTPSession(backend._client, {"id": f"c{number}", "num_tokens": 0}).close()
+
+    asked: list[str] = []
+    pool = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(HttpClient, "_make", lambda self: pool)
+    asyncio.run(close())
+    assert asked == ["DELETE"] * 3
 
 
 # -- addresses ----------------------------------------------------------------------------------------------------

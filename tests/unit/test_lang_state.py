@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 from caesura.lang import (
@@ -35,6 +36,9 @@ def backend():
 
     backend = ScriptedBackend(reply)
     yield backend
+    for _ in range(100):  # a variable may be read before its program has ended
+        if backend.open_sessions:
+            time.sleep(0.01)
     assert backend.open_sessions == 0
 
 
@@ -294,6 +298,23 @@ def test_a_snapshot_belongs_to_its_state(backend):
         program.run(backend=backend).sync()
 
 
+def test_a_snapshot_that_a_rollback_has_cut_off_is_gone(backend):
+    @function
+    def program(s):
+        first = s.snapshot()
+        s += gen("a")
+        second = s.snapshot()
+        s.rollback(second)
+        s.rollback(first)
+        s.rollback(first)
+        s += gen("b")
+        s.rollback(second)
+
+    state = program.run(backend=backend)
+    assert "cut it off" in str(state.error())
+    assert (state.core.text(), state.variables) == ("b1", {"b": "b1"})
+
+
 def test_meta_info_has_sglangs_keys(backend):
     @function
     def program(s):
@@ -358,6 +379,42 @@ def test_streams_in_pieces():
     assert list(program.run(backend=backend).text_iter("a")) == ["one two three four five six"]
     with pytest.raises(KeyError):
         list(state.text_iter("c"))
+
+
+def test_a_stream_of_what_no_model_writes_is_its_text(backend):
+    @function
+    def program(s):
+        with s.var_scope("scope"):
+            s += "all of " + gen("x")
+        s.set_var("set", 3)
+        forks = s.fork(2)
+        forks += gen("y")
+        forks.join()
+
+    state = program.run(backend=backend)
+    assert [list(state.text_iter(name)) for name in ("scope", "set", "y")] == [["all of x1"], ["3"], ["['y1', 'y2']"]]
+
+
+def test_a_stream_tells_that_a_rollback_has_made_its_text_void(backend):
+    @function
+    def program(s):
+        s += gen("kept")
+        point = s.snapshot()
+        s += gen("x")
+        s.sync()
+        s.rollback(point)
+        s += gen("x")
+
+    async def told(name):
+        return [
+            "void" if meta.get("rollback") else text
+            async for text, meta in state.text_async_iter(name, return_meta_data=True)
+        ]
+
+    state = program.run(backend=backend)
+    state.sync()
+    assert asyncio.run(told("x")) == ["x1", "void", "x2"]
+    assert asyncio.run(told("kept")) == ["kept1"]
 
 
 def test_async_streams_carry_metadata():

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from caesura.lang import (
+    OutputError,
     ScriptedBackend,
     ScriptedReply,
     StateError,
@@ -174,6 +175,12 @@ def test_a_failing_tool_in_the_loop():
 def test_typed_answers_after_tools():
     state, _ = asked([ScriptedReply("", [("search", {"query": "x"})]), "42"], type=int)
     assert state["answer"] == 42
+
+
+def test_a_typed_answer_that_is_cut_off_after_tools_is_an_error():
+    state, _ = asked(["2.50"], type=float, max_tokens=1)
+    with pytest.raises(OutputError, match="cut off at max_tokens"):
+        state["answer"]
 
 
 def test_tools_need_an_assistant_turn():
