@@ -30,7 +30,7 @@ class PendingCall:
     deadline_s: float | None = None
 
 
-def share_of_work(fraction: float) -> float:
+def checked_share(fraction: float) -> float:
     """A share as a plain float. Raises InvalidRequest when it is none."""
     share = float(fraction)
     if not 0.0 <= share <= 1.0:
@@ -74,8 +74,9 @@ class Handle(Protocol):
     async def truncate(self, num_tokens: int) -> None:
         """Roll back to the first ``num_tokens`` tokens."""
 
-    async def pause(self, calls: Sequence[PendingCall], wait: str = "all") -> None:
-        """These tools are about to start; the runtime may take the KV for something better."""
+    async def pause(self, calls: Sequence[PendingCall], wait: str = "all", deadline_s: float | None = None) -> None:
+        """These tools are about to start; the runtime may take the KV for something better. ``deadline_s``
+        from now takes the place of the context's deadline."""
 
     def report(self, fraction: float, call: int = 0) -> None:
         """Tool ``call`` of the pause has done this share of its work. Nobody waits for it, and it never fails but for a
@@ -103,6 +104,10 @@ class Service(Protocol):
     @property
     def ready(self) -> bool:
         """The engine takes requests."""
+
+    @property
+    def life(self) -> int:
+        """Counts engines: what was said to an earlier one, or learned of it, holds no more."""
 
     @property
     def tokenizer(self) -> Tokenizer:

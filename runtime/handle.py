@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from caesura.runtime.api import PendingCall, share_of_work
+from caesura.runtime.api import PendingCall, checked_share
 from caesura.runtime.engine import Engine
 from caesura.runtime.errors import CaesuraError, ContextClosed, GrammarError, InvalidRequest
 from caesura.runtime.executors.base import SampledToken
@@ -205,22 +206,25 @@ class ContextHandle:
         await self._call(lambda engine: engine.truncate(self.id, num_tokens))
         self.num_tokens = num_tokens
 
-    async def pause(self, calls: Sequence[PendingCall], wait: str = "all") -> None:
-        """These tools are about to start; the runtime may take the KV for something better."""
+    async def pause(self, calls: Sequence[PendingCall], wait: str = "all", deadline_s: float | None = None) -> None:
+        """These tools are about to start; the runtime may take the KV for something better. ``deadline_s``
+        from now takes the place of the context's deadline."""
         deadlines = [call.deadline_s for call in calls if call.deadline_s is not None]
 
         def run(engine: Engine) -> None:
-            deadline_at = engine.clock.now() + max(deadlines) if deadlines else None
+            now = engine.clock.now()
+            deadline_at = now + max(deadlines) if deadlines else None
+            lives_until = None if deadline_s is None else now + deadline_s
             pending = [Call(call.tool, call.expected_s) for call in calls]
-            engine.pause(self.id, pending, wait_any=wait == "any", deadline_at=deadline_at)
+            engine.pause(self.id, pending, wait_any=wait == "any", deadline_at=deadline_at, lives_until=lives_until)
 
         await self._call(run)
 
     def report(self, fraction: float, call: int = 0) -> None:
         """Tool ``call`` of the pause has done this share of its work. Posted: what follows comes after it."""
-        share = share_of_work(fraction)
+        share, number = checked_share(fraction), operator.index(call)
         if self.is_open:
-            self._service.post(lambda engine: engine.report(self.id, share, call))
+            self._service.post(lambda engine: engine.report(self.id, share, number))
 
     async def resume(self, deadline_s: float | None = None) -> None:
         """The tools have answered. Idempotent. ``deadline_s`` from now takes the place of the context's deadline."""

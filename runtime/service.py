@@ -71,6 +71,11 @@ class EngineService:
         return self._thread.is_alive() and not self._stopping and self._stopped_because is None
 
     @property
+    def life(self) -> int:
+        """Counts engines: this one is never replaced."""
+        return 0
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self._runtime.tokenizer
 

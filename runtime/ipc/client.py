@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from caesura.runtime.api import PendingCall, share_of_work
+from caesura.runtime.api import PendingCall, checked_share
 from caesura.runtime.config import EngineConfig
 from caesura.runtime.errors import CaesuraError, ContextClosed, EngineStopped
 from caesura.runtime.executors.base import SampledToken
@@ -71,6 +72,11 @@ class EngineClient:
     def ready(self) -> bool:
         """The engine process takes requests."""
         return self._connection.state is State.READY
+
+    @property
+    def life(self) -> int:
+        """Counts engine processes: what was said to an earlier one, or learned of it, holds no more."""
+        return self._connection.life
 
     @property
     def state(self) -> State:
@@ -286,14 +292,15 @@ class RemoteHandle:
         await self._ask(m.Done, lambda number: m.Truncate(number, self.id, num_tokens))
         self.num_tokens = num_tokens
 
-    async def pause(self, calls: Sequence[PendingCall], wait: str = "all") -> None:
-        """These tools are about to start; the runtime may take the KV for something better."""
+    async def pause(self, calls: Sequence[PendingCall], wait: str = "all", deadline_s: float | None = None) -> None:
+        """These tools are about to start; the runtime may take the KV for something better. ``deadline_s``
+        from now takes the place of the context's deadline."""
         pending = tuple(calls)
-        await self._ask(m.Done, lambda number: m.Pause(number, self.id, pending, wait))
+        await self._ask(m.Done, lambda number: m.Pause(number, self.id, pending, wait, deadline_s))
 
     def report(self, fraction: float, call: int = 0) -> None:
         """Tool ``call`` of the pause has done this share of its work. Posted: what follows comes after it."""
-        self._connection.post(m.Report(self.id, share_of_work(fraction), call), self._life)
+        self._connection.post(m.Report(self.id, checked_share(fraction), operator.index(call)), self._life)
 
     async def resume(self, deadline_s: float | None = None) -> None:
         """The tools have answered. Idempotent. ``deadline_s`` from now takes the place of the context's deadline."""

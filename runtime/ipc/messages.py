@@ -6,7 +6,7 @@ exactly one (any number of chunks first), carries the same.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from caesura.runtime import errors
@@ -84,6 +84,7 @@ class Pause(Message, frozen=True, tag=True):
     context: ContextId
     calls: tuple[PendingCall, ...]
     wait: str
+    deadline_s: float | None = None
 
 
 class Resume(Message, frozen=True, tag=True):
@@ -140,7 +141,7 @@ class Report(Message, frozen=True, tag=True):
     """A tool has done this share of its work. Nothing happens when the context is closed, or waits for no such call."""
 
     context: ContextId
-    fraction: float
+    fraction: Annotated[float, msgspec.Meta(ge=0, le=1)]
     call: int
 
 

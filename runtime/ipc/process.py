@@ -38,6 +38,7 @@ TO_ENGINE = "to-engine"
 TO_CLIENT = "to-client"
 FRAMES_AT_ONCE = 256
 LINGER_MS = 2000
+CLOSE_S = 30.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -114,17 +115,15 @@ class EngineProcess:
         try:
             await self._worker.drain(await self._ending)
         finally:
-            await asyncio.to_thread(service.close)
+            with contextlib.suppress(TimeoutError):  # a member or a disk that hangs goes with the process
+                await asyncio.wait_for(asyncio.to_thread(service.close), CLOSE_S)
             await self._worker.drain(1.0)  # every request hears why it ended
 
     async def _beat(self) -> None:
-        """Until cancelled: an engine that drains is alive. One that stopped by itself may hang while it closes, and is
-        to be missed."""
+        """Until cancelled: an engine that drains is alive."""
         while True:
             if self._service is not None and not self._service.ready:
                 self._end(self._service.stopped())
-                if self._ending.exception() is not None:
-                    return
             self._send(m.Heartbeat(self._engine_lag_s()))
             if self._client is not None:
                 self._transmit([self._channel.note()])

@@ -135,7 +135,7 @@ class Worker:
             case m.Truncate():
                 await handle.truncate(command.num_tokens)
             case m.Pause():
-                await handle.pause(command.calls, command.wait)
+                await handle.pause(command.calls, command.wait, command.deadline_s)
             case m.Resume():
                 await handle.resume(command.deadline_s)
         return m.Done(command.request)

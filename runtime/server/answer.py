@@ -121,9 +121,10 @@ class AnswerReader:
     def end(self, finish: Finish, choice: str) -> Ended:
         """How the choice ended. Named functions end with "stop", as the reference service has it."""
         reason: str = finish.reason
-        if self.calls and not self.whole:
+        calls = self.calls if reason != "abort" else []  # nothing is kept of what was written
+        if calls and not self.whole:
             reason = "length" if finish.matched is None else "stop"
-        elif self.calls:
+        elif calls:
             reason = "tool_calls" if choice in ("auto", "required") else "stop"
         elif reason == "tool_calls":  # a call that was only thought of
             reason = "stop"

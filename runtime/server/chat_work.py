@@ -107,20 +107,30 @@ class ChatWork:
         """
         plan = await self._state.on_text_thread(lambda: self._plan(body, remember))
         room = await self._room(body) if truncate else None
-        opened = await self._context(plan.conversation, work, before, room)
-        plan = dataclasses.replace(plan, conversation=opened.conversation)
-        marks = detect_marks(self._service.template.source)
-        if marks is not None and body.separate_reasoning is not False and not plan.conversation.continue_final:
-            plan = await self._state.on_text_thread(lambda: self._thinking(plan, marks, opened.end))
-        handles = [opened.handle]
-        num_choices = body.n or 1
-        if num_choices > 1:
-            yield await self._prefill(work, opened.handle)
-            handles += await work.fork(opened.handle, num_choices - 1)
-        sources = [self._choose(plan, work, i, one, readers) for i, one in enumerate(handles)]
-        async with contextlib.aclosing(merged(sources)) as items:
-            async for item in items:
-                yield item
+        num_choices, num_prompt, ended = body.n or 1, 0, set[int]()
+        try:
+            opened = await self._context(plan.conversation, work, before, room)
+            num_prompt = opened.handle.num_tokens
+            plan = dataclasses.replace(plan, conversation=opened.conversation)
+            marks = detect_marks(self._service.template.source)
+            if marks is not None and body.separate_reasoning is not False and not plan.conversation.continue_final:
+                plan = await self._state.on_text_thread(lambda: self._thinking(plan, marks, opened.end))
+            handles = [opened.handle]
+            if num_choices > 1:
+                yield await self._prefill(work, opened.handle)
+                handles += await work.fork(opened.handle, num_choices - 1)
+            sources = [self._choose(plan, work, i, one, readers) for i, one in enumerate(handles)]
+            async with contextlib.aclosing(merged(sources)) as items:
+                async for item in items:
+                    if isinstance(item, Ended):
+                        ended.add(item.choice)
+                    yield item
+        except (Aborted, ContextClosed) as error:  # an abort is an end like any other, also of what has not begun
+            if not work.was_aborted(error):
+                raise
+            for index in sorted(set(range(num_choices)) - ended):
+                reader = readers.setdefault(index, AnswerReader(index, self._service.tokenizer))
+                yield reader.end(Finish("abort", None, (), num_prompt, 0, 0), body.choice)
 
     # -- the plan ---------------------------------------------------------------------------------------------
 
@@ -221,6 +231,8 @@ class ChatWork:
 
     async def _continue(self, kept: KeptContext, more: Prompt, work: Work) -> Handle:
         """The context that waits, or its tokens in a new one, and what comes next."""
+        if work.aborted:  # before it took the context, which goes on once
+            raise Aborted
         waiting = self._state.kept.take_handle(kept)
         if waiting is not None:
             work.adopt(waiting)
@@ -293,17 +305,17 @@ class ChatWork:
         self, plan: ChatPlan, work: Work, index: int, handle: Handle
     ) -> AsyncGenerator[TokenChunk, None]:
         """Chunks of one choice. Without a limit of the client's, as many tokens as fit and the server gives."""
-        body = plan.body
-        budget = body.budget
+        budget, num_prompt, num_sent = plan.body.budget, handle.num_tokens, 0
         if budget is None:
-            room = await self._state.max_context_tokens() - handle.num_tokens
+            room = await self._state.max_context_tokens() - num_prompt
             budget = max(1, min(self._state.config.default_max_tokens, room))
         try:
             async with contextlib.aclosing(work.generate(handle, plan.params(index, budget), plan.tools)) as chunks:
                 async for chunk in chunks:
+                    num_sent += len(chunk.token_ids)
                     yield chunk
         except Aborted:
-            yield TokenChunk("", (), (), Finish("abort", None, (), handle.num_tokens, 0, 0))
+            yield TokenChunk("", (), (), Finish("abort", None, (), num_prompt, num_sent, 0))
 
     async def _keep(self, plan: ChatPlan, work: Work, handle: Handle, reader: AnswerReader, finish: Finish) -> None:
         """A context that called tools waits for them from here on; of another one, its tokens if they are wanted."""

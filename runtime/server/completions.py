@@ -170,8 +170,6 @@ class Completions:
             raise ApiError(400, f"prompts times n is {len(prompts) * num_choices}; the limit is {limits.MAX_PROMPTS}")
         jobs = [self._job(body, prompt, constraint) for prompt in prompts]
         heads: dict[int, _Logprobs] = {}
-        if body.echo and body.logprobs is None:
-            heads = {number: _Logprobs() for number in range(len(jobs))}
         async with contextlib.aclosing(run_jobs(self._state, work, jobs)) as items:
             async for item in items:
                 if isinstance(item, Scores):
@@ -181,11 +179,12 @@ class Completions:
                 if index not in choices:
                     choice = choices[index] = _Choice(index)
                     if body.echo:
+                        head = heads.get(item.job) or _Logprobs()  # none, where an abort came before the scores
                         text = self._tokenizer.decode(prompts[item.job], skip_special=False)
                         choice.text.append(text)
                         choice.offset = len(text)
-                        _extend(choice.logprobs, heads[item.job])
-                        yield index, text, heads[item.job]
+                        _extend(choice.logprobs, head)
+                        yield index, text, head
                 yield index, item.text, self._take(choices[index], item)
 
     def _prepare(self, body: CompletionRequest) -> tuple[list[list[int]], Constraint | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -55,22 +55,26 @@ class Contexts:
         body = await read(request, ContextRequest)
         key_id = principal_of(request).key_id
         ttl_s = min(body.ttl_s or self._state.config.context_ttl_s, self._state.config.context_ttl_s)
-        ids = await self._encode(body.pieces, 0)
-        await self._contexts.check_room(key_id)
-        work = Work(self._service, self._state.board, key_id, "", namespace_of(key_id, body.cache_salt))
-        handle = await work.open(body.deadline_s)
-        try:
-            if ids:
-                await handle.append(ids)
-        except (ContextClosed, DeadlineExceeded):
-            await handle.close()
-            message = f"deadline_s is {body.deadline_s}: it passed before the context had its first pieces"
-            raise ApiError(408, message, param="deadline_s", code="deadline_exceeded") from None
-        except BaseException:
-            await handle.close()
-            raise
-        context = self._contexts.add(key_id, handle, ttl_s)
-        return reply(self._described(context), 201)
+
+        async def make(made: list[NamedContext]) -> dict[str, Any]:
+            ids = await self._encode(body.pieces, 0)
+            async with self._contexts.room(key_id):
+                work = Work(self._service, self._state.board, key_id, "", namespace_of(key_id, body.cache_salt))
+                handle = await work.open(body.deadline_s)
+                try:
+                    if ids:
+                        await handle.append(ids)
+                except (ContextClosed, DeadlineExceeded):
+                    await handle.close()
+                    message = f"deadline_s is {body.deadline_s}: it passed before the context had its first pieces"
+                    raise ApiError(408, message, param="deadline_s", code="deadline_exceeded") from None
+                except BaseException:
+                    await handle.close()
+                    raise
+                made.append(self._contexts.add(key_id, handle, ttl_s))
+            return self._described(made[0])
+
+        return await self._made(request, make)
 
     async def show(self, request: Request) -> Response:
         """A context's id and length."""
@@ -88,14 +92,29 @@ class Contexts:
     async def fork(self, request: Request) -> Response:
         """Copies that share the context's KV."""
         body = await read(request, ForkRequest)
-        async with self._using(request) as context:
-            await self._contexts.check_room(context.key_id, body.count)
-            work = Work(self._service, self._state.board, context.key_id, "", "")
-            handles = await work.fork(context.handle, body.count)
-            forks = [self._contexts.add(context.key_id, handle, context.ttl_s) for handle in handles]
-            for fork in forks:
-                fork.snapshots = dict(context.snapshots)
-            return reply({"contexts": [self._described(fork) for fork in forks]}, 201)
+
+        async def make(made: list[NamedContext]) -> dict[str, Any]:
+            async with self._using(request) as context, self._contexts.room(context.key_id, body.count):
+                work = Work(self._service, self._state.board, context.key_id, "", "")
+                handles = await work.fork(context.handle, body.count)
+                made += [self._contexts.add(context.key_id, handle, context.ttl_s) for handle in handles]
+                for fork in made:
+                    fork.snapshots = dict(context.snapshots)
+                return {"contexts": [self._described(fork) for fork in made]}
+
+        return await self._made(request, make)
+
+    async def _made(
+        self, request: Request, make: Callable[[list[NamedContext]], Coroutine[Any, Any, dict[str, Any]]]
+    ) -> Response:
+        """The answer that tells of new contexts. A client that leaves before it never learns their names."""
+        made: list[NamedContext] = []
+        try:
+            return reply(await until_disconnect(request, make(made)), 201)
+        except BaseException:
+            for context in made:
+                await self._contexts.delete(context)
+            raise
 
     # -- tokens -----------------------------------------------------------------------------------------------
 
@@ -201,22 +220,31 @@ class Contexts:
     async def _chunks(
         self, request: Request, spec: GenerateSpec
     ) -> AsyncGenerator[tuple[TokenChunk, dict[str, Any] | None], None]:
-        """Chunks as they come, the last one with the body of the ``finish`` event."""
+        """Chunks as they come, the last one with the body of the ``finish`` event. What is refused appends nothing."""
         async with self._at_work(request) as work, self._using(request) as context:
-            ids = await self._encode(spec.pieces, context.handle.num_tokens)
+            params, calling, before, begun = spec.params(), spec.calling(), context.handle.num_tokens, False
+            ids = await self._encode(spec.pieces, before)
             if ids:
                 await context.handle.append(ids)
             start, text, count = context.handle.num_tokens, "", 0
-            chunks = work.generate(context.handle, spec.params(), spec.calling())
+            chunks = work.generate(context.handle, params, calling)
+            context.cut_off = True
             try:
                 async with contextlib.aclosing(chunks):
                     async for chunk in chunks:
                         text, count, finish = text + chunk.text, count + len(chunk.token_ids), chunk.finish
+                        begun, context.cut_off = True, finish is None
                         told = None if finish is None else await self._finished(context, spec, finish, start, text)
                         yield chunk, told
             except Aborted:
+                await context.measure()
                 finish = Finish("abort", None, (), start, count, 0)
                 yield TokenChunk("", (), (), finish), await self._finished(context, spec, finish, start, text)
+            except Exception:
+                if not begun:
+                    with contextlib.suppress(Exception):  # a context that has ended
+                        await context.roll_back(before)
+                raise
 
     async def _compute(
         self,
@@ -245,8 +273,9 @@ class Contexts:
     async def progress(self, request: Request) -> Response:
         """A tool says how far it is. Advice, which never stands in the way of another request on this context."""
         body = await read(request, ProgressRequest)
+        await self._contexts.expire()
         context = self._present(request)
-        await self._contexts.touch(context)
+        self._contexts.touch(context)
         context.handle.report(body.fraction, body.call)
         return reply(self._described(context))
 
@@ -254,12 +283,12 @@ class Contexts:
         """The tools have answered; their results may come along. Without any, idempotent."""
         body = await read(request, AppendRequest)
         async with self._using(request) as context:
-            await context.handle.resume()
             ids = await self._encode(body.pieces, context.handle.num_tokens)
             if body.tool_results:
                 ids += await self._state.on_text_thread(lambda: self._results(body))
-            if ids:
+            if ids:  # first: results that are refused do not end the pause
                 await context.handle.append(ids)
+            await context.handle.resume()
             return reply(self._described(context))
 
     async def decisions(self, request: Request) -> Response:

@@ -110,7 +110,8 @@ class KeptContexts:
     ) -> KeptContext:
         """Take a context over. It is paused under its tools' names, with a deadline, until its results come."""
         token_ids = array("i", await handle.token_ids())
-        await handle.pause([PendingCall(call.name, None, self._wait_s) for call in calls])
+        pending = [PendingCall(call.name, None, self._wait_s) for call in calls]
+        await handle.pause(pending, deadline_s=self._wait_s)  # in place of the request's, which may be shorter
         expires_at = self._monotonic() + self._wait_s
         kept = KeptContext(namespace, fingerprint, content, tuple(calls), token_ids, expires_at, handle, thought)
         self._kept[id(kept)] = kept
@@ -148,11 +149,17 @@ class KeptContexts:
     async def _shrink(self, namespace: str) -> None:
         await self.expire()
         owner = owner_of(namespace)
-        mine = [kept for kept in self._kept.values() if owner_of(kept.namespace) == owner]
+        mine = [kept for kept in self._in_order() if owner_of(kept.namespace) == owner]
         for kept in mine[: max(0, len(mine) - self._max_per_key)]:
             await self.drop(kept)
-        while len(self._kept) > self._max_contexts or (self._num_tokens > MAX_KEPT_TOKENS and len(self._kept) > 1):
-            await self.drop(next(iter(self._kept.values())))
+        for kept in self._in_order():
+            if len(self._kept) <= self._max_contexts and (self._num_tokens <= MAX_KEPT_TOKENS or len(self._kept) == 1):
+                break
+            await self.drop(kept)
+
+    def _in_order(self) -> list[KeptContext]:
+        """Who goes first: those that have gone on, of which only tokens are left, then those that still wait."""
+        return sorted(self._kept.values(), key=lambda kept: kept.handle is not None)
 
     async def drop(self, kept: KeptContext) -> None:
         """Forget an answer and close its context. Idempotent."""

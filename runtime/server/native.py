@@ -247,7 +247,8 @@ class Generate:
 
         values = scores.values if scores is not None else ()
         meta["input_token_logprobs"] = [
-            entry(value, token_id) for value, token_id in zip(values, asked.ids[asked.start :], strict=True)
+            entry(value, token_id)
+            for value, token_id in zip(values, asked.ids[asked.start :], strict=scores is not None)
         ]
         outputs = result.output_logprobs
         meta["output_token_logprobs"] = [entry(token.logprob, token.token_id) for token in outputs]
@@ -267,8 +268,8 @@ def _is_list(body: GenerateRequest, results: list[_Result]) -> bool:
 def _reason(finish: Finish | None, length: int | None) -> dict[str, Any] | None:
     if finish is None:
         return None
-    if length is not None or finish.reason == "length":
-        return {"type": "length", "length": finish.completion_tokens if length is None else length}
     if finish.reason == "abort":
         return {"type": "abort", "message": "Aborted by request", "status_code": None, "err_type": None}
+    if length is not None or finish.reason == "length":
+        return {"type": "length", "length": finish.completion_tokens if length is None else length}
     return {"type": "stop", "matched": finish.matched}

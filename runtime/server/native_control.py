@@ -69,16 +69,14 @@ class NativeControl:
         """Put generation on hold, for every key: ``abort`` ends what runs, ``retract`` gives up its KV, ``in_place``
         leaves it as it is. New requests are taken and wait."""
         body = await read(request, PauseGeneration)
-        await self._state.service.hold(retract=body.mode == "retract")
-        self._state.paused = body.mode
+        await self._state.hold(body.mode)
         aborted = await self._state.board.abort_everything() if body.mode == "abort" else 0
         return reply({"status": "ok", "message": f"generation is on hold ({body.mode})", "aborted": aborted})
 
     async def continue_generation(self, request: Request) -> Response:
         """Let generation go on. Idempotent."""
         await request.body()
-        await self._state.service.go_on()
-        self._state.paused = None
+        await self._state.go_on()
         return reply({"status": "ok", "message": "generation goes on"})
 
     async def profile(self, request: Request) -> Response:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class NamedContext:
     expires_at: float
     deleted: bool = False
     snapshots: dict[str, int] = field(default_factory=dict)  # name -> number of tokens
+    cut_off: bool = False  # a generation that has not told its end: how long the context is now has to be asked for
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def snapshot(self, name: str) -> None:
@@ -37,6 +39,12 @@ class NamedContext:
                 400, f"the context has {MAX_SNAPSHOTS} snapshots; use one of their names again", param="name"
             )
         self.snapshots[name] = self.handle.num_tokens
+
+    async def measure(self) -> None:
+        """Have the handle tell the right length, also after a generation that was cut off."""
+        if self.cut_off:
+            await self.handle.append([])
+            self.cut_off = False
 
     async def roll_back(self, num_tokens: int) -> None:
         """Cut to the first tokens. Snapshots of what is cut off are gone: other tokens may come in its place."""
@@ -52,18 +60,26 @@ class ContextRegistry:
         self._max_per_key = max_per_key
         self._monotonic = monotonic
         self._named: dict[str, NamedContext] = {}
+        self._coming: Counter[str] = Counter()  # contexts being made, by key
 
     def __len__(self) -> int:
         return len(self._named)
 
-    async def check_room(self, key_id: str, count: int = 1) -> None:
-        """Raises ApiError 429 when a key would hold too many. What the engine has ended no longer counts."""
+    @asynccontextmanager
+    async def room(self, key_id: str, count: int = 1) -> AsyncIterator[None]:
+        """Room for contexts that are made and added meanwhile. Raises ApiError 429 when a key would hold too many. What
+        the engine has ended no longer counts."""
         await self.expire()
         for context in [c for c in self._named.values() if not (c.handle.is_open or c.lock.locked())]:
             await self.delete(context)
-        mine = sum(context.key_id == key_id for context in self._named.values())
-        if mine + count > self._max_per_key or len(self._named) + count > self._max_contexts:
+        mine = sum(context.key_id == key_id for context in self._named.values()) + self._coming[key_id]
+        if mine + count > self._max_per_key or len(self._named) + self._coming.total() + count > self._max_contexts:
             raise ApiError(429, f"there are {mine} contexts of this key; delete some", retry_after_s=5)
+        self._coming[key_id] += count
+        try:
+            yield
+        finally:
+            self._coming -= Counter({key_id: count})
 
     def add(self, key_id: str, handle: Handle, ttl_s: float) -> NamedContext:
         """Name a context."""
@@ -83,6 +99,7 @@ class ContextRegistry:
             raise ApiError(409, "another request is using this context", code="context_busy")
         async with context.lock:
             try:
+                await context.measure()
                 yield context
             except EngineStopped:
                 await self.delete(context)
@@ -100,11 +117,8 @@ class ContextRegistry:
         context = self._named.get(context_id)
         return context if context is not None and context.key_id == key_id else None
 
-    async def touch(self, context: NamedContext) -> None:
-        """Somebody has asked for it, beside whoever uses it. Raises ApiError 410 when it has ended."""
-        await self.expire()
-        if context.deleted or not context.handle.is_open:
-            raise ApiError(410, "the context has ended, by its deadline or with its engine", code="context_gone")
+    def touch(self, context: NamedContext) -> None:
+        """Somebody has asked for it, beside whoever uses it."""
         context.expires_at = self._monotonic() + context.ttl_s
 
     async def delete(self, context: NamedContext) -> None:

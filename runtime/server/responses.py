@@ -120,7 +120,7 @@ class Responses:
                 raise ApiError(
                     400, error.message, param="previous_response_id", code="previous_response_not_found"
                 ) from None
-            messages, num_bytes = list(previous.messages), previous.num_bytes
+            messages, num_bytes = list(previous.messages), previous.message_bytes
             if previous.answer is not None:
                 before = Before(previous.answer, len(first) + len(messages))
         messages += messages_of(items)
@@ -200,9 +200,11 @@ class Responses:
         answer = message_of(reader.content, builder.calls)
         answer.reasoning_content = reader.reasoning or None
         response = builder.response()
-        num_bytes = asked.bytes_before + len(msgspec.json.encode([response, asked.items]))
+        message_bytes = asked.bytes_before + len(msgspec.json.encode([asked.items, answer]))
+        num_bytes = message_bytes + len(msgspec.json.encode(response))
         if reader.kept is not None:
             num_bytes += BYTES_PER_TOKEN * len(reader.kept.token_ids)
+        messages = (*asked.messages, answer)
         self._store.put(
-            StoredResponse(asked.key_id, response, asked.items, (*asked.messages, answer), reader.kept, num_bytes)
+            StoredResponse(asked.key_id, response, asked.items, messages, reader.kept, num_bytes, message_bytes)
         )

@@ -21,7 +21,8 @@ BYTES_PER_TOKEN = 4
 class StoredResponse:
     """A response as it was answered, with the conversation it ends: ``messages`` without the instructions.
 
-    ``answer`` holds the answer's tokens, None when it was cut short. ``num_bytes`` is what it takes, about.
+    ``answer`` holds the answer's tokens, None when it was cut short. ``num_bytes`` is what it takes, about, and
+    ``message_bytes`` its messages' share, which the responses that go on from it have as well.
     """
 
     key_id: str
@@ -30,6 +31,7 @@ class StoredResponse:
     messages: tuple[Message, ...]
     answer: KeptContext | None
     num_bytes: int
+    message_bytes: int = 0
 
     @property
     def id(self) -> str:
@@ -60,14 +62,18 @@ class ResponseStore:
         return len(self._stored)
 
     def put(self, stored: StoredResponse) -> None:
-        """Keep a response. Those that nobody asked for the longest go first, a key's own before others'."""
+        """Keep a response, unless it alone is too large. Those that nobody asked for the longest go first, a key's own
+        before others'."""
+        if stored.num_bytes > self._max_bytes:
+            return
         self._stored[stored.id] = (stored, self._monotonic())
         self._num_bytes += stored.num_bytes
         self.expire()
         mine = [one.id for one, _ in self._stored.values() if one.key_id == stored.key_id]
-        for response_id in mine[: max(0, len(mine) - self._max_per_key)]:
-            self._drop(response_id)
-        while len(self._stored) > self._max_responses or (self._num_bytes > self._max_bytes and self._stored):
+        for number, response_id in enumerate(mine[:-1]):
+            if len(mine) - number > self._max_per_key or self._num_bytes > self._max_bytes:
+                self._drop(response_id)
+        while len(self._stored) > self._max_responses or self._num_bytes > self._max_bytes:
             self._drop(next(iter(self._stored)))
 
     def get(self, key_id: str, response_id: str) -> StoredResponse:

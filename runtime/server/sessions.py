@@ -77,21 +77,27 @@ class _Session:
     ttl_s: float
     expires_at: float
     nodes: dict[str, _Node] = field(default_factory=dict)
-    num_tokens: int = 0  # as of the last commit
+    num_tokens: int = 0  # of requests that have ended
 
-    def drop(self, rids: Sequence[str]) -> list[str]:
-        """Forget requests and all that came after them; returns those that still run."""
-        children: dict[str | None, list[str]] = {}
+    def after(self, rid: str | None) -> dict[str, _Node]:
+        """All requests that came after this one; all there are, without one."""
+        children: dict[str | None, list[_Node]] = {}
         for node in self.nodes.values():
-            children.setdefault(node.parent, []).append(node.rid)
-        running, pending = [], list(rids)
+            children.setdefault(node.parent, []).append(node)
+        found: dict[str, _Node] = {}
+        pending = list(children.get(rid, ()))
         while pending:  # a line of requests is as deep as it is long
-            rid = pending.pop()
-            dropped = self.nodes.pop(rid, None)
-            if dropped is not None:
-                running += [rid] if dropped.output is None else []
-                pending += children.get(rid, ())
-        return running
+            node = pending.pop()
+            found[node.rid] = node
+            pending += children.get(node.rid, ())
+        return found
+
+    def drop(self, nodes: dict[str, _Node]) -> list[str]:
+        """Forget requests; returns those that still run."""
+        for rid, node in nodes.items():
+            del self.nodes[rid]
+            self.num_tokens -= node.num_tokens
+        return [rid for rid, node in nodes.items() if node.output is None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +158,7 @@ class SessionStore:
             raise _refused(f"session {asked.id!r} does not exist or has expired", "id")
         self._sessions.move_to_end((key_id, asked.id))
         session.expires_at = self._monotonic() + session.ttl_s
-        aborts: list[str] = []
+        replaced: dict[str, _Node] = {}  # dropped only when nothing is refused any more
         if session.streaming:
             parent = self._line(session, asked)
         else:
@@ -160,16 +166,18 @@ class SessionStore:
                 raise _refused(f"request {asked.rid!r} is not part of session {asked.id!r}", "rid")
             parent = session.nodes[asked.rid] if asked.rid is not None else None
             if asked.replace:
-                roots = [n.rid for n in session.nodes.values() if n.parent == asked.rid]
-                aborts = session.drop(roots)
+                replaced = session.after(asked.rid)
         if parent is not None and parent.output is None:
             raise _refused(f"request {parent.rid!r} has not ended", "rid")
-        if rid in session.nodes:
+        if rid in session.nodes and rid not in replaced:
             raise _refused(f"request {rid!r} is already part of session {asked.id!r}", "rid")
-        if len(session.nodes) >= MAX_SESSION_REQUESTS:
-            raise _refused(f"the session holds {len(session.nodes)} requests; replace some, or close it", "id")
-        if session.num_tokens >= MAX_SESSION_TOKENS:
-            raise _refused(f"the session holds {session.num_tokens} tokens; replace requests, or close it", "id")
+        num_requests = len(session.nodes) - len(replaced)
+        if num_requests >= MAX_SESSION_REQUESTS:
+            raise _refused(f"the session holds {num_requests} requests; replace some, or close it", "id")
+        num_tokens = session.num_tokens - sum(node.num_tokens for node in replaced.values())
+        if num_tokens >= MAX_SESSION_TOKENS:
+            raise _refused(f"the session holds {num_tokens} tokens; replace requests, or close it", "id")
+        aborts = session.drop(replaced)
         before = array("i")
         if parent is not None:
             before = parent.prompt[:] if asked.drop_previous_output else parent.prompt + (parent.output or array("i"))

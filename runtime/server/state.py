@@ -40,25 +40,42 @@ class ServerState:
         self.contexts = ContextRegistry(config.max_kept_contexts, config.max_contexts_per_key)
         self.responses = ResponseStore(config.max_kept_contexts, config.max_contexts_per_key, config.context_ttl_s)
         self.sessions = SessionStore(config.max_kept_contexts, config.max_contexts_per_key, config.context_ttl_s)
-        self.paused: str | None = None  # how generation was put on hold
+        self._held: tuple[str, int] | None = None  # how generation was put on hold, and in which life of the engine
         self.model_name = config.model_name or service.model_name
         self.counts = ServerCounts()
         self.started_at = time.time()
         self.draining = False
         self._text = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="caesura-text")
-        self._max_context_tokens: int | None = None
+        self._max_context_tokens: tuple[int, int] | None = None  # and in which life of the engine
 
     async def on_text_thread(self, work: Callable[[], T]) -> T:
         """Rendering and tokenizing, away from the event loop, with a deadline."""
         async with asyncio.timeout(TEXT_DEADLINE_S):
             return await asyncio.get_running_loop().run_in_executor(self._text, work)
 
+    @property
+    def paused(self) -> str | None:
+        """How generation was put on hold; an engine that was started since is not."""
+        return self._held[0] if self._held is not None and self._held[1] == self.service.life else None
+
+    async def hold(self, mode: str) -> None:
+        """Put generation on hold, for every key."""
+        life = self.service.life
+        await self.service.hold(retract=mode == "retract")
+        self._held = mode, life
+
+    async def go_on(self) -> None:
+        """Let generation go on. Idempotent."""
+        await self.service.go_on()
+        self._held = None
+
     async def max_context_tokens(self) -> int:
-        """The longest context the engine takes, asked for once. Raises EngineStopped, TimeoutError."""
-        if self._max_context_tokens is None:
+        """The longest context the engine takes; each engine is asked once. Raises EngineStopped, TimeoutError."""
+        life = self.service.life
+        if self._max_context_tokens is None or self._max_context_tokens[1] != life:
             async with asyncio.timeout(STATS_DEADLINE_S):
-                self._max_context_tokens = int((await self.service.read_stats())["max_context_tokens"])
-        return self._max_context_tokens
+                self._max_context_tokens = int((await self.service.read_stats())["max_context_tokens"]), life
+        return self._max_context_tokens[0]
 
     def work(self, request: Request, *, rid: str | None, cache_salt: str | None) -> Work:
         """A request at work; to be entered."""

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from caesura.runtime.api import Handle
+from caesura.runtime.errors import ContextClosed
 from caesura.runtime.executors.base import SampledToken
 from caesura.runtime.generation import Finish
 from caesura.runtime.sampling import SamplingParams
@@ -61,21 +62,28 @@ async def run_jobs(state: ServerState, work: Work, jobs: Sequence[TextJob]) -> A
 async def _run_job(
     state: ServerState, work: Work, number: int, job: TextJob
 ) -> AsyncGenerator[TextItem | Scores, None]:
-    handle = await work.open(state.config.request_deadline_s)
     cached: int | None = None
-    if job.score_from is None:
-        await handle.append(job.prompt_ids)
-    else:  # first what is not scored, to learn how much of it was cached
-        first = min(max(job.score_from, 1), len(job.prompt_ids))
-        await handle.append(job.prompt_ids[:first])
-        cached = await _prefill(work, handle)
-        await handle.append(job.prompt_ids[first:])
-        yield await _score(number, job, handle, first)
-    handles = [handle]
-    if len(job.params) > 1:
-        found = await _prefill(work, handle)
-        cached = found if cached is None else cached
-        handles += await work.fork(handle, len(job.params) - 1)
+    try:
+        handle = await work.open(state.config.request_deadline_s)
+        if job.score_from is None:
+            await handle.append(job.prompt_ids)
+        else:  # first what is not scored, to learn how much of it was cached
+            first = min(max(job.score_from, 1), len(job.prompt_ids))
+            await handle.append(job.prompt_ids[:first])
+            cached = await _prefill(work, handle)
+            await handle.append(job.prompt_ids[first:])
+            yield await _score(number, job, handle, first)
+        handles = [handle]
+        if len(job.params) > 1:
+            found = await _prefill(work, handle)
+            cached = found if cached is None else cached
+            handles += await work.fork(handle, len(job.params) - 1)
+    except (Aborted, ContextClosed) as error:  # an abort is an end like any other, also of what has not begun
+        if not work.was_aborted(error):
+            raise
+        for choice in range(len(job.params)):
+            yield TextItem(number, choice, "", (), (), Finish("abort", None, (), len(job.prompt_ids), 0, 0))
+        return
 
     async def choose(choice: int) -> AsyncGenerator[TextItem, None]:
         params = job.params[choice]

@@ -62,13 +62,25 @@ class Work:
         if self.aborted:
             raise Aborted
         handle = await _even_if_cancelled(self.service.open(self.namespace, deadline_s), _close_one)
-        return self.adopt(handle)
+        return (await self._unless_late([handle]))[0]
 
     async def fork(self, parent: Handle, count: int) -> list[Handle]:
         """Copies of a context, which belong to this request as well."""
         forks = await _even_if_cancelled(parent.fork(count), _close_many)
         self._prompts.update(dict.fromkeys(forks, self._prompt(parent)))
-        return [self.adopt(handle) for handle in forks]
+        return await self._unless_late(forks)
+
+    async def _unless_late(self, handles: Sequence[Handle]) -> list[Handle]:
+        """Take over what was made, unless an abort came meanwhile."""
+        if self.aborted:
+            with contextlib.suppress(Exception):  # an engine that died has closed them
+                await _close_many(handles)
+            raise Aborted
+        return [self.adopt(handle) for handle in handles]
+
+    def was_aborted(self, error: Exception) -> bool:
+        """Whether this is how an abort shows, which closes the request's contexts under whatever uses them."""
+        return isinstance(error, Aborted) or (self.aborted and isinstance(error, ContextClosed))
 
     def adopt(self, handle: Handle) -> Handle:
         """From now on the context ends with this request."""
@@ -88,6 +100,8 @@ class Work:
             chunks = self._until_aborted(chunks)
         counted = params.max_new_tokens == 0  # computing a prompt is no generation
         try:
+            if self.aborted:
+                raise Aborted
             async with contextlib.aclosing(chunks):
                 async for chunk in chunks:
                     self._tally.chunk(chunk)

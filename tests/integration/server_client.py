@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import httpx
+import pytest
 from caesura.runtime.config import EngineConfig
 from caesura.runtime.embedded.calculator import calculate
 from caesura.runtime.embedded.chat import CALCULATOR_TOOL
@@ -54,6 +55,26 @@ def answered(message: dict[str, Any]) -> list[dict[str, Any]]:
         value = calculate(json.loads(call["function"]["arguments"])["expression"])
         results.append({"role": "tool", "tool_call_id": call["id"], "content": str(value)})
     return [message, *results]
+
+
+class Held:
+    """A coroutine method that waits at its beginning until it may go on."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+        self.num_calls = 0
+        self.go_on = asyncio.Event()
+        whole = getattr(owner, name)
+
+        async def held(*args: Any, **more: Any) -> Any:
+            self.num_calls += 1
+            await self.go_on.wait()
+            return await whole(*args, **more)
+
+        patch.setattr(owner, name, held)
+
+    async def reached(self) -> None:
+        while not self.num_calls:
+            await asyncio.sleep(0.002)
 
 
 async def nothing_left(service: EngineService) -> None:

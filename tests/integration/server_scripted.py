@@ -81,7 +81,7 @@ class ScriptedHandle:
             fork.tokens = list(self.tokens)
         return forks
 
-    async def pause(self, calls: Sequence[Any], wait: str = "all") -> None:
+    async def pause(self, calls: Sequence[Any], wait: str = "all", deadline_s: float | None = None) -> None:
         pass
 
     async def close(self) -> None:
@@ -92,6 +92,7 @@ class ScriptedService:
     """An engine with a script, behind the embedded model's tokenizer and a template of a model that thinks."""
 
     ready = True
+    life = 0
     tool_format = ToolFormat.HERMES
     model_name = "scripted"
 

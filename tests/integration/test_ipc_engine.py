@@ -169,6 +169,12 @@ async def failures(service: Service) -> list[tuple[type[Exception], str]]:
         await late.append([1])
     with pytest.raises(DeadlineExceeded):
         await late.append([1])
+    waits = await service.open("", 0.5)
+    await waits.append([5, 6])
+    await waits.pause([PendingCall("person", deadline_s=60.0)], deadline_s=60.0)
+    await asyncio.sleep(0.6)
+    assert await waits.append([7]) == 3, "a pause may give it more time than it was opened with"
+    await waits.close()
     return found
 
 

@@ -71,7 +71,7 @@ def test_a_killed_engine_fails_its_requests_and_is_replaced(temporary: Path) -> 
         running = [asyncio.ensure_future(count_tokens(handle, ENDLESS)) for handle in handles]
         scoring = asyncio.ensure_future((await filled(client)).prefill())
         await asyncio.wait([scoring])
-        first = pid_of(client)
+        first, life = pid_of(client), client.life
         killed_at = time.monotonic()
         os.kill(first, signal.SIGKILL)
         results = await asyncio.gather(*running, return_exceptions=True)
@@ -83,7 +83,7 @@ def test_a_killed_engine_fails_its_requests_and_is_replaced(temporary: Path) -> 
         with pytest.raises(EngineStopped, match="restarted"):
             await client.open()
         await asyncio.to_thread(eventually, lambda: client.ready)
-        assert pid_of(client) != first
+        assert pid_of(client) != first and client.life != life
         assert not is_alive(first)
         assert await count_tokens(await filled(client), SHORT) == 8
         with pytest.raises(EngineStopped, match="context was lost"):

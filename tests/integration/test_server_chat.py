@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import defaultdict
 from typing import Any
 
 import httpx
 import pytest
+from caesura.runtime.generation import Finish, TokenChunk
+from caesura.runtime.server.answer import AnswerReader
 from caesura.runtime.server.kept import KeptContext
+from caesura.runtime.text.tool_parser import ToolCallParser, ToolFormat
 from fastapi import FastAPI
 
 from tests.integration.server_client import (
@@ -161,6 +165,15 @@ def test_a_context_whose_client_never_returns_expires() -> None:
     run(test, tool_wait_s=0.3)
 
 
+def test_a_context_waits_for_tools_longer_than_a_request_may_take() -> None:
+    async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
+        await post(client, CHAT, ASK)
+        left_s = embedded_service().call_now(lambda engine: (engine.next_deadline() or 0.0) - engine.clock.now())
+        assert 500 < left_s <= 600
+
+    run(test, tool_wait_s=600, request_deadline_s=60)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("choice", "reason", "names"),
@@ -226,6 +239,33 @@ def test_a_call_cut_off_by_the_limit_is_no_pause() -> None:
         assert len(app.state.server.kept) == 0
 
     run(test)
+
+
+def test_an_abort_is_told_with_the_tokens_that_were_made() -> None:
+    async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
+        body = {"messages": [QUESTION], "rid": "mine", "n": 2, "max_tokens": 1900, "ignore_eos": True}
+        running = asyncio.ensure_future(client.post(CHAT, json=body))
+        at_work = app.state.server.board._at_work
+        while not any(work._tally.tokens_out > 4 for work in at_work.values()):
+            await asyncio.sleep(0.005)
+        (work,) = at_work.values()
+        assert (await post(client, "/abort_request", {"rid": "mine"}))["aborted"] == 1
+        answer = (await running).json()
+        assert [one["finish_reason"] for one in answer["choices"]] == ["abort", "abort"]
+        assert answer["usage"]["completion_tokens"] == work._tally.tokens_out > 4
+
+    run(test)
+
+
+@pytest.mark.parametrize("rest", ['"4827', '"4827 * 396"}}\n</tool_call>'])
+def test_an_aborted_answer_has_called_nothing(rest: str) -> None:
+    text = '<tool_call>\n{"name": "calculator", "arguments": {"expression": ' + rest
+    reader = AnswerReader(0, embedded_service().tokenizer, ToolCallParser(ToolFormat.HERMES, ["calculator"]))
+    finish = Finish("abort", None, (), 3, 1, 0)
+    reader.read(TokenChunk(text, (1,)))
+    reader.read(TokenChunk("", (), (), finish))
+    assert len(reader.calls) == 1
+    assert reader.end(finish, "auto").reason == "abort"
 
 
 def test_a_stream_and_a_whole_answer_agree() -> None:

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from caesura.runtime.embedded.calculator import calculate
 from fastapi import FastAPI
@@ -144,6 +145,19 @@ def test_a_conversation_goes_on_by_the_id_of_the_last_response() -> None:
         assert other["output"][0]["content"][0]["text"] == chat["choices"][0]["message"]["content"]
         assert (other["status"], other["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
         assert other["output"][0]["status"] == "incomplete"
+
+    run(test)
+
+
+def test_a_chain_of_responses_is_counted_for_what_it_holds() -> None:
+    async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
+        more: dict[str, Any] = {}
+        for _ in range(5):
+            answer = await post(client, ROUTE, {"input": "word " * 40, "max_output_tokens": 4, **more})
+            more = {"previous_response_id": answer["id"]}
+        for one, _ in app.state.server.responses._stored.values():
+            held = len(msgspec.json.encode([one.body, one.messages])) + 4 * len(one.answer.token_ids)
+            assert 0.8 * held < one.num_bytes < 1.2 * held, "not also for all before it"
 
     run(test)
 

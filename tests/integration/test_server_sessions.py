@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
+from caesura.runtime.api import Service
+from caesura.runtime.server import ServerConfig, create_app
 from fastapi import FastAPI
 
-from tests.integration.server_client import QUESTION, TOOLS, embedded_service, events_of, nothing_left, post, run
+from tests.integration.server_client import (
+    QUESTION,
+    TOOLS,
+    client_of,
+    embedded_service,
+    events_of,
+    nothing_left,
+    post,
+    run,
+)
+from tests.integration.server_scripted import ScriptedService
 
 TEXT = "What is 3 plus 4? The answer is"
 
@@ -109,6 +121,38 @@ def test_generation_on_hold(mode: str) -> None:
         await nothing_left(service)
 
     run(test)
+
+
+class Replaceable(ScriptedService):
+    """An engine that can be replaced by one with a smaller pool."""
+
+    max_context_tokens = 4096
+
+    async def read_stats(self) -> dict[str, Any]:
+        return {"max_context_tokens": self.max_context_tokens}
+
+    async def hold(self, *, retract: bool) -> None:
+        """Nothing runs anyway."""
+
+
+def test_what_is_known_of_an_engine_ends_with_it() -> None:
+    async def main() -> None:
+        service = Replaceable()
+        app = create_app(cast(Service, service), ServerConfig())
+        async with client_of(app) as client:
+
+            async def known() -> tuple[str | None, int]:
+                info, card = (await client.get("/server_info")).json(), (await client.get("/v1/models")).json()
+                return info["generation_paused"], card["data"][0]["max_model_len"]
+
+            await post(client, "/pause_generation", {"mode": "retract"})
+            assert await known() == ("retract", 4096)
+            service.life, service.max_context_tokens = 1, 512
+            assert await known() == (None, 512)
+            await post(client, "/pause_generation", {"mode": "in_place"})
+            assert await known() == ("in_place", 512)
+
+    asyncio.run(main())
 
 
 def test_prompt_scores_come_with_the_likeliest_tokens() -> None:

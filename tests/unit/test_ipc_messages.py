@@ -51,6 +51,7 @@ COMMANDS: list[m.Command] = [
     m.Fork(6, CONTEXT, 3),
     m.Truncate(7, CONTEXT, 2),
     m.Pause(8, CONTEXT, (PendingCall("add", 1.0, None), PendingCall("sub")), "any"),
+    m.Pause(8, CONTEXT, (PendingCall("add", None, 60.0),), "all", 60.0),
     m.Report(CONTEXT, 0.25, 1),
     m.Resume(9, CONTEXT, 60.0),
     m.Tokens(10, CONTEXT),

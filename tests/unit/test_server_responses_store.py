@@ -41,7 +41,12 @@ def test_the_store_is_bounded_and_forgets_what_nobody_asks_for() -> None:
     store.put(stored("big", "k1", 98))
     assert names(store) == ["of-k2", "of-k3", "big"] and store._num_bytes == 100
     store.put(stored("too-big", "k2", 101))
-    assert names(store) == [] and store._num_bytes == 0
+    assert names(store) == ["of-k2", "of-k3", "big"], "it would have cost everybody's"
+    store.put(stored("bigger", "k1", 98))
+    assert names(store) == ["of-k2", "of-k3", "bigger"] and store._num_bytes == 100, "at its key's own cost"
+    for name in names(store):
+        store._drop(name)
+    assert store._num_bytes == 0
     store.put(stored("d"))
     clock.now = 59.0
     store.get("ann", "d")

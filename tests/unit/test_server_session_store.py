@@ -145,3 +145,29 @@ def test_a_session_holds_a_bounded_number_of_tokens() -> None:
     ask(store, "long", [1] * MAX_SESSION_TOKENS, [])
     with pytest.raises(ApiError, match="8388608 tokens"):
         ask(store, "more", [1], [], rid="long")
+
+
+def test_a_full_session_goes_on_by_replacing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caesura.runtime.server.sessions.MAX_SESSION_TOKENS", 12)
+    store = opened()
+    ask(store, "a", [1] * 4, [])
+    ask(store, "b", [1] * 4, [], rid="a")
+    with pytest.raises(ApiError, match="12 tokens"):
+        ask(store, "c", [1], [], rid="b")
+    assert ask(store, "c", [5], [6], rid="a", replace=True) == [1, 1, 1, 1, 5]
+    assert ask(store, "d", [7], None, rid="c") == [1, 1, 1, 1, 5, 6, 7], "there is room again"
+
+
+def test_a_replacement_that_is_refused_replaces_nothing() -> None:
+    store = opened()
+    ask(store, "a", [1], [2])
+    ask(store, "b", [3], [4], rid="a")
+    ask(store, "c", [5], None, rid="b")
+    with pytest.raises(ApiError, match="already part"):
+        store.begin("ann", SessionParams("s", rid="a", replace=True), "a")
+    with pytest.raises(ApiError, match="has not ended"):
+        store.begin("ann", SessionParams("s", rid="c", replace=True), "d")
+    ask(store, "d", [7], None, rid="a")
+    turn = store.begin("ann", SessionParams("s", rid="a", replace=True), "b")
+    assert sorted(turn.aborts) == ["c", "d"], "what still runs is told when it goes"
+    assert list(turn.before) == [1, 2]
