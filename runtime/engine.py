@@ -56,6 +56,7 @@ class Engine:
         self.executor = executor
         self._overlapping = overlapping
         self._flight: Flight | None = None
+        self._failure: Exception | None = None  # of a step that was waited for outside of one
         self.clock = clock
         below = (executor.num_host_pages, executor.num_disk_pages) if policy.uses_host else (0, 0)
         self.ledger = KVLedger(executor.page_size, executor.num_device_pages, *below, disk_pays=profile.disk_pays)
@@ -141,11 +142,20 @@ class Engine:
         self.scheduler.submit(context, self.clock.now(), samples=False, recompute_from=start - 1)
 
     def pause(
-        self, context: ContextId, calls: Sequence[Call], *, wait_any: bool = False, deadline_at: float | None = None
+        self,
+        context: ContextId,
+        calls: Sequence[Call],
+        *,
+        wait_any: bool = False,
+        deadline_at: float | None = None,
+        lives_until: float | None = None,
     ) -> None:
-        """The context waits for these tools from now on."""
+        """The context waits for these tools from now on, until ``deadline_at`` at most. ``lives_until`` replaces the
+        context's own deadline, which counts as well."""
         self._records.idle(context)
-        self.scheduler.pause(context, self.clock.now(), calls, wait_any=wait_any, deadline_at=deadline_at)
+        self.scheduler.pause(
+            context, self.clock.now(), calls, wait_any=wait_any, deadline_at=deadline_at, lives_until=lives_until
+        )
         self._records.has_new_pause = True
 
     def report(self, context: ContextId, fraction: float, call: int = 0) -> None:
@@ -161,8 +171,11 @@ class Engine:
     def fork(self, parent: ContextId, on_closed: Callable[[Exception], None] = lambda _: None) -> ContextId:
         """A copy that shares the parent's KV."""
         record = self._records.idle(parent)
-        if self._flight is not None and any(piece.context_id == parent for piece in self._flight.plan.slices):
-            self._land()  # it was stopped meanwhile: whether its rows came about is to be known before they are shared
+        if self._flight is not None and self._flight.computes(parent, self.ledger.computed(parent)):
+            try:
+                self._land()  # it was stopped: whether its last rows came about is to be known before they are shared
+            except Exception as error:
+                self._failure = error
         child = ContextId(next(self._ids))
         self.scheduler.fork(parent, child, self.clock.now())
         self._records[child] = Record(record.namespace, on_closed)
@@ -222,6 +235,9 @@ class Engine:
 
     def step(self) -> StepPlan:
         """One iteration."""
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
         self._records.has_new_pause = False
         plan = self.scheduler.plan(self.clock.now())
         for context in plan.expired:

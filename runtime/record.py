@@ -78,6 +78,10 @@ class Flight:
     result: StepResult
     live: set[ContextId]
 
+    def computes(self, context: ContextId, num_tokens: int) -> bool:
+        """Some of the context's first ``num_tokens`` are still to come of it."""
+        return any(piece.context_id == context and piece.start < num_tokens for piece in self.plan.slices)
+
 
 NO_OUTPUT = ExecOutput(0.0, ())
 

@@ -98,16 +98,16 @@ class Telemetry:
     def _begun(self, state: Context, piece: Slice, now: float) -> _Request:
         """The request that a slice belongs to; its first slice says how long it queued and what it found cached."""
         request = self._requests.get(state.id)
-        if request is not None and request.submitted == state.requeued:
+        if request is not None and request.submitted == state.submitted:
             return request
-        request = self._requests[state.id] = _Request(state.requeued)
+        request = self._requests[state.id] = _Request(state.submitted)
         # A slice that samples may have ended the request already, and with it have changed the context.
         num_tokens = piece.start + piece.num_tokens if piece.samples else state.num_tokens
         self._num_requests += 1
         self._prompt_tokens += num_tokens
         self._cached_tokens += min(num_tokens, max(0, state.cached_tokens))
         self._prompts.add(num_tokens)
-        self._queue_s.add(max(0.0, now - state.requeued))
+        self._queue_s.add(max(0.0, now - state.submitted))
         return request
 
     def _sampled(self, context: ContextId, request: _Request, result: StepResult, end: float) -> None:

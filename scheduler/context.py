@@ -79,7 +79,7 @@ class Context:
     tokens: list[int] = field(default_factory=list)
     phase: Phase = Phase.PAUSED
     pause: Pause = field(default_factory=lambda: Pause(0.0))
-    requeued: float = 0.0  # when its request was made, so when it joined the queue; `arrival` never changes
+    submitted: float = 0.0  # when its request was made; `arrival` never changes
     waiting_since: float = 0.0  # the same, or when it was preempted after it had caught up
     samples: bool = False  # a token is to be sampled on catching up
     recompute_from: int | None = None  # rows from here on are wanted again although their KV exists (scoring)

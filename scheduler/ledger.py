@@ -32,11 +32,15 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
-    """``freed`` pages are free now, ``pending`` ones when their copy ends. ``action`` may be weaker than asked."""
+    """``freed`` pages are free now, ``pending`` ones when their copy ends. ``action`` may be weaker than asked.
+
+    ``rest`` is the segment that is left of one taken in part.
+    """
 
     freed: int
     pending: int
     action: Action
+    rest: int | None = None
 
 
 class Ledger(Protocol):

@@ -170,7 +170,7 @@ class MemoryDesk:
             taken = self._reclaim(lacking)
             if taken:
                 return True
-        return self._reclaim_queued(context, lacking) > 0
+        return self._reclaim_queued(context, lacking + self._soon) > 0
 
     def preempt(self, state: Context) -> None:
         """Back to the queue. What it holds stays, revocably, so memory is taken only as far as it is needed."""
@@ -189,8 +189,7 @@ class MemoryDesk:
         """
         got = 0
         if self._policy.on_demand:
-            running = len(self._contexts.in_phase(Phase.RUNNING))
-            wanted += min(running, self._ledger.num_device_pages // AHEAD_SHARE)
+            wanted += self._soon
         if self._ranked is None:
             self._ranked = iter(self._policy.reclaim(self._view(wanted=wanted), wanted))
         while got < wanted and (take := self._left or next(self._ranked, None)) is not None:
@@ -198,14 +197,20 @@ class MemoryDesk:
             got += self._take(take, wanted - got)
         return got
 
+    @property
+    def _soon(self) -> int:
+        """Pages that running contexts will want next, one each."""
+        running = len(self._contexts.in_phase(Phase.RUNNING))
+        return min(running, self._ledger.num_device_pages // AHEAD_SHARE)
+
     def _take(self, take: Take, wanted: int) -> int:
         pages = min(take.num_pages, wanted) if take.segment.id >= 0 else take.num_pages
         done = self._ledger.reclaim(take.segment.id, pages, take.action)
         got = done.freed + done.pending
         if got and take.segment.id >= 0:
             rest = take.segment.num_pages - pages
-            if rest:
-                segment = take.segment._replace(num_pages=rest, num_tokens=rest * self._ledger.page_size)
+            if rest and done.rest is not None:
+                segment = take.segment._replace(id=done.rest, num_pages=rest, num_tokens=rest * self._ledger.page_size)
                 self._left = replace(take, segment=segment, num_pages=rest)
             for holder in take.segment.holders:
                 state = self._contexts[holder]

@@ -63,7 +63,7 @@ class Scheduler:
         state = self.contexts[context]
         self.resume(context, now)
         state.samples, state.recompute_from = samples, recompute_from
-        state.requeued = state.waiting_since = now
+        state.submitted = state.waiting_since = now
         self.ledger.truncate(context, state.reuse_limit)  # also what lies on the host now: another may bring it back
         self.contexts.become(state, Phase.QUEUED)
         state.cached_tokens = -1
@@ -77,10 +77,13 @@ class Scheduler:
         *,
         wait_any: bool = False,
         deadline_at: float | None = None,
+        lives_until: float | None = None,
     ) -> None:
         """An idle context waits for tools from now on. Said again of the same tools (now with a hint or a deadline),
-        it is the same pause."""
+        it is the same pause. ``deadline_at`` is the pause's; ``lives_until`` replaces the context's own."""
         state = self.contexts[context]
+        if lives_until is not None:
+            state.deadline_at = lives_until  # noted with the pause's, below
         if state.phase is not Phase.PAUSED:
             self.stop(context, now)
         tools = [call.tool for call in calls]

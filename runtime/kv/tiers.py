@@ -7,6 +7,7 @@ back here, and every copy begins and ends here, so "a page is never reused while
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from caesura.runtime.errors import BrokenInvariant
 from caesura.runtime.kv.below import Below
@@ -359,15 +360,21 @@ class Tiers:
     def reclaim(self, node: Node, num_pages: int, action: Action) -> Reclaimed:
         """Take the last ``num_pages`` of a run that paused leases hold, by ``action`` or a weaker one."""
         nothing = Reclaimed(0, 0, action)
-        if action is Action.PRESERVE or num_pages < 1 or not node.device or node.running or not node.paused:
+        num_pages = min(num_pages, len(node.device))
+        if action is Action.PRESERVE or num_pages < 1 or node.running or not node.paused:
             return nothing
         before = self.takeable_pages
         clear = self._clear_below(node)
         follows = action is Action.SWAP and all(child.leaving for child in node.children.values() if child.device)
         if node.leaving or not (clear or follows):
             return nothing
-        if num_pages < len(node.device):
-            self.tree.split(node, (len(node.device) - num_pages) * self.page_size)
+        if num_pages == len(node.device):
+            return self._reclaim_whole(node, action, before, clear=clear)
+        rest = self.tree.split(node, (len(node.device) - num_pages) * self.page_size)
+        return replace(self._reclaim_whole(node, action, before, clear=clear), rest=rest.id)
+
+    def _reclaim_whole(self, node: Node, action: Action, before: int, *, clear: bool) -> Reclaimed:
+        """``clear``: the device holds nothing below. ``before``: pages to take before any of this."""
         if action is Action.RELEASE:
             return self._release(node, before)
         if node.transfer is None and action is Action.SWAP and node.host and clear:
@@ -379,7 +386,7 @@ class Tiers:
                 self.cut_tail(lease, 0)
             return Reclaimed(self.takeable_pages - before, len(node.device), Action.SWAP)
         if not clear:
-            return nothing
+            return Reclaimed(0, 0, action)
         if node.moving:  # what follows it is on its way down to the disk, and can only go when it is there
             return self._release(node, before)
         self.let_go(node)

@@ -132,7 +132,7 @@ class Continuum(PausePolicy):
 
     def saw_running(self, context: Context, now: float) -> None:
         if context.id not in self._kept and context.id in self._count and context.id not in self._served:
-            self.delay_s += DELAY_WEIGHT * (now - context.requeued - self.delay_s)
+            self.delay_s += DELAY_WEIGHT * (now - context.submitted - self.delay_s)
         self._kept.discard(context.id)
         self._served.add(context.id)
 

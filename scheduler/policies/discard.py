@@ -30,4 +30,4 @@ class Discard(ImprovedDiscard):
     name = "discard"
 
     def order_key(self, context: Context) -> tuple[float, ...]:
-        return (context.requeued, context.id)
+        return (context.submitted, context.id)

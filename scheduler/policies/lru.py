@@ -14,7 +14,7 @@ class Lru(PausePolicy):
     releases_idle = True
 
     def order_key(self, context: Context) -> tuple[float, ...]:
-        return (context.requeued, context.id)
+        return (context.submitted, context.id)
 
     def review(self, view: View) -> list[Choice]:
         return [

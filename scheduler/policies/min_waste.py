@@ -33,7 +33,7 @@ class MinWaste(PausePolicy):
     1. *Sharing*: a run with a running sharer is never a candidate (keeping it is free, dropping it frees nothing);
        else it is kept for the first of its paused holders to return, and recomputed once. So sharers protect a parent.
     2. *On demand*: nothing is given up while nobody wants the memory. While the link is idle, likely victims are
-       copied to the host, so that taking their device pages later is free.
+       copied to the host, once in a pause, so that taking their device pages later is free.
     3. *Conditional durations*: from each tool's history, the program's hint, the tool's reports. T is the price of
        holding for one return: a tool that usually answers at once is not judged by its rare long calls.
     4. *Queueing and starvation*: W_drop charges everybody who stays in memory longer, W_swap the one who waits. Service
@@ -55,12 +55,14 @@ class MinWaste(PausePolicy):
 
     def __init__(self, estimator: Estimator | None = None) -> None:
         super().__init__(estimator)
+        self._copied: dict[ContextId, int] = {}  # tokens copied ahead in the present pause
         self._starved: ContextId | None = None  # one at a time: more would take each other's memory
 
     def saw_paused(self, context: Context, now: float) -> None:
         self.saw_closed(context)
 
     def saw_closed(self, context: Context) -> None:
+        self._copied.pop(context.id, None)
         if self._starved == context.id:
             self._starved = None
 
@@ -81,7 +83,7 @@ class MinWaste(PausePolicy):
     def reclaim(self, view: View, wanted_pages: int) -> Iterator[Take]:
         segments = list(view.segments())
         prices = _Prices(view, segments, max(1, wanted_pages))
-        for segment in leaf_first(segments, prices.rate):
+        for segment in leaf_first(segments, prices.rate_on_the_way):
             costs, hold_s = prices.costs(segment), prices.hold_s(segment)
             swaps = prices.can_copy(segment) and costs.swap_token_s < costs.discard_token_s
             why = "copying costs less than recomputing" if swaps else "recomputing costs less than copying"
@@ -99,11 +101,15 @@ class MinWaste(PausePolicy):
                 break
             if segment.id < 0 or segment.on_host or segment.leaving:
                 continue
+            if all(self._copied.get(holder, 0) >= view.held_tokens(holder) for holder in segment.holders):
+                continue  # its copy was given up for another one: both again and again would keep the link busy
             costs = prices.costs(segment)
             if costs.swap_token_s < costs.discard_token_s:
                 pages = min(segment.num_pages, view.batch_pages, room)
                 room -= pages
                 chosen.append((segment, pages))
+                for holder in segment.holders:
+                    self._copied[holder] = self._copied.get(holder, 0) + pages * view.page_size
         return chosen
 
 
@@ -117,6 +123,7 @@ class _Prices:
         holders = {holder for segment in segments for holder in segment.holders}
         self._hold_s = {holder: view.hold_s(holder) for holder in holders}
         self._held_tokens = {holder: view.held_tokens(holder) for holder in holders}
+        self._runs = {segment.id: segment for segment in segments}
 
     def hold_s(self, segment: Segment) -> float:
         """T(v): of the first of its holders to return."""
@@ -143,6 +150,12 @@ class _Prices:
         tokens, swap, drop = self._losses(segment)
         loss = min(swap, drop) if self.can_copy(segment) else drop
         return loss / max(1e-9, self.hold_s(segment) * tokens)
+
+    def rate_on_the_way(self, segment: Segment) -> float:
+        """The same, but an unfinished page counts as the run that only comes free after it: few tokens are dear for
+        the memory they give, and how few they are says nothing about who is to be taken."""
+        run = self._runs.get(segment.parent) if segment.id < 0 and segment.parent is not None else None
+        return self.rate(segment if run is None else run)
 
     def costs(self, segment: Segment) -> ActionCosts:
         """All three wastes."""

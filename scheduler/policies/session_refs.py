@@ -23,7 +23,7 @@ class SessionRefs(PausePolicy):
     writes_through = True
 
     def order_key(self, context: Context) -> tuple[float, ...]:
-        return (context.requeued, context.id)
+        return (context.submitted, context.id)
 
     def reclaim(self, view: View, wanted_pages: int) -> Iterator[Take]:
         used = {paused.id: paused.since for paused in view.paused}

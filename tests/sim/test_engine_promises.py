@@ -214,6 +214,19 @@ def test_who_goes_on_after_a_tool_may_be_given_more_time() -> None:
         world.settle()
 
 
+def test_a_context_that_waits_may_be_given_another_deadline() -> None:
+    for lives_until, ends_at in ((None, 4.0), (3.0, 3.0), (20.0, 9.0)):
+        world = World("min_waste")
+        heard: list[Exception] = []
+        context = world.engine.open(deadline_at=4.0, on_closed=heard.append)
+        world.engine.append(context, [1, 2, 3])
+        world.engine.pause(context, [Call("person")], deadline_at=9.0, lives_until=lives_until)
+        world.sim.run()
+        assert world.clock.now() == ends_at
+        assert [type(error) for error in heard] == [DeadlineExceeded]
+        world.settle()
+
+
 def test_resume_and_close_are_idempotent() -> None:
     world = World("preserve")
     context = world.engine.open()

@@ -182,6 +182,22 @@ def test_paused_contexts_are_ranked_once_a_step() -> None:
     running.check()
 
 
+def test_what_is_left_of_one_who_was_taken_in_part_is_there_for_the_next() -> None:
+    """50 pages of one paused context and 13 free ones, for two that want 20 each in the same step."""
+    running, simulation = engine(make_policy("min_waste"), pages=64, host_pages=0)
+    context = running.open()
+    generate(running, context, [1] * (50 * PAGE - 4), 1)
+    simulation.run()
+    running.pause(context, [Call("t")])
+    for number in range(2):
+        generate(running, running.open(), [100 + number] * (20 * PAGE - 4), 1)
+    plan = running.step()
+    assert len(plan.slices) == 2
+    assert not plan.preempted
+    simulation.run()
+    running.check()
+
+
 def test_a_program_is_active_until_its_last_context_is_closed() -> None:
     policy = make_policy("admission_only")
     assert isinstance(policy, AdmissionOnly)

@@ -65,6 +65,6 @@ def test_who_is_preempted_keeps_its_place_and_waits_since_it_last_got_on(prompt_
     while second not in plan.preempted:
         plan = engine.step()
     state = engine.scheduler.contexts[second]
-    assert state.requeued == asked_s < plan.now
+    assert state.submitted == asked_s < plan.now
     assert state.waiting_since == (plan.now if prompt_tokens == 100 else asked_s)
     engine.check()

@@ -101,10 +101,13 @@ def test_a_part_is_taken_from_the_end() -> None:
     run(ledger, A, TEN)
     ledger.pause(A)
     (segment,) = ledger.segments()
-    assert ledger.reclaim(segment.id, 2, Action.DISCARD) == Reclaimed(2, 0, Action.DISCARD)
+    taken = ledger.reclaim(segment.id, 2, Action.DISCARD)
     assert ledger.computed(A) == 6
     (rest,) = ledger.segments()
-    assert ledger.reclaim(rest.id, 1, Action.SWAP) == Reclaimed(0, 1, Action.SWAP)
+    assert taken == Reclaimed(2, 0, Action.DISCARD, rest=rest.id)
+    taken = ledger.reclaim(rest.id, 1, Action.SWAP)
+    assert (taken.freed, taken.pending, taken.action) == (0, 1, Action.SWAP)
+    assert taken.rest in {segment.id for segment in ledger.segments()}
     assert ledger.pending_pages == 1
     acknowledge_all(ledger)
     assert (ledger.computed(A), ledger.free_pages) == (4, 6)

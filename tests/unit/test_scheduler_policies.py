@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from caesura.lang.cli.output import POLICY_HELP
@@ -185,6 +186,28 @@ def test_min_waste_weighs_waste_against_the_time_it_buys() -> None:
     # but twenty times as long an absence is worth more than four times the wait
     contexts = [paused(1, remaining_s=40.0, tokens=400), paused(2, remaining_s=2.0, tokens=100)]
     assert next(make_policy("min_waste").reclaim(view(contexts, segments), 5)).segment.id == 1
+
+
+def test_an_unfinished_page_counts_as_the_run_before_it() -> None:
+    """Nine tokens of who is back in 0.5 s cost less each than the one token of who is back in 5 s."""
+    contexts = [paused(1, remaining_s=0.5), paused(2, remaining_s=5.0)]
+    tails = [
+        run(-number, [number], tokens=100, parent=number, start=100)._replace(num_tokens=tokens, num_pages=1)
+        for number, tokens in ((1, 9), (2, 1))
+    ]
+    dear_steps = CostProfile(0.01, 0.001, 0.0, 0.0, 0.0001, 100)
+    seen = replace(view(contexts, [run(1, [1]), run(2, [2]), *tails]), profile=dear_steps)
+    takes = make_policy("min_waste").reclaim(seen, 5)
+    assert [take.segment.id for take in takes] == [-2, 2, -1, 1]
+
+
+def test_min_waste_copies_ahead_once_in_a_pause() -> None:
+    policy = make_policy("min_waste")
+    seen = view([paused(1), paused(2)], [run(1, [1]), run(2, [2], on_host=True)])
+    assert [segment.id for segment, _ in policy.copy_ahead(seen)] == [1]
+    assert policy.copy_ahead(seen) == []  # its copy had to give way to another one
+    policy.saw_paused(Context(ContextId(1), 0.0), 9.0)
+    assert [segment.id for segment, _ in policy.copy_ahead(seen)] == [1]
 
 
 def test_min_waste_lets_others_pass_for_a_second_only() -> None:

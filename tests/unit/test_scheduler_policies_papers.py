@@ -26,7 +26,7 @@ STEPPED = CostProfile(0.010, 0.001, 0.0, 0.0, 0.0001, 100)  # as PROFILE, with 1
 
 def context(number: int, *, tokens: int = 100, arrival: float = 0.0) -> Context:
     state = Context(ContextId(number), arrival, [0] * tokens)
-    state.requeued = arrival
+    state.submitted = arrival
     return state
 
 
@@ -89,7 +89,7 @@ def test_blocking_swap_idles_the_whole_batch() -> None:
 )
 def test_who_keeps_his_place_and_who_queues_up_again(policy: str, first: int) -> None:
     early, late = context(1, arrival=1.0), context(2, arrival=2.0)
-    early.requeued = 5.0  # back from a tool
+    early.submitted = 5.0  # back from a tool
     assert min((early, late), key=make_policy(policy).order_key).id == first
 
 
@@ -303,6 +303,17 @@ def test_thunderagent_sets_small_acting_programs_aside_first() -> None:
     assert policy.used_tokens(5.0) == 300
     wait(policy, crowd[2], "search", 6.0)
     assert policy.used_tokens(6.0) == 0
+
+
+def test_thunderagent_sets_a_leaving_program_aside_with_its_last_reasoning_branch() -> None:
+    policy = ThunderAgent()
+    parent, branch = context(1, tokens=100), context(2, tokens=300)
+    branch.program = parent.id
+    policy.admit([parent, branch], room([parent, branch]))
+    wait(policy, parent, "sub_agent", 0.0)
+    policy.review(thunder(5.0, [paused(1)], 280))  # it leaves when its branch rests,
+    policy.saw_closed(branch)  # or is closed
+    assert policy.used_tokens(5.0) == 0
 
 
 def test_the_window_grows_by_two_and_shrinks_by_a_quarter() -> None:
