@@ -26,8 +26,9 @@ $(VENV)/.installed: $(VENV)/.core
 demo: $(VENV)/.core
 	$(BIN)/caesura demo
 
+# Files side by side: most of a test's time goes into waiting for processes, or into one thread of Python.
 test: lint
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout 240 tests examples/notebooks
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --nbmake --nbmake-timeout 240 tests examples/notebooks
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow $(SLOW_OPTIONS)

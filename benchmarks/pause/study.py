@@ -233,7 +233,7 @@ def _own_limits(
     findings: Findings,
     cases: list[tuple[str, int | None]],
     limits: dict[str, float],
-    carry_out: Callable[[Iterable[Chain]], Iterator[tuple[Chain, dict[str, Any]]]],
+    outcomes: Callable[[Iterable[Chain]], Iterator[tuple[Chain, dict[str, Any]]]],
 ) -> None:
     """Where each policy reaches twice its own unloaded latency: who is slow alone has a higher limit. One seed."""
     study = findings.study
@@ -241,7 +241,7 @@ def _own_limits(
         Chain("unloaded", study.spec(*case, policy, study.seeds[0])) for case in cases for policy in study.policies
     ]
     searches = []
-    for chain, outcome in carry_out(alone):
+    for chain, outcome in outcomes(alone):
         spec = chain.spec
         label = findings.label(spec.workload, spec.kv_tokens)
         findings.own_unloaded_s.setdefault(label, {})[spec.policy] = outcome["unloaded_s"]
@@ -252,7 +252,7 @@ def _own_limits(
         else:
             case = (spec.workload, spec.kv_tokens)
             searches.append(_search(findings, case, spec.policy, study.seeds[0], limit_s))
-    for chain, outcome in carry_out(searches):
+    for chain, outcome in outcomes(searches):
         _note_capacity(findings, findings.own_capacities, chain, outcome)
 
 
