@@ -152,6 +152,7 @@ class Core:
         self.decisions: Decisions | None = None  # kept when the session goes
         self._points: list[int] = []  # numbers of the snapshots that no rollback has cut off
         self._num_saved = 0
+        self._voided: dict[int, int] = {}  # by snapshot: the number of events as of the last rollback to it
         self._waiters: list[asyncio.Future[None]] = []
         self._num_auto = 0
 
@@ -345,7 +346,9 @@ class Core:
         else:  # the tool declarations were written in between; they stay
             self.values.tools = tools
             await self._rebuild()
-        void = frozenset(event.name for event in self.events[saved.num_events :] if event.name is not None)
+        start = max(saved.num_events, self._voided.get(saved.number, 0))  # what lies before was told as void already
+        void = frozenset(event.name for event in self.events[start:] if event.name is not None)
+        self._voided[saved.number] = len(self.events)
         self.emit(None, "", {"rollback": True}, void)
 
     async def read_decisions(self) -> Decisions:

@@ -118,9 +118,9 @@ class Drain:
     @property
     def holds_caller(self) -> bool:
         """The running code is part of the body that fills this queue or has forked it, or of a node of it or of its
-        forks; it cannot wait for the body."""
-        inside, inner = _INSIDE.get(), _DRAINED_BY.get()
-        return any(drain._key in inside for drain in self.line) or any(self in drain.line for drain in inner)
+        forks; it cannot wait for the body. A node of another fork is none of these: it may be waited for here."""
+        inside, above = _INSIDE.get(), {drain for inner in _DRAINED_BY.get() for drain in inner.line}
+        return self in above or any(drain._key in inside and drain not in above for drain in self.line)
 
     def mark_drained(self) -> None:
         """Mark the current context as part of a node of this queue."""

@@ -374,7 +374,7 @@ class ProgramState:
 
     async def text_async_iter(self, var: str | None = None, return_meta_data: bool = False) -> AsyncIterator[Any]:
         """As `text_iter`, for any event loop; with ``return_meta_data`` pairs of text and metadata, where ``rollback``
-        says that what came since the snapshot is void."""
+        says that what came since the snapshot is void, of one variable all that came before."""
         at, told = 0, False
         while (found := await runner().wait_async(self._next_event(at, var, told))) is not None:
             at, text, meta = found

@@ -170,7 +170,7 @@ class MemoryDesk:
             taken = self._reclaim(lacking)
             if taken:
                 return True
-        return self._reclaim_queued(context, lacking + self._soon) > 0
+        return self._reclaim_queued(context, lacking + self._soon * self._policy.on_demand) > 0
 
     def preempt(self, state: Context) -> None:
         """Back to the queue. What it holds stays, revocably, so memory is taken only as far as it is needed."""

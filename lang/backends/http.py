@@ -6,6 +6,7 @@ Errors are the runtime's own, by their kinds and with their texts. Only light pa
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -269,8 +270,12 @@ class HTTPSession:
         if self._closed:
             return
         self._closed = True
-        with contextlib.suppress(RemoteError):  # gone with its server, or about to expire there
-            await self._client.request("DELETE", self._path, None, retry_s=CLOSE_RETRY_S)
+        try:
+            with contextlib.suppress(RemoteError):  # gone with its server, or about to expire there
+                await self._client.request("DELETE", self._path, None, retry_s=CLOSE_RETRY_S)
+        except asyncio.CancelledError:
+            self._closed = False  # whoever ends the program closes again
+            raise
 
     async def decisions(self) -> Sequence[Any]:
         """The runtime's decisions, as the same objects that the engine in this process gives."""

@@ -236,6 +236,8 @@ class Contexts:
                         begun, context.cut_off = True, finish is None
                         told = None if finish is None else await self._finished(context, spec, finish, start, text)
                         yield chunk, told
+                        if told is not None:  # what comes now is too late for this request
+                            return
             except Aborted:
                 await context.measure()
                 finish = Finish("abort", None, (), start, count, 0)
@@ -275,6 +277,8 @@ class Contexts:
         body = await read(request, ProgressRequest)
         await self._contexts.expire()
         context = self._present(request)
+        if not context.handle.is_open:
+            raise ApiError(410, "the context has ended, by its deadline or with its engine", code="context_gone")
         self._contexts.touch(context)
         context.handle.report(body.fraction, body.call)
         return reply(self._described(context))

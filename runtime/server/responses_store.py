@@ -71,7 +71,8 @@ class ResponseStore:
         self.expire()
         mine = [one.id for one, _ in self._stored.values() if one.key_id == stored.key_id]
         for number, response_id in enumerate(mine[:-1]):
-            if len(mine) - number > self._max_per_key or self._num_bytes > self._max_bytes:
+            too_many = len(mine) - number > self._max_per_key or len(self._stored) > self._max_responses
+            if too_many or self._num_bytes > self._max_bytes:
                 self._drop(response_id)
         while len(self._stored) > self._max_responses or self._num_bytes > self._max_bytes:
             self._drop(next(iter(self._stored)))

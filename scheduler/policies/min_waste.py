@@ -55,7 +55,7 @@ class MinWaste(PausePolicy):
 
     def __init__(self, estimator: Estimator | None = None) -> None:
         super().__init__(estimator)
-        self._copied: dict[ContextId, int] = {}  # tokens copied ahead in the present pause
+        self._copied: dict[ContextId, int] = {}  # from where on it was copied ahead in the present pause
         self._starved: ContextId | None = None  # one at a time: more would take each other's memory
 
     def saw_paused(self, context: Context, now: float) -> None:
@@ -101,15 +101,17 @@ class MinWaste(PausePolicy):
                 break
             if segment.id < 0 or segment.on_host or segment.leaving:
                 continue
-            if all(self._copied.get(holder, 0) >= view.held_tokens(holder) for holder in segment.holders):
+            end = segment.start + segment.num_tokens
+            if all(end > self._copied.get(holder, end) for holder in segment.holders):
                 continue  # its copy was given up for another one: both again and again would keep the link busy
             costs = prices.costs(segment)
             if costs.swap_token_s < costs.discard_token_s:
                 pages = min(segment.num_pages, view.batch_pages, room)
                 room -= pages
                 chosen.append((segment, pages))
+                begin = end - pages * view.page_size
                 for holder in segment.holders:
-                    self._copied[holder] = self._copied.get(holder, 0) + pages * view.page_size
+                    self._copied[holder] = min(begin, self._copied.get(holder, begin))
         return chosen
 
 

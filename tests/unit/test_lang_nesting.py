@@ -108,6 +108,26 @@ def test_a_forks_node_reads_its_parent_while_that_joins(how: str) -> None:
     assert (state["t"], state["topic"]) == (["pauses"] * 2, "rests")
 
 
+def test_programs_in_forks_read_what_the_other_fork_has_said() -> None:
+    @function
+    def critique(b: Any, peer: Any) -> None:
+        b += "Other: " + peer["draft"] + gen("final")
+
+    @function
+    def main(s: Any) -> None:
+        forks = s.fork(2)
+        forks += gen("draft")
+        forks += lambda i: critique(peer=forks[1 - i])
+        forks.join()
+
+    def answer(prompt: str, request: Any) -> str:
+        return "mine" if request.name == "draft" else prompt
+
+    state = main.run(backend=ScriptedBackend(answer), deadline_s=3)
+    assert state.error() is None
+    assert state["final"] == ["mineOther: mine"] * 2
+
+
 def test_a_forks_node_waits_for_what_its_parent_sets_before_the_join() -> None:
     @function
     def branch(b: Any) -> None:
