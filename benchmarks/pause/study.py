@@ -200,7 +200,7 @@ def conduct(study: Study, store: Store, jobs: int, say: Callable[[str], None]) -
         label = _note_capacity(findings, findings.capacities, chain, outcome)
         say(f"{label} {chain.spec.policy} seed {chain.spec.seed}: carries {outcome['rps']:.3g} requests/s")
     if study.own_limits:
-        _own_limits(findings, cases, limits, lambda chains: run_all(chains, store, jobs, noted, in_turns=in_turns))
+        _own_limits(findings, cases, limits, lambda chains: run_all(chains, store, jobs, noted))
     if study.curves or study.rates:
         for _, outcome in run_all(_curves(study, findings, cases), store, jobs, noted):
             findings.add_runs(outcome["runs"])

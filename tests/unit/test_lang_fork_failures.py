@@ -152,7 +152,7 @@ class Secretive(ScriptedBackend):
 
 @pytest.mark.parametrize("latency_s", [0.0, 0.001])
 def test_decisions_that_are_not_told_neither_fail_nor_hold_up_a_program(latency_s, monkeypatch):
-    monkeypatch.setattr(core_module, "DECISIONS_S", 0.05, raising=False)
+    monkeypatch.setattr(core_module, "DECISIONS_S", 0.05)
 
     @function
     def program(s):
