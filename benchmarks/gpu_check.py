@@ -30,6 +30,32 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 MARK = "FIGURE "
 LEAST_S = 15.0  # less is not worth a stage's start
+KERNELS = """
+# FlashInfer asks a package of this name for compiled kernels before it compiles any
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+__version__ = version("flashinfer-python")
+FOLDER = Path({folder!r})
+
+
+def get_jit_cache_dir():  # up to 0.6
+    return str(FOLDER)
+
+
+def get_jit_cache_providers():  # from 0.7 on
+    return [
+        SimpleNamespace(
+            provider_id="prebuilt",
+            distribution="flashinfer-jit-cache",
+            version=__version__,
+            jit_cache_dir=str(FOLDER),
+            cuda_architectures=["sm" + (FOLDER / "arch").read_text().replace(".", "")],
+            modules=[module.name for module in FOLDER.iterdir()],
+        )
+    ]
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +118,7 @@ def environment_for(folder: Path, kernels: Path | None = None) -> dict[str, str]
     for name in ("lang", "runtime", "scheduler"):
         (package / name).symlink_to(ROOT / name)
     if kernels is not None:
-        # FlashInfer asks a package of this name for compiled kernels before it compiles any
-        (folder / "flashinfer_jit_cache.py").write_text(
-            "from importlib.metadata import version\n"
-            '__version__ = version("flashinfer-python")\n'
-            f"def get_jit_cache_dir(): return {str(kernels.resolve())!r}\n"
-        )
+        (folder / "flashinfer_jit_cache.py").write_text(KERNELS.format(folder=str(kernels.resolve())))
     path = os.pathsep.join(filter(None, [str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]))
     own = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": str(folder / "cache")}
     return os.environ | toolchain(folder) | own

@@ -22,11 +22,13 @@ ATTENTION = ((128, False), (64, False), (128, True))  # head size, sliding windo
 
 
 def main(target: Path, arch: str) -> int:
-    """Leave ``target/NAME/NAME.so`` for every module; 1 when one could not be compiled."""
+    """Leave ``target/NAME/NAME.so`` for every module, and ``target/arch``; 1 when one could not be compiled."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= toolchain(Path(folder))
         _stand_in(Path(folder) / "stand-ins")
         os.environ |= {"FLASHINFER_CUDA_ARCH_LIST": arch, "FLASHINFER_WORKSPACE_BASE": folder}
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "arch").write_text(arch)  # what they can be used on
         failed = 0
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for name, error in pool.map(lambda make: _build(make, target), _modules()):
@@ -37,18 +39,20 @@ def main(target: Path, arch: str) -> int:
 
 def _modules() -> list[Callable[[], Any]]:
     import torch
-    from flashinfer.jit import gen_batch_prefill_module
     from flashinfer.jit.activation import gen_act_and_mul_module
+    from flashinfer.jit.attention import modules
     from flashinfer.jit.cascade import gen_cascade_module
     from flashinfer.jit.norm import gen_norm_module
     from flashinfer.jit.rope import gen_rope_module
     from flashinfer.jit.sampling import gen_sampling_module
 
     kind = torch.bfloat16
+    # from 0.7 on, keys and values of one layout, as ours are, have a module of their own
+    generate = getattr(modules, "_gen_batch_prefill_primary_module", modules.gen_batch_prefill_module)
 
     def attention(size: int, window: bool) -> Callable[[], Any]:
         shape = (kind, kind, kind, torch.int32, size, size, 0, window, False, False)
-        return lambda: gen_batch_prefill_module("fa2", *shape)
+        return lambda: generate("fa2", *shape)
 
     small = [lambda: gen_act_and_mul_module("silu"), gen_norm_module, gen_rope_module, gen_cascade_module]
     return [*(attention(*one) for one in ATTENTION), gen_sampling_module, *small]

@@ -18,7 +18,7 @@ from typing import Any
 
 from caesura.scheduler.policies import POLICIES
 
-from benchmarks.pause.profiles import PUBLISHED
+from benchmarks.pause.profiles import GPTJ, PUBLISHED
 from benchmarks.pause.report import markdown
 from benchmarks.workloads import WORKLOADS
 
@@ -96,7 +96,7 @@ def place_of(document: dict[str, Any]) -> str:
         return "memory"
     if study["engine"] != "simulated":
         return f"real {study['engine']}"
-    return "simulated long" if study["machine"].endswith("-long") else "simulated"
+    return f"simulated {study['machine'].removeprefix(GPTJ.name).strip('-')}".strip()
 
 
 def merged(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:

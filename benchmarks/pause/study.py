@@ -298,7 +298,8 @@ def _carry_something(found: Iterable[float | None]) -> list[float]:
 
 
 def _curves(study: Study, findings: Findings, cases: list[tuple[str, int | None]]) -> list[Chain]:
-    """Runs at the same rates for all policies, from far below to far above what they carry."""
+    """Runs at the same rates for all policies, from far below to far above what they carry; at ``study.rates``, with
+    every seed."""
     chains = []
     chosen = study.workloads if study.rates else [name for name in study.workloads if name in CURVES] or study.workloads
     for workload, kv in cases:
@@ -308,7 +309,7 @@ def _curves(study: Study, findings: Findings, cases: list[tuple[str, int | None]
         carried = _carry_something(findings.median_rps(label, policy) for policy in study.policies)
         middle = statistics.median(carried or [study.guess_rps])
         rates = study.rates or tuple(float(f"{share * middle:.3g}") for share in GRID)
-        for seed in study.seeds[:1]:
+        for seed in study.seeds if study.rates else study.seeds[:1]:
             for rate in rates:
                 for policy in study.policies:
                     spec = study.spec(workload, kv, policy, seed)

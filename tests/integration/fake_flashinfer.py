@@ -51,12 +51,14 @@ def _silu_and_mul(values: Tensor) -> Tensor:
 
 def _top_k(probs: Tensor, top_k: Tensor) -> Tensor:
     assert probs.dtype is torch.float32 and top_k.dtype is torch.int32
+    assert bool(((top_k > 0) & (top_k < probs.shape[1])).all()), "documented for (0, num_classes)"
     kept = [torch.where(row >= row.topk(int(k)).values[-1], row, 0.0) for row, k in zip(probs, top_k, strict=True)]
     return torch.stack([row / row.sum() for row in kept])
 
 
 def _top_p(probs: Tensor, top_p: Tensor) -> Tensor:
     assert top_p.dtype is torch.float32
+    assert bool(((top_p > 0) & (top_p < 1)).all()), "documented for (0, 1)"
     rows = []
     for row, limit in zip(probs, top_p, strict=True):
         ordered, ids = row.sort(descending=True, stable=True)

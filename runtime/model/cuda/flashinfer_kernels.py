@@ -24,6 +24,7 @@ BACKEND = "fa2"
 WORKSPACE_BYTES = 512 << 20  # partial sums of long contexts cut into parts
 HEAD_SIZES = (64, 128, 256)
 CASCADE_TOKENS = 1 << 16  # reading so many tokens less is worth a step without a CUDA graph
+LEAST_MASS = 2.0**-24  # the likeliest token has more
 
 
 def refused(config: ModelConfig, dtype: torch.dtype, device: Device) -> str | None:
@@ -80,9 +81,11 @@ class FlashInferKernels:
         return activated
 
     def keep_top(self, probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-        by_count: Tensor = self._flashinfer.top_k_renorm_probs(probs, top_k)
-        by_mass: Tensor = self._flashinfer.top_p_renorm_probs(probs, top_p)
-        return (by_count > 0) & (by_mass > 0)
+        vocab = probs.shape[1]  # both thresholds are defined between their bounds alone
+        by_count: Tensor = self._flashinfer.top_k_renorm_probs(probs, top_k.clamp(max=vocab - 1))
+        by_mass: Tensor = self._flashinfer.top_p_renorm_probs(probs, top_p.clamp(LEAST_MASS, 1.0 - LEAST_MASS))
+        counted, weighed = (top_k < vocab)[:, None], (top_p < 1.0)[:, None]
+        return ((by_count > 0) | ~counted) & ((by_mass > 0) | ~weighed)
 
 
 class FlashInferAttention:
