@@ -153,6 +153,7 @@ class Capabilities:
     logprobs: bool = True
     prompt_logprobs: bool = False
     pause: bool = True  # contexts are paused while tools run; without it programs run all the same
+    calls_beside_grammar: bool = True  # a generation that is held to a grammar may call tools instead of answering
     images: bool = False
     constraints: frozenset[ConstraintKind] = field(
         default_factory=lambda: frozenset(("regex", "json_schema", "ebnf", "choices"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from caesura.lang.errors import BatchError, DefinitionError, ProgramError
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from caesura.lang.program import Program
 
 AUTO_CONCURRENCY = 1024
+OPTIONS = ("num_threads", "progress_bar", "generator_style", "return_exceptions")
 
 
 def run_batch(
@@ -28,6 +29,11 @@ def run_batch(
     **options: Any,
 ) -> Any:
     """See `Program.run_batch`."""
+    program.split(options, also=OPTIONS)  # a misspelt option is told once, and not by every run
+    if not isinstance(batch_kwargs, Iterable) or isinstance(batch_kwargs, (str, Mapping)):
+        raise DefinitionError(
+            f"run_batch of {program.name!r}: the items are {batch_kwargs!r}; give a list of dicts or of tuples"
+        )
     bound = AUTO_CONCURRENCY if num_threads == "auto" else num_threads
     if not isinstance(bound, int) or bound < 1:
         raise DefinitionError(f"num_threads is {num_threads!r}; it must be 'auto' or at least 1")
@@ -59,16 +65,16 @@ class _Batch:
         self._options = options
         self._outcomes: list[ProgramState | BaseException | None] = [None] * len(items)
         self._changed: asyncio.Event | None = None
-        self._stopped = False
+        self._feeding: asyncio.Task[None] | None = None
         self._running: set[ProgramState] = set()
 
     def results(self, return_exceptions: bool, progress_bar: bool) -> Iterator[Any]:
         """Outcomes in order, each as soon as it and all before it are there."""
-        feeding = runner().wait(self._begin())
         states: list[Any] = []
         errors: dict[int, BaseException] = {}
         with _progress(progress_bar, len(self._items), self._program.name) as advance:
             try:
+                runner().wait(self._begin())
                 for i in range(len(self._items)):
                     outcome = runner().wait(self._outcome(i))
                     error = outcome if isinstance(outcome, BaseException) else outcome.failure
@@ -79,13 +85,13 @@ class _Batch:
                     yield error if error is not None and return_exceptions else outcome
             finally:
                 if len(states) < len(self._items):  # the caller went away: so do the programs
-                    runner().call(self._cancel, feeding)
+                    runner().call(self._cancel)
         if errors and not return_exceptions:
             raise BatchError(states, errors)
 
-    async def _begin(self) -> asyncio.Task[None]:
+    async def _begin(self) -> None:
         self._changed = asyncio.Event()
-        return runner().spawn(self._feed())
+        self._feeding = runner().spawn(self._feed())
 
     async def _feed(self) -> None:
         places = iter(range(len(self._items)))
@@ -121,10 +127,11 @@ class _Batch:
             await self._changed.wait()
         return outcome
 
-    def _cancel(self, feeding: asyncio.Task[None]) -> None:
+    def _cancel(self) -> None:
         for state in self._running:
             state.cancel()
-        feeding.cancel()
+        if self._feeding is not None:
+            self._feeding.cancel()
 
 
 @contextlib.contextmanager

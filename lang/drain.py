@@ -41,6 +41,7 @@ class Drain:
         self._changed = changed
         self._queue: collections.deque[tuple[int, ir.Expr, contextvars.Context]] = collections.deque()
         self._lock = threading.Lock()
+        self._sealed = False
         self._task: asyncio.Task[None] | None = None
         self._num_added = 0
         self._num_done = 0
@@ -50,16 +51,25 @@ class Drain:
         self.joined_at = math.inf  # and the number of the node there that waits for this queue
         self.open = False  # whether there is a context to work on
 
-    def add(self, node: ir.Expr) -> None:
-        """Enqueue a node; sequences are taken apart, so that each part's variable is there as soon as it has run."""
+    def add(self, node: ir.Expr) -> bool:
+        """Enqueue a node, unless the queue is sealed; gives whether it was. Sequences are taken apart, so that each
+        part's variable is there as soon as it has run."""
         context = contextvars.copy_context()
         with self._lock:  # numbers in the queue must rise, whoever adds
+            if self._sealed:
+                return False
             for part in ir.flat(node):
                 self._num_added += 1
                 for inner in ir.walk(part):
                     self._announce(inner)
                 self._queue.append((self._num_added, part, context))
         runner().call(self.kick)
+        return True
+
+    def seal(self) -> None:
+        """Take no more nodes."""
+        with self._lock:
+            self._sealed = True
 
     def _announce(self, node: ir.Expr) -> None:
         """Note which variable a node will set, so that a read waits for the latest value, not an older one."""
@@ -163,19 +173,22 @@ class Drain:
 
     def clear(self) -> list[ir.Expr]:
         """Drop what has not begun; returns it."""
-        dropped = self.waiting
-        self._queue.clear()
-        self._num_done = self._num_added
+        with self._lock:
+            dropped = [node for _, node, _ in self._queue]
+            self._queue.clear()
+            self._num_done = self._num_added
         return dropped
 
     @property
     def waiting(self) -> list[ir.Expr]:
         """What has not begun."""
-        return [node for _, node, _ in self._queue]
+        with self._lock:
+            return [node for _, node, _ in self._queue]
 
     def stop(self) -> asyncio.Task[None] | None:
         """Drop everything; returns the task that is ending."""
-        self._queue.clear()
+        with self._lock:
+            self._queue.clear()
         if self._task is not None and not self._task.cancelling():  # twice would cut its cleaning up short
             self._task.cancel()
         return self._task

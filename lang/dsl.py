@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from caesura.lang import ir
@@ -13,7 +12,9 @@ from caesura.lang.backend import Constraint
 from caesura.lang.choices import ChoicesSamplingMethod, token_length_normalized
 from caesura.lang.errors import DefinitionError
 from caesura.lang.reasoning import marks_of
-from caesura.lang.tools import OnError, as_tool
+from caesura.lang.sampling import Sampling, check_pattern
+from caesura.lang.symbols import Symbol
+from caesura.lang.tools import OnError, as_tool, as_tools, check_options
 from caesura.lang.typed import DTYPE_REGEX, DTYPE_STOP, output_type
 
 
@@ -60,25 +61,45 @@ def gen(
     the state continues with the first. With ``tools`` the model may call them, in parallel, for up to
     ``max_tool_rounds`` rounds; ``tool_choice`` is "auto", "none", "required" or a tool.
     """
+    _check_name("gen", name)
     if choices is not None:
+        _at_most_one(
+            choices=choices,
+            regex=regex,
+            json_schema=json_schema,
+            ebnf=ebnf,
+            dtype=dtype,
+            type=type,
+            tools=tools or None,
+        )
         return select(name, choices, temperature or 0.0, choices_method or token_length_normalized)
     given = locals()
-    sampling = ir.Sampling.of({key: given[key] for key in _SAMPLING})
+    sampling = Sampling.of({key: given[key] for key in _SAMPLING})
     constraint, output = _constraint(regex=regex, json_schema=json_schema, ebnf=ebnf, dtype=dtype, kind=type)
     if dtype is not None and stop is None and (stops := DTYPE_STOP.get(_dtype(dtype))):
-        sampling = ir.Sampling.of({**{key: getattr(sampling, key) for key in _SAMPLING}, "stop": stops})
-    bound = tuple(as_tool(item) for item in tools or ())
-    if len({item.name for item in bound}) != len(bound):
-        raise DefinitionError(f"two tools of gen({name!r}) have one name: {[item.name for item in bound]}")
+        sampling = Sampling.of({**{key: getattr(sampling, key) for key in _SAMPLING}, "stop": stops})
+    bound = as_tools(tools or (), f"gen({name!r})")
     if bound and (n or 1) != 1:
         raise DefinitionError(f"gen({name!r}): n and tools do not go together; fork the state instead")
-    if not 0 <= max_tool_rounds <= 1000:
-        raise DefinitionError(f"max_tool_rounds is {max_tool_rounds}; it must lie between 0 and 1000")
+    if not isinstance(max_tool_rounds, int) or not 0 <= max_tool_rounds <= 1000:
+        raise DefinitionError(f"max_tool_rounds is {max_tool_rounds!r}; it must be an int between 0 and 1000")
     choice = _tool_choice(tool_choice, [item.name for item in bound])
     return ir.Gen(name, sampling, constraint, output, bound, choice, max_tool_rounds, parallel_tool_calls)
 
 
-_SAMPLING = tuple(ir.Sampling.__dataclass_fields__)
+_SAMPLING = tuple(Sampling.__dataclass_fields__)
+
+
+def _check_name(word: str, name: object) -> None:
+    """Raise DefinitionError when something else stands where the variable's name belongs."""
+    if name is not None and not isinstance(name, (str, Symbol)):
+        raise DefinitionError(f'the name of {word} is {name!r}; the first argument is the variable: {word}("x", ...)')
+
+
+def _at_most_one(**given: object) -> None:
+    names = [key for key, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise DefinitionError(f"{' and '.join(names)} are given; a generation is held to one of them")
 
 
 def _tool_choice(choice: Any, names: Sequence[str]) -> str:
@@ -104,32 +125,30 @@ def _constraint(
     if dtype is not None and regex is not None:
         warnings.warn("both dtype and regex are given; dtype is ignored", stacklevel=3)
         dtype = None
-    named = {"regex": regex, "json_schema": json_schema, "ebnf": ebnf, "dtype": dtype, "type": kind}
-    given = [key for key, value in named.items() if value is not None]
-    if len(given) > 1:
-        raise DefinitionError(f"{' and '.join(given)} are given; a generation is held to one of them")
+    _at_most_one(regex=regex, json_schema=json_schema, ebnf=ebnf, dtype=dtype, type=kind)
     if dtype is not None:
         return Constraint("regex", DTYPE_REGEX[_dtype(dtype)]), None
     if kind is not None:
         output = output_type(kind)
         return output.constraint, output
     if regex is not None:
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise DefinitionError(f"regex {regex!r} cannot be compiled: {error}") from None
+        check_pattern("regex", regex)
         return Constraint("regex", regex), None
     if json_schema is not None:
         return Constraint("json_schema", _schema_text(json_schema)), None
+    if ebnf is not None and not isinstance(ebnf, str):
+        raise DefinitionError(f"ebnf is {ebnf!r}; it must be a str")
     return (Constraint("ebnf", ebnf), None) if ebnf is not None else (None, None)
 
 
 def _schema_text(schema: str | Mapping[str, Any]) -> str:
-    if not isinstance(schema, str):
-        return json.dumps(schema)
+    if not isinstance(schema, (str, Mapping)):
+        raise DefinitionError(f"json_schema is {schema!r}; it must be a dict or JSON text (type= takes Python types)")
     try:
+        if isinstance(schema, Mapping):
+            return json.dumps(schema)
         parsed = json.loads(schema)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise DefinitionError(f"json_schema is no JSON: {error}") from None
     if not isinstance(parsed, (dict, bool)):
         raise DefinitionError(f"json_schema must be a JSON object, not {type(parsed).__name__}")
@@ -153,8 +172,9 @@ def select(
     choices_method: ChoicesSamplingMethod = token_length_normalized,
 ) -> ir.Select:
     """Append the most likely of ``choices``. Scores are in ``get_meta_info(name)``."""
-    if not choices or any(not isinstance(choice, str) or not choice for choice in choices):
-        raise DefinitionError(f"choices of select({name!r}) is {choices!r}; give at least one non-empty str")
+    _check_name("select", name)
+    if not choices or isinstance(choices, str) or any(not isinstance(choice, str) or not choice for choice in choices):
+        raise DefinitionError(f"choices of select({name!r}) is {choices!r}; give a list of non-empty str")
     if len(set(choices)) != len(choices):
         raise DefinitionError(f"choices of select({name!r}) has duplicates: {list(choices)}")
     if temperature > 1e-5:
@@ -179,6 +199,7 @@ def call_tool(
     ``retries`` and ``on_error`` ("observe": an error becomes text, "raise": it ends the program) override the tool's
     own. ``expected_s`` tells the scheduler how long it will take; it changes speed, never results.
     """
+    _check_name("call_tool", name)
     return ir.CallTool(name, invocation(tool, args, kwargs, timeout_s, retries, on_error, expected_s))
 
 
@@ -197,8 +218,11 @@ def call_tools(
     Results are appended one a line in the order of the calls; ``s[name]`` is the list of their texts. With
     ``wait="any"`` the first success ends the wait and cancels the other calls.
     """
+    _check_name("call_tools", name)
     if wait not in ("all", "any"):
         raise DefinitionError(f"wait is {wait!r}; it must be 'all' or 'any'")
+    if not isinstance(calls, Iterable):
+        raise DefinitionError(f"calls of call_tools({name!r}) is {calls!r}; give a list of (tool, args...)")
     made = []
     for call in calls:
         if isinstance(call, ir.ToolInvocation):
@@ -226,12 +250,13 @@ def invocation(
     """A checked call: the arguments fit the signature, the options are in range."""
     made = as_tool(tool)
     made.bind(args, kwargs)
-    if timeout_s is not None and not timeout_s > 0:
-        raise DefinitionError(f"timeout_s of a call of {made.name!r} is {timeout_s}; it must be above 0")
-    if retries is not None and not 0 <= retries <= 100:
-        raise DefinitionError(f"retries of a call of {made.name!r} is {retries}; it must lie between 0 and 100")
-    if on_error not in (None, "observe", "raise"):
-        raise DefinitionError(f"on_error is {on_error!r}; it must be 'observe' or 'raise'")
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, ir.Expr) and not isinstance(value, Symbol):
+            raise DefinitionError(
+                f"an argument of tool {made.name!r} is {value.label()}, whose value is not known yet; add it to the "
+                "state first, and give what it is then: s[name]"
+            )
+    check_options(f"a call of {made.name!r}", timeout_s, retries, expected_s, on_error)
     return ir.ToolInvocation(made, args, dict(kwargs), timeout_s, retries, expected_s, on_error)
 
 

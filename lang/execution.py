@@ -15,8 +15,8 @@ from caesura.lang.backend import Backend, Session
 from caesura.lang.core import Core, Usage
 from caesura.lang.errors import DeadlineExceeded, LangError, ProgramCancelled, ProgramError
 from caesura.lang.fibers import finished, run_in_fiber
-from caesura.lang.ir import Sampling
 from caesura.lang.runner import runner
+from caesura.lang.sampling import Sampling
 from caesura.lang.spans import Span
 from caesura.lang.state import ProgramState
 
@@ -64,7 +64,8 @@ class Execution:
         self._body = body
         self._sessions: list[Session] = []
         self._making: set[asyncio.Task[list[Session]]] = set()
-        self._nested: list[Execution] = []
+        self._nested: set[Execution] = set()  # that have not ended
+        self._outer: Execution | None = None
         self._task: asyncio.Task[None] | None = None
         self._stop: LangError | None = None
         self._begun = False
@@ -78,7 +79,8 @@ class Execution:
         """Begin in the background; returns the root state at once."""
         outer = _current.get()
         if outer is not None and not outer.done:
-            outer._nested.append(self)
+            outer._nested.add(self)
+            self._outer = outer
         context = contextvars.copy_context()
 
         def launch() -> None:
@@ -161,7 +163,9 @@ class Execution:
         return None
 
     async def _end(self, failure: ProgramError | None) -> None:
-        """Stop what still runs and give all sessions back."""
+        """Stop what still runs and give all sessions back. Nothing can be added any more: it would open new ones."""
+        for state in self.states:
+            state.close("its program has ended")
         if failure is not None:
             for state in self.states:
                 if not state.idle:
@@ -170,7 +174,7 @@ class Execution:
         if drains:
             await asyncio.wait(drains, timeout=CLOSE_TIMEOUT_S)
         if failure is not None:
-            for nested in self._nested:
+            for nested in list(self._nested):
                 nested.cancel(ProgramCancelled(f"program {self.program!r}, which ran this one, has ended"))
         if self._making:
             _, late = await asyncio.wait(set(self._making), timeout=MAKING_GRACE_S)
@@ -193,6 +197,9 @@ class Execution:
             for state in self.states:
                 state.finish(failure if state is self.root else None)
             self._nested.clear()
+            if self._outer is not None:
+                self._outer._nested.discard(self)
+                self._outer = None
 
     def _end_span(self, failure: ProgramError | None) -> None:
         if failure is None:

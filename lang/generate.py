@@ -14,9 +14,10 @@ from caesura.lang.backend import Finish, GenChunk, GenRequest, Piece, Session, T
 from caesura.lang.choices import mean
 from caesura.lang.core import Core, Segment, Usage
 from caesura.lang.errors import OutputError, StateError
+from caesura.lang.sampling import Sampling
 from caesura.lang.spans import Span
 
-DEFAULTS = ir.Sampling(max_tokens=128, min_tokens=0, n=1, temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0)
+DEFAULTS = Sampling(max_tokens=128, min_tokens=0, n=1, temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +81,11 @@ async def generate(core: Core, node: ir.Gen) -> None:
     core.set(name, value, text=output.text, meta=meta[0] if n == 1 else {**meta[0], "samples": meta})
 
 
-async def stream(core: Core, session: Session, request: GenRequest) -> Output:
-    """Generate on the core's own session, telling streams as it goes."""
+async def stream(
+    core: Core, session: Session, request: GenRequest, keep: Callable[[Output], bool] = lambda output: True
+) -> Output:
+    """Generate on the core's own session, telling streams as it goes. Of what is not to ``keep`` nothing is noted but
+    its cost; whoever asks so does not stream, and rolls the session back."""
     num_told = 0
 
     def tell(chunk: GenChunk) -> None:
@@ -92,10 +96,12 @@ async def stream(core: Core, session: Session, request: GenRequest) -> Output:
 
     with core.spans.within("generate", request.name) as span:
         output = await _collect(core, session, request, span, tell)
+    core.usage += _usage(output)
+    if not keep(output):
+        return output
     if not request.stream:
         core.emit(request.name, output.text, _progress(request, len(output.token_ids), output.finish))
     core.add_generated(output.text, request.name, output.finish, constrained=request.constraint is not None)
-    core.usage += _usage(output)
     return output
 
 
@@ -205,7 +211,7 @@ def _finish_meta(finish: Finish) -> dict[str, Any]:
 Triple = tuple[float, int, str | None]
 
 
-def meta_of(output: Output, request: GenRequest, given: ir.Sampling, prompt: Sequence[TokenLogprob]) -> dict[str, Any]:
+def meta_of(output: Output, request: GenRequest, given: Sampling, prompt: Sequence[TokenLogprob]) -> dict[str, Any]:
     """Meta information under SGLang's keys; logprobs are ``(logprob, token_id, text)``."""
     meta: dict[str, Any] = {"id": request.name, **_finish_meta(output.finish)}
     if request.logprobs is not None:
@@ -224,7 +230,7 @@ def triple(item: TokenLogprob, with_text: bool = True) -> Triple:
     return (item.logprob, item.token_id, item.text if with_text else None)
 
 
-async def _prompt_logprobs(session: Session, given: ir.Sampling) -> list[TokenLogprob]:
+async def _prompt_logprobs(session: Session, given: Sampling) -> list[TokenLogprob]:
     start = given.logprob_start_len
     if not given.return_logprob or start is None or start < 0:
         return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from caesura.lang import ir
@@ -14,6 +14,7 @@ from caesura.lang.core import Core
 from caesura.lang.errors import ProgramError, StateError, TraceStopped, UnsupportedByBackend
 from caesura.lang.generate import generate, select
 from caesura.lang.reasoning import split_reasoning
+from caesura.lang.sampling import Sampling
 from caesura.lang.toolloop import generate_with_tools
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ T = TypeVar("T")
 Handler = Callable[["ProgramState", Any, contextvars.Context], Awaitable[None]]
 
 
-def check(node: ir.Expr, backend: Backend, defaults: ir.Sampling) -> None:
+def check(node: ir.Expr, backend: Backend, defaults: Sampling) -> None:
     """Raise UnsupportedByBackend when the backend cannot do what ``node`` needs; called where the node is added.
     ``defaults`` are the run's."""
     able = backend.capabilities
@@ -45,7 +46,7 @@ def check(node: ir.Expr, backend: Backend, defaults: ir.Sampling) -> None:
     elif isinstance(node, (ir.TakeSnapshot, ir.RollbackTo)) and not able.rollback:
         missing = "snapshot and rollback"
     elif isinstance(node, ir.RoleBegin) and (not able.chat or backend.chat is None):
-        missing = "roles (it has no chat template)"
+        missing = "roles (it has no chat template: write plain text)"
     elif isinstance(node, ir.Media) and not able.images:
         missing = f"{node.kind} input"
     if missing:
@@ -65,15 +66,11 @@ async def execute(state: ProgramState, node: ir.Expr, context: contextvars.Conte
     await handler(state, node, context)
 
 
-async def _in_context(state: ProgramState, context: contextvars.Context, work: Awaitable[T]) -> T:
+async def _in_context(state: ProgramState, context: contextvars.Context, work: Coroutine[Any, Any, T]) -> T:
     """Await user code with the context variables of the code that asked for it."""
     own = context.copy()
     own.run(state.drain.mark_drained)
-
-    async def run() -> T:
-        return await work
-
-    return await asyncio.get_running_loop().create_task(run(), context=own)
+    return await asyncio.get_running_loop().create_task(work, context=own)
 
 
 async def _text(state: ProgramState, node: ir.Text, _: contextvars.Context) -> None:
@@ -162,10 +159,10 @@ async def _program(state: ProgramState, node: ir.ProgramCall, context: contextva
         own.program = node.program.name
         raise own from own.cause
     finally:
+        inner.close("its program has ended")
         task = inner.stop()
         if task is not None:
             await asyncio.wait((task,), timeout=5.0)
-        inner.closed = "its program has ended"
     state.position = node.label()
 
 

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from caesura.lang.backend import Constraint
 from caesura.lang.errors import DefinitionError
+from caesura.lang.sampling import Sampling
 from caesura.lang.symbols import Symbol
 
 if TYPE_CHECKING:
@@ -79,87 +80,12 @@ class Argument(Symbol, Expr):
         return f"argument({self.name!r})"
 
 
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "max_tokens": (0, 1_000_000),
-    "min_tokens": (0, 1_000_000),
-    "n": (1, 128),
-    "temperature": (0.0, 100.0),
-    "top_p": (0.0, 1.0),
-    "top_k": (-1, 1 << 31),
-    "min_p": (0.0, 1.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "presence_penalty": (-2.0, 2.0),
-    "repetition_penalty": (0.01, 100.0),
-    "top_logprobs_num": (0, 20),
-    "seed": (0, (1 << 63) - 1),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """Sampling arguments; None means "as the run says", and what the run leaves open has a fixed default."""
-
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    n: int | None = None
-    stop: tuple[str, ...] | None = None
-    stop_token_ids: tuple[int, ...] | None = None
-    stop_regex: tuple[str, ...] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    ignore_eos: bool | None = None
-    seed: int | None = None
-    logit_bias: tuple[tuple[int, float], ...] | None = None
-    return_logprob: bool | None = None
-    logprob_start_len: int | None = None
-    top_logprobs_num: int | None = None
-    return_text_in_logprobs: bool | None = None
-
-    @staticmethod
-    def of(values: Mapping[str, Any]) -> Sampling:
-        """Check and normalise arguments as a caller writes them."""
-        clean = dict(values)
-        for name in ("stop", "stop_regex"):
-            if isinstance(clean.get(name), str):
-                clean[name] = (clean[name],)
-        for name in ("stop", "stop_regex", "stop_token_ids"):
-            if clean.get(name) is not None:
-                clean[name] = tuple(clean[name])
-        if isinstance(clean.get("logit_bias"), Mapping):
-            clean["logit_bias"] = tuple((int(k), float(v)) for k, v in clean["logit_bias"].items())
-        for name, (low, high) in _BOUNDS.items():
-            value = clean.get(name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise DefinitionError(f"{name} is {value!r}; it must be a number")
-            if not low <= value <= high:
-                raise DefinitionError(f"{name} is {value}; it must lie between {low} and {high}")
-        if any(not isinstance(text, str) or not text for text in clean.get("stop") or ()):
-            raise DefinitionError(f"stop is {clean['stop']!r}; each stop string must be a non-empty str")
-        return Sampling(**clean)
-
-    def over(self, defaults: Sampling) -> Sampling:
-        """These arguments, with what is None taken from ``defaults``."""
-        taken = {
-            item.name: getattr(defaults, item.name)
-            for item in fields(self)
-            if getattr(self, item.name) is None and getattr(defaults, item.name) is not None
-        }
-        return replace(self, **taken) if taken else self
-
-
 @dataclass(frozen=True, slots=True)
 class Gen(Expr):
     """A generation. With ``tools`` the model may call them, and goes on when the results are there."""
 
     name: str | None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     constraint: Constraint | None = None
     output: OutputType | None = None
     tools: tuple[Tool, ...] = ()
@@ -274,9 +200,16 @@ class ProgramCall(Expr):
         return f"program {self.program.name}"
 
     def __getitem__(self, name: str) -> Any:
-        raise DefinitionError(
-            f"inside a program, {self.program.name}(...) is an expression: add it to the state (s += "
-            f"{self.program.name}(...)), or run it on its own with {self.program.name}.run(...)"
+        raise DefinitionError(self._is_no_state())
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"no attribute {name!r}: {self._is_no_state()}")
+
+    def _is_no_state(self) -> str:
+        name = self.program.name
+        return (
+            f"inside a program, {name}(...) is an expression: add it to the state (s += {name}(...)), or run it on its "
+            f"own with {name}.run(...)"
         )
 
 
@@ -358,6 +291,8 @@ def as_expr(value: object) -> Expr:
         return Seq(tuple(as_expr(item) for item in value))
     if value is None:
         raise DefinitionError("None cannot be added to a state; did a helper forget its return?")
+    if callable(value):
+        raise DefinitionError(f"{value!r} cannot be added to a state: call it, and add what it gives")
     raise DefinitionError(
         f"{type(value).__name__} cannot be added to a state; give a str (str(x)) or an expression such as gen(...)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
@@ -12,8 +13,9 @@ from caesura.lang.errors import DefinitionError, NoBackend
 from caesura.lang.execution import Execution, RunOptions, current_execution
 from caesura.lang.fibers import finished
 from caesura.lang.runner import runner
+from caesura.lang.sampling import Sampling
 from caesura.lang.state import ProgramState
-from caesura.lang.tools import Tool, as_tool
+from caesura.lang.tools import Tool, as_tools
 from caesura.lang.trace import Trace, is_tracer, is_tracing, trace_program
 
 T = TypeVar("T")
@@ -21,7 +23,7 @@ T = TypeVar("T")
 # Arguments of run() besides the program's own; sampling arguments carry SGLang's names.
 _SAMPLING_OPTIONS = {
     "max_new_tokens": "max_tokens",
-    **{name: name for name in ir.Sampling.__dataclass_fields__ if name != "max_tokens"},
+    **{name: name for name in Sampling.__dataclass_fields__ if name != "max_tokens"},
 }
 _RUN_OPTIONS = ("stream", "backend", "use_thread", "deadline_s", "namespace")
 
@@ -50,6 +52,8 @@ def default_backend(backend: Backend | str | None = None) -> Backend:
             "no backend: give one with run(backend=...) or set_default_backend(...), for example Engine() for the "
             'in-process engine, "http://127.0.0.1:30000" for a server or ScriptedBackend([...]) in tests'
         )
+    if isinstance(chosen, type) or not hasattr(chosen, "capabilities"):
+        raise DefinitionError(f"backend is {chosen!r}; it must be an object, as Engine() gives one, or an address")
     return chosen
 
 
@@ -75,12 +79,14 @@ class Program:
             raise DefinitionError(f"program {func.__name__!r} is a generator; use s += ... instead of yield")
         self.func = func
         self.name: str = name or getattr(func, "__name__", None) or "program"
-        self.tools: tuple[Tool, ...] = tuple(as_tool(item) for item in tools)
+        self.tools: tuple[Tool, ...] = as_tools(tools, f"program {self.name!r}")
         self.bound = dict(bound or {})
         self._instance = instance
         parameters = list(inspect.signature(func).parameters.values())
         if not parameters or parameters[0].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
             raise DefinitionError(f"program {self.name!r} needs a first parameter, which becomes the state")
+        if instance is not None and len(parameters) == 1 and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+            raise DefinitionError(f"program {self.name!r} needs a parameter after self, which becomes the state")
         self.__doc__ = func.__doc__
         self.__name__ = self.name
 
@@ -131,7 +137,7 @@ class Program:
         ``use_thread`` (False waits for the end), ``deadline_s`` (the program is ended then), ``namespace`` (cached
         prefixes are shared within one only). A program's own parameter of the same name comes first.
         """
-        own, backend, options, background = self._split(kwargs)
+        own, backend, options, background = self.split(kwargs)
         self._check(args, own)
         execution = Execution(self.name, lambda state: self.body(state, args, own), default_backend(backend), options)
         state = execution.start()
@@ -161,8 +167,11 @@ class Program:
 
         return run_batch(self, batch_kwargs, **options)
 
-    def _split(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Backend | str | None, RunOptions, bool]:
-        """Separate the program's own keyword arguments from the run's."""
+    def split(
+        self, kwargs: Mapping[str, Any], also: Sequence[str] = ()
+    ) -> tuple[dict[str, Any], Backend | str | None, RunOptions, bool]:
+        """Separate the program's own keyword arguments from the run's. Raises DefinitionError for one that is neither;
+        ``also`` are other names that it may be meant for."""
         parameters = {parameter.name for parameter in self.own_parameters}
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in self.own_parameters)
         own: dict[str, Any] = {}
@@ -178,16 +187,22 @@ class Program:
             elif takes_any:
                 own[key] = value
             else:
-                raise DefinitionError(
-                    f"program {self.name!r} takes no argument {key!r}; its own are: {', '.join(self.arg_names)}"
-                )
+                raise DefinitionError(self._no_argument(key, also))
         deadline_s = run.get("deadline_s")
-        if deadline_s is not None and not deadline_s > 0:
-            raise DefinitionError(f"deadline_s is {deadline_s}; it must be above 0")
+        if deadline_s is not None and not (isinstance(deadline_s, (int, float)) and deadline_s > 0):
+            raise DefinitionError(f"deadline_s is {deadline_s!r}; it must be a number above 0")
         options = RunOptions(
-            ir.Sampling.of(sampling), bool(run.get("stream", False)), deadline_s, run.get("namespace", ""), self.tools
+            Sampling.of(sampling), bool(run.get("stream", False)), deadline_s, run.get("namespace", ""), self.tools
         )
         return own, run.get("backend"), options, bool(run.get("use_thread", True))
+
+    def _no_argument(self, name: str, others: Sequence[str]) -> str:
+        known = [*self.arg_names, *_SAMPLING_OPTIONS, *_RUN_OPTIONS, *others]
+        close = difflib.get_close_matches(name, known, 1)
+        also = ", ".join(_RUN_OPTIONS)
+        hint = f"did you mean {close[0]!r}?" if close else f"every run takes {also} and sampling arguments"
+        own = ", ".join(self.arg_names) or "none"
+        return f"program {self.name!r} takes no argument {name!r}; its own are: {own}; {hint}"
 
     def _check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Arguments fit the signature; said where the program is called, not later in the background."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures
 import contextlib
 import contextvars
 import os
@@ -15,7 +16,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from caesura.lang.errors import BlockingCall
+from caesura.lang.errors import BlockingCall, StateError
 from caesura.lang.fibers import current_fiber
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ class Runner:
         self.loop = asyncio.new_event_loop()
         self.pid = os.getpid()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._ended = False
         started = threading.Event()
         self._thread = threading.Thread(target=self._main, args=(started,), name="caesura-loop", daemon=True)
         self._thread.start()
@@ -71,7 +73,7 @@ class Runner:
                     "tool); use the awaitable form: await state.get_async(name), await state.wait_async()"
                 )
             return fiber.wait(work)
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        future = self._submit(work)
         try:
             return future.result()
         except BaseException:
@@ -82,12 +84,20 @@ class Runner:
         """Await ``work`` from any event loop."""
         if self.on_loop:
             return await work
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
+        return await asyncio.wrap_future(self._submit(work))
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        if self._ended:  # nobody would ever answer
+            work.close()
+            raise StateError("the process ends, and its programs have ended; read states and close tools before that")
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def stop(self) -> None:
         """End of the process: cancel what runs, so that contexts are given back, and stop the loop."""
         if self.pid != os.getpid() or not self._thread.is_alive() or self.on_loop:
             return
+
+        self._ended = True
 
         async def finish() -> None:
             tasks = [task for task in self._tasks if not task.done()]
@@ -112,5 +122,10 @@ def runner() -> Runner:
         with _lock:
             if _runner is None or _runner.pid != os.getpid():
                 _runner = Runner()
-                atexit.register(_runner.stop)
     return _runner
+
+
+@atexit.register  # so early that what users register is called before it
+def _stop() -> None:
+    if _runner is not None:
+        _runner.stop()

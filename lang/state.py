@@ -19,6 +19,7 @@ from caesura.lang.drain import Drain
 from caesura.lang.errors import ProgramError, StateError, UnknownVariable
 from caesura.lang.group import ProgramStateGroup
 from caesura.lang.interpreter import check, execute
+from caesura.lang.reading import Reading, Stream
 from caesura.lang.runner import runner
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class ProgramState:
         self._core = core
         self.drain = Drain(self._execute, self._node_failed, self.notify)
         self.drain.open = core is not None
+        self._reading = Reading(self)
         self._waiters: list[asyncio.Future[None]] = []
         self.body_running = has_body
         self.closed: str | None = None  # why nothing can be added any more
@@ -62,11 +64,11 @@ class ProgramState:
         self._check_open()
         for inner in ir.walk(node):
             check(inner, self._execution.backend, self._execution.options.sampling)
-        self.drain.add(node)
+        if not self.drain.add(node):
+            self._check_open()  # it was closed meanwhile
 
     def _check_open(self) -> None:
-        if self.failure is not None:
-            raise self._seen(self.failure)
+        self.check_failure()
         if self.closed is not None:
             raise StateError(f"nothing can be added to this state of {self._execution.program!r}: {self.closed}")
 
@@ -145,68 +147,32 @@ class ProgramState:
                     ahead += child._failed(failure)
                     child.failure_seen = True
 
+    def close(self, why: str) -> None:
+        """Nothing can be added any more; what was added still runs."""
+        self.closed = self.closed or why
+        self.drain.seal()
+
     def finish(self, failure: ProgramError | None) -> None:
         """The run is over."""
         self.body_running = False
         if self.failure is None and failure is not None:
             self.failure = failure
-        self.closed = self.closed or "its program has ended"
         if self._core is not None:
             self._core.session = None
         self.notify()
 
-    def _seen(self, failure: ProgramError) -> ProgramError:
-        self.failure_seen = True
-        return failure.copy()
-
-    # -- waiting -------------------------------------------------------------------------------------------------
-
-    def _over(self) -> bool:
-        """Whether nothing more will come: for the body itself when the queue is empty, else when the run is done."""
-        if self.drain.passed:
-            return True
-        if self.drain.holds_caller or not self.body_running:
-            return self.idle
-        return False
-
-    async def _settled(self) -> None:
-        while self.failure is None and not self._over():
-            await self.change()
-        if self.failure is not None:
-            raise self._seen(self.failure)
-
-    def _ready(self, name: str) -> bool:
-        """Whether the variable has its latest value."""
-        if self._core is None or name not in self._core.values.variables:
-            return False
-        return self.drain.latest(name)
-
-    async def _value(self, name: str) -> Any:
-        while self.failure is None and not self._ready(name):
-            if self._over():
-                known = ", ".join(sorted(self._core.values.variables)) if self._core else ""
-                raise UnknownVariable(
-                    f"no variable {name!r} in program {self._execution.program!r}; there are: {known}"
-                )
-            await self.change()
-        if self.failure is not None:
-            raise self._seen(self.failure)
-        return self.core.values.variables[name]
-
-    async def _done(self) -> None:
-        if self.drain.holds_caller or self is not self._execution.root:
-            return await self._settled()
-        while not self._execution.done:
-            await self.change()
-        if self.failure is not None:
-            raise self._seen(self.failure)
-        return None
+    def check_failure(self) -> None:
+        """Raise the failure, if there is one."""
+        failure = self.failure  # a rollback may revive the state from another thread
+        if failure is not None:
+            self.failure_seen = True
+            raise failure.copy()
 
     # -- reading -------------------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> Any:
         """The value of a variable; waits for it. Raises UnknownVariable (a KeyError) when nothing sets it."""
-        return runner().wait(self._value(name))
+        return runner().wait(self._reading.value(name))
 
     def get_var(self, name: str) -> Any:
         """As ``s[name]``."""
@@ -214,7 +180,7 @@ class ProgramState:
 
     async def get_async(self, name: str) -> Any:
         """As ``s[name]``, awaitable from any event loop."""
-        return await runner().wait_async(self._value(name))
+        return await runner().wait_async(self._reading.value(name))
 
     def __contains__(self, name: str) -> bool:
         """Whether the variable is set, or an expression that sets it is enqueued. Does not wait."""
@@ -226,7 +192,7 @@ class ProgramState:
 
     def _read(self, name: str, table: Callable[[Core], dict[str, Any]], what: str) -> Any:
         async def read() -> Any:
-            await self._value(name)
+            await self._reading.value(name)
             entries = table(self.core)
             if name not in entries:
                 raise UnknownVariable(f"variable {name!r} has no {what}")
@@ -272,11 +238,11 @@ class ProgramState:
 
     def sync(self) -> None:
         """Wait until everything added so far has run (inside the program) or the program is done (outside)."""
-        runner().wait(self._done())
+        runner().wait(self._reading.done())
 
     async def wait_async(self) -> ProgramState:
         """As `sync`, awaitable from any event loop; returns the state."""
-        await runner().wait_async(self._done())
+        await runner().wait_async(self._reading.done())
         return self
 
     def error(self) -> ProgramError | None:
@@ -343,53 +309,29 @@ class ProgramState:
 
     # -- streaming -----------------------------------------------------------------------------------------------
 
-    async def _next_event(self, at: int, name: str | None, told: bool) -> tuple[int, str, dict[str, Any]] | None:
-        """The next non-empty text of ``name`` (None: of anything) at or after position ``at``. Of a variable that no
-        text of has been ``told`` when it is set, all of it."""
-        while True:
-            events = self._core.events if self._core is not None else []
-            while at < len(events):
-                event = events[at]
-                at += 1
-                if (name is None or name == event.name or name in event.void) and (event.text or event.meta):
-                    return at, event.text, event.meta
-            if self.failure is not None:
-                raise self._seen(self.failure)
-            known = name is not None and self._ready(name)
-            if known or self._over():
-                if name is not None and not known:
-                    await self._value(name)
-                text = "" if told or name is None else self.core.values.texts[name]
-                return (at, text, {}) if text else None
-            await self.change()
-
     def text_iter(self, var: str | None = None) -> Iterator[str]:
         """Text as it is generated, of one variable or of everything. Without ``stream=True`` it comes in few pieces."""
-        at, told = 0, False
-        while (found := runner().wait(self._next_event(at, var, told))) is not None:
-            at, text, meta = found
-            told = not meta.get("rollback")
-            if text:
-                yield text
+        stream = Stream(self._reading, var)
+        while (found := runner().wait(stream.next())) is not None:
+            if found[0]:
+                yield found[0]
 
     async def text_async_iter(self, var: str | None = None, return_meta_data: bool = False) -> AsyncIterator[Any]:
         """As `text_iter`, for any event loop; with ``return_meta_data`` pairs of text and metadata, where ``rollback``
         says that what came since the snapshot is void, of one variable all that came before."""
-        at, told = 0, False
-        while (found := await runner().wait_async(self._next_event(at, var, told))) is not None:
-            at, text, meta = found
-            told = not meta.get("rollback")
+        stream = Stream(self._reading, var)
+        while (found := await runner().wait_async(stream.next())) is not None:
             if return_meta_data:
-                yield text, meta
-            elif text:
-                yield text
+                yield found
+            elif found[0]:
+                yield found[0]
 
     # -- structure -----------------------------------------------------------------------------------------------
 
     def fork(self, size: int = 1, position_ids_offset: list[int] | None = None) -> ProgramStateGroup:
         """``size`` states that continue from here in parallel. ``position_ids_offset`` is accepted and not needed."""
-        if size < 1:
-            raise StateError(f"fork size is {size}; it must be at least 1")
+        if not isinstance(size, int) or size < 1:
+            raise StateError(f"fork size is {size!r}; it must be an int of at least 1")
         children = tuple(ProgramState(self._execution, None) for _ in range(size))
         for child in children:
             child.drain.parent = self.drain
@@ -454,6 +396,8 @@ class ProgramState:
 
     def rollback(self, snapshot: Snapshot) -> None:
         """Return to a snapshot. A failed state works again, if the snapshot was reached before the failure."""
+        if not isinstance(snapshot, Snapshot):
+            raise StateError(f"rollback to {snapshot!r}: give what snapshot() gave")
         if self.failure is not None and snapshot.saved is not None and not self._execution.stopping:
             self.failure = None
         self.submit(ir.RollbackTo(snapshot))

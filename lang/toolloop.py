@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from caesura.lang import ir
-from caesura.lang.backend import Session, ToolCallRequest, ToolUse
+from caesura.lang.backend import GenRequest, Session, ToolCallRequest, ToolUse
 from caesura.lang.calls import check_raise, note, paused, pending
 from caesura.lang.core import Core
 from caesura.lang.errors import StateError
@@ -31,8 +32,8 @@ async def generate_with_tools(core: Core, node: ir.Gen) -> None:
         use = ToolUse(tuple(tool.spec for tool in node.tools), choice, node.parallel_tool_calls)
         session = await core.flush()
         request = request_of(core, node, name, use)
-        output = await stream(core, session, request)
-        if output.finish.reason != "tool_calls" or not output.finish.tool_calls or choice == "none":
+        output = await _said(core, session, request)
+        if not _has_calls(output) or choice == "none":
             break
         history += await _round(core, session, tools, node, output, f"{name}-{number}")
     content = output.finish.content
@@ -41,6 +42,26 @@ async def generate_with_tools(core: Core, node: ir.Gen) -> None:
     value = value_of(node, text, output.finish)
     given = node.sampling.over(core.execution.options.sampling)
     core.set(name, value, text=text, meta={**meta_of(output, request, given, ()), "tool_rounds": number})
+
+
+async def _said(core: Core, session: Session, request: GenRequest) -> Output:
+    """Calls, or an answer. Where a grammar would rule calls out, the model is free of it until it answers; what it says
+    then is taken back, and said once more under the grammar."""
+    use = request.tool_use
+    assert use is not None
+    able = core.execution.backend.capabilities
+    if request.constraint is not None and use.choice != "none" and not able.calls_beside_grammar:
+        mark = await session.mark()
+        output = await stream(core, session, replace(request, constraint=None, stream=False), keep=_has_calls)
+        if _has_calls(output):
+            return output
+        await session.rollback(mark)
+        request = replace(request, tool_use=replace(use, choice="none"))
+    return await stream(core, session, request)
+
+
+def _has_calls(output: Output) -> bool:
+    return output.finish.reason == "tool_calls" and bool(output.finish.tool_calls)
 
 
 async def _round(

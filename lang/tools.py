@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, overload
 
@@ -75,9 +76,9 @@ class Tool:
         doc = description if description is not None else inspect.getdoc(function)
         self.description = (doc or "").strip()
         self.timeout_s = timeout_s
-        self.retries = retries
+        self.retries = retries or 0
         self.expected_s = expected_s
-        self.on_error: OnError = on_error
+        self.on_error: OnError = on_error or "observe"
         self.max_chars = max_chars
         self._given_parameters = parameters
         self._arguments: _Arguments | None = None
@@ -92,12 +93,7 @@ class Tool:
             raise DefinitionError(
                 f"tool name {self.name!r}: letters, digits, _ and - only, at most 64; give one with @tool(name=...)"
             )
-        if self.timeout_s is not None and not self.timeout_s > 0:
-            raise DefinitionError(f"timeout_s of tool {self.name!r} is {self.timeout_s}; it must be above 0, or None")
-        if not 0 <= self.retries <= 100:
-            raise DefinitionError(f"retries of tool {self.name!r} is {self.retries}; it must lie between 0 and 100")
-        if self.on_error not in ("observe", "raise"):
-            raise DefinitionError(f"on_error of tool {self.name!r} is {self.on_error!r}; give 'observe' or 'raise'")
+        check_options(f"tool {self.name!r}", self.timeout_s, self.retries, self.expected_s, self.on_error)
         if self.max_chars < 1:
             raise DefinitionError(f"max_chars of tool {self.name!r} is {self.max_chars}; it must be at least 1")
 
@@ -197,7 +193,9 @@ class _Arguments:
         except DefinitionError:
             raise
         except Exception as error:
-            raise DefinitionError(f"tool {tool.name!r}: no JSON schema for its signature: {error}") from error
+            raise DefinitionError(
+                f"tool {tool.name!r}: no JSON schema for its signature: {first_line(error)}"
+            ) from error
         return _Arguments(model, names, schema)
 
     def parse(self, arguments: str) -> dict[str, Any]:
@@ -216,6 +214,11 @@ def _signature(function: Callable[..., Any], local_names: Mapping[str, Any] | No
         return inspect.signature(function, eval_str=True, locals=local_names)
     except (NameError, TypeError, ValueError, AttributeError):
         return None
+
+
+def first_line(error: BaseException) -> str:
+    """What pydantic says of a type, without its advice and addresses."""
+    return str(error).partition("\n")[0]
 
 
 def validation_problems(error: Any) -> str:
@@ -263,13 +266,48 @@ def tool(function: Callable[..., Any] | None = None, /, **options: Any) -> Tool 
     return lambda wrapped: Tool(wrapped, local_names=names, **options)
 
 
+def check_options(
+    whose: str, timeout_s: float | None, retries: int | None, expected_s: float | None, on_error: str | None
+) -> None:
+    """Raise DefinitionError for an option of a tool, or of one call, that is out of range. None says nothing."""
+    if timeout_s is not None and not (_is_number(timeout_s) and timeout_s > 0):
+        raise DefinitionError(f"timeout_s of {whose} is {timeout_s!r}; it must be a number above 0, or None")
+    if retries is not None and not (isinstance(retries, int) and 0 <= retries <= 100):
+        raise DefinitionError(f"retries of {whose} is {retries!r}; it must be an int between 0 and 100")
+    if expected_s is not None and not (_is_number(expected_s) and expected_s >= 0):
+        raise DefinitionError(f"expected_s of {whose} is {expected_s!r}; it must be a number of at least 0, or None")
+    if on_error not in (None, "observe", "raise"):
+        raise DefinitionError(f"on_error of {whose} is {on_error!r}; give 'observe' or 'raise'")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def as_tool(value: Any) -> Tool:
     """A Tool as it is; a plain function becomes one."""
+    from caesura.lang.program import Program
+
     if isinstance(value, Tool):
         return value
+    if isinstance(value, Program):
+        raise DefinitionError(
+            f"{value.name!r} is a program, no tool; give a function that runs it: {value.name}.run(...).ret_value"
+        )
     if callable(value):
         return Tool(value)
     raise DefinitionError(f"{value!r} is no tool; give a function or a @tool")
+
+
+def as_tools(values: Any, whose: str) -> tuple[Tool, ...]:
+    """A list of tools and functions, each name once."""
+    if not isinstance(values, Iterable):
+        raise DefinitionError(f"tools of {whose} is {values!r}; give a list of tools")
+    tools = tuple(as_tool(value) for value in values)
+    names = [tool.name for tool in tools]
+    if len(set(names)) != len(names):
+        raise DefinitionError(f"two tools of {whose} have one name: {names}")
+    return tools
 
 
 def render(value: Any) -> str:
@@ -281,7 +319,10 @@ def render(value: Any) -> str:
     try:
         return to_json(value).decode()
     except (PydanticSerializationError, RecursionError, ValueError) as error:
-        raise ValueError(f"the result is a {type(value).__name__}, which JSON cannot express: {error}") from None
+        raise ValueError(
+            f"the result is a {type(value).__name__}, which JSON cannot express: {error}; return a str, or "
+            "ToolOutput(value, text)"
+        ) from None
 
 
 def clip(text: str, max_chars: int) -> str:

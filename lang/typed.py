@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from caesura.lang.backend import Constraint
 from caesura.lang.errors import DefinitionError, OutputError
-from caesura.lang.tools import validation_problems
+from caesura.lang.tools import first_line, validation_problems
 
 # The patterns SGLang uses for ``dtype``; values stay strings.
 DTYPE_REGEX: dict[type, str] = {
@@ -78,7 +78,7 @@ def _schema_type(name: str, kind: Any) -> OutputType:
         adapter = TypeAdapter(kind)
         schema = adapter.json_schema()
     except Exception as error:
-        raise DefinitionError(f"type={name} has no JSON schema: {error}") from error
+        raise DefinitionError(f"type={name} has no JSON schema: {first_line(error)}") from error
 
     def parse(text: str) -> Any:
         try:

@@ -23,6 +23,7 @@ from caesura.lang.backend import (
     ToolCallRequest,
     ToolSpec,
 )
+from caesura.lang.errors import DefinitionError
 
 if TYPE_CHECKING:
     from caesura.runtime.api import Handle, Service
@@ -45,18 +46,24 @@ class EngineBackend:
     def __init__(self, service: Service) -> None:
         self.service = service
         self.name = f"engine({service.model_name})"
-        self.capabilities = Capabilities(prompt_logprobs=True)
+        self.capabilities = Capabilities(prompt_logprobs=True, calls_beside_grammar=False)
         self.chat = TemplateChat(service.template)
 
     @classmethod
     def start(cls, model: str | None = None, **options: Any) -> EngineBackend:
         """Load a model and start its engine. ``options`` are fields of `EngineConfig`; None for the embedded model."""
         from caesura.runtime.config import EngineConfig
-        from caesura.runtime.service import EngineService
 
         if model is not None:
             options["model"] = model
-        return cls(EngineService.start(EngineConfig(**options)))
+        try:
+            config = EngineConfig(**options)
+        except TypeError as error:
+            known = ", ".join(EngineConfig.__dataclass_fields__)
+            raise DefinitionError(f"Engine cannot be configured so: {error}; its options are {known}") from None
+        from caesura.runtime.service import EngineService  # loads torch
+
+        return cls(EngineService.start(config))
 
     async def open(self, *, namespace: str = "", deadline_s: float | None = None) -> EngineSession:
         """A new context on the engine."""

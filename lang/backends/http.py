@@ -57,7 +57,7 @@ class HTTPBackend:
         self._client = HttpClient(url, options, _failure)
         self.url = self._client.url
         self.name = f"http({self.url})"
-        self.capabilities = Capabilities(prompt_logprobs=True)
+        self.capabilities = Capabilities(prompt_logprobs=True, calls_beside_grammar=False)
         self.chat = RemoteChat(self._client)
 
     async def open(self, *, namespace: str = "", deadline_s: float | None = None) -> HTTPSession:

@@ -93,7 +93,12 @@ class OpenAIBackend:
         if dialect != "openai":
             constraints += ("regex", "ebnf")
         self.capabilities = Capabilities(
-            chat=chat, tools=chat, pause=False, prompt_logprobs=False, constraints=frozenset(constraints)
+            chat=chat,
+            tools=chat,
+            pause=False,
+            prompt_logprobs=False,
+            calls_beside_grammar=dialect == "openai",
+            constraints=frozenset(constraints),
         )
         self.chat: ChatFormat | None = MessageChat() if chat else None
         self.can_echo: bool | None = None  # not known yet
@@ -260,7 +265,7 @@ class OpenAISession(TextSession):
                     if wrapped is None:
                         yield GenChunk(text, logprobs=chat_logprobs(choice.get("logprobs")))
         content = "".join(texts)
-        if wrapped is not None:
+        if wrapped is not None and not calls.calls:
             content = wrapped.unwrap(content)
             yield GenChunk(content)
         if calls.calls:

@@ -48,7 +48,10 @@ class ScriptedReply:
 
 Answer = str | ScriptedReply
 Script = (
-    Sequence[Answer] | Mapping[str, Answer | Sequence[Answer]] | Callable[[str, GenRequest], Answer | Awaitable[Answer]]
+    Answer
+    | Sequence[Answer]
+    | Mapping[str, Answer | Sequence[Answer]]
+    | Callable[[str, GenRequest], Answer | Awaitable[Answer]]
 )
 
 
@@ -88,8 +91,8 @@ class Recorded:
 
 @dataclass
 class ScriptedBackend:
-    """Answers from ``replies``: a list (in order of the requests), a dict by variable name (of one answer for every
-    time, or a list), or ``f(prompt, request)``, sync or async.
+    """Answers from ``replies``: one answer for every time, a list (in order of the requests), a dict of
+    either by variable name, or ``f(prompt, request)``, sync or async.
 
     ``scores`` are logprobs for `select`, by option text; without them the option the context mentions last, else the
     longest, wins. ``requests`` and ``events`` record what happened; ``open_sessions`` is zero when all programs have
@@ -155,9 +158,11 @@ class ScriptedBackend:
     async def answer(self, prompt: str, request: GenRequest) -> ScriptedReply:
         """The script's answer. Raises ScriptError when there is none."""
         replies = self.replies
-        if callable(replies):
+        if isinstance(replies, (str, ScriptedReply)):
+            answer: Any = replies
+        elif callable(replies):
             made = replies(prompt, request)
-            answer: Any = await made if inspect.isawaitable(made) else made
+            answer = await made if inspect.isawaitable(made) else made
         elif isinstance(replies, Mapping):
             if request.name not in replies:
                 raise ScriptError(f"no reply for {request.name!r}; the script has {sorted(replies)}")

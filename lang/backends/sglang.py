@@ -69,7 +69,11 @@ class SGLangBackend:
         else:
             self.chat = chat
         self.capabilities = Capabilities(
-            chat=chat is not None, tools=chat is not None, pause=False, prompt_logprobs=True
+            chat=chat is not None,
+            tools=chat is not None,
+            pause=False,
+            prompt_logprobs=True,
+            calls_beside_grammar=False,
         )
 
     @property

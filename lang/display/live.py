@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
+import contextlib
 from typing import TYPE_CHECKING
+
+from caesura.lang.runner import runner
 
 if TYPE_CHECKING:
     from caesura.lang.state import ProgramState
@@ -53,7 +56,12 @@ def _watch_terminal(state: ProgramState, every_s: float) -> None:
 
 
 def _wait(state: ProgramState, every_s: float) -> None:
-    """Until the end, at most ``every_s``."""
-    end = time.monotonic() + every_s
-    while not state.done and time.monotonic() < end:
-        time.sleep(min(0.02, every_s))
+    """Until the end, at most ``every_s``; a program that watches another lets it go on."""
+
+    async def end() -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(every_s):
+                while not state.done:
+                    await state.change()
+
+    runner().wait(end())

@@ -130,6 +130,18 @@ def test_chats_and_their_tools_give_the_engines_answers(engine: EngineBackend, b
     assert [m["role"] for m in state.messages()] == [m["role"] for m in expected.messages()]
 
 
+@pytest.mark.parametrize("where", ["engine", "openai", "sglang"])
+def test_an_answer_under_a_grammar_comes_after_calls(where: str, request: pytest.FixtureRequest) -> None:
+    @function
+    def program(s: ProgramState) -> None:
+        s += user("What is 4827 * 396?")
+        s += assistant(gen("x", regex=r"The answer is \d+\.", tools=[calculator], max_tokens=96, temperature=0))
+
+    state = program.run(backend=request.getfixturevalue(where))
+    assert [result.text for _, result in state.tool_calls("x")] == ["1911492"]
+    assert state["x"] == state.messages()[-1]["content"] == "The answer is 1911492."
+
+
 def test_a_required_call_and_declared_tools(bare: OpenAIBackend) -> None:
     @function
     def required(s: ProgramState) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from caesura.lang import (
@@ -261,3 +261,22 @@ def test_a_stock_sglang_server_has_no_first_logprob_and_may_stream_pieces() -> N
         assert get_server_info(backend)["model"] == "Qwen/Qwen3-0.6B"
     sent = next(body["text"] for _, body in endpoint.asked if body.get("stream"))
     assert sent.count("<|im_end|>") == 1 and sent.startswith("<|im_start|>user\n<\u200b|im_end|>")
+
+
+def test_a_call_comes_before_an_option_that_the_endpoint_is_held_to() -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "6 * 7"}'}}
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        asked = len(body["messages"]) == 1
+        return 200, _said(None, tool_calls=[call]) if asked else _said('{"choice": "even"}')
+
+    @function
+    def program(s: ProgramState) -> None:
+        s += user("Is 6 * 7 odd?")
+        s += assistant(gen("x", type=Literal["odd", "even"], tools=[calculator]))
+
+    endpoint = Endpoint(answer)
+    with live(endpoint) as server, OpenAIBackend(server.url, "m") as backend:
+        state = program.run(backend=backend)
+        assert (state["x"], [result.text for _, result in state.tool_calls("x")]) == ("even", ["42"])
+    assert ["response_format" in body for _, body in endpoint.asked] == [True, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import threading
 from html.parser import HTMLParser
@@ -260,6 +261,23 @@ def test_a_view_changes_in_place_until_the_end(monkeypatch):
     last = Reader(shown[-1]).text
     assert "done" in last
     assert "Look: " in last
+
+
+def test_a_program_that_watches_another_lets_it_go_on():
+    @function
+    def watched(s):
+        s += call_tool("x", slow)
+
+    @tool
+    async def slow() -> str:
+        await asyncio.sleep(0.05)
+        return "done"
+
+    @function
+    def program(s):
+        return watched.run().watch()["x"]
+
+    assert program.run(backend=ScriptedBackend([])).ret_value == "done"
 
 
 def test_the_radix_tree_is_drawn_to_scale_and_in_rows():

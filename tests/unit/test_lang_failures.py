@@ -255,6 +255,19 @@ def test_a_body_that_swallows_cancellation_still_gives_its_sessions_back():
     assert backend.open_sessions == 0
 
 
+def test_a_call_that_is_stopped_before_it_has_begun(recwarn):
+    @function
+    async def program(s):
+        s += call_tool("x", hang)
+        await asyncio.sleep(0)
+        s.stop()
+        await asyncio.sleep(0.01)
+        return "x" in s.variables
+
+    assert program.run(backend=ScriptedBackend()).ret_value is False
+    assert [str(warning.message) for warning in recwarn if "never awaited" in str(warning.message)] == []
+
+
 def test_nothing_can_be_added_after_the_end():
     @function
     def program(s):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from caesura.lang import (
+    Capabilities,
     OutputError,
     ScriptedBackend,
     ScriptedReply,
@@ -200,3 +201,23 @@ def test_scripted_calls_need_tools():
 
     state = program.run(backend=ScriptedBackend([ScriptedReply("", [("search", {})])]))
     assert "allows none" in str(state.error())
+
+
+def test_a_grammar_that_would_rule_calls_out_holds_only_the_answer():
+    backend = ScriptedBackend(
+        [ScriptedReply("", [("search", {"query": "x"})]), "It is 42, I think.", "42"],
+        capabilities=Capabilities(calls_beside_grammar=False),
+    )
+    state = ask.run("how many?", [search], type=int, backend=backend, stream=True)
+    assert "".join(state.text_iter("answer")).endswith("</tool_call>42")
+    assert state["answer"] == 42
+    assert [call.tool for call, _ in state.tool_calls("answer")] == ["search"]
+    assert "I think" not in state.text()
+    assert state.text() == backend.requests[-1].prompt + "42<|end|>\n"
+    assert state.usage().generations == 3
+    asked = [record.request for record in backend.requests]
+    assert [request.constraint is not None for request in asked] == [False, False, True]
+    assert [request.tool_use.choice for request in asked] == ["auto", "auto", "none"]
+    assert asked[1] == asked[0]
+    assert backend.requests[1].prompt == backend.requests[2].prompt
+    assert backend.open_sessions == 0
