@@ -7,28 +7,25 @@ executor that overlaps, a step is launched, the one before it is read and emitte
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from caesura.runtime.clock import Clock
 from caesura.runtime.errors import BrokenInvariant, ContextClosed, ContextTooLong, DeadlineExceeded, InvalidRequest
-from caesura.runtime.executors.base import (
-    ExecOutput,
-    Executor,
-    OverlappingExecutor,
-    SliceInput,
-)
+from caesura.runtime.executors.base import ExecOutput, Executor, OverlappingExecutor, SliceInput
+from caesura.runtime.failed import fail_step, spoil
 from caesura.runtime.generation import Ending, Generation
 from caesura.runtime.kv.ledger import KVLedger
 from caesura.runtime.record import NO_OUTPUT, Flight, Record, Records, Scoring
-from caesura.scheduler.context import Call, Context
+from caesura.scheduler.context import Call
 from caesura.scheduler.policies import PausePolicy
 from caesura.scheduler.profile import CostProfile
 from caesura.scheduler.scheduler import Scheduler, SchedulerConfig
-from caesura.scheduler.types import ContextId, MoveId, PageId, PauseDecision, Phase, StepPlan, StepResult
+from caesura.scheduler.types import ContextId, MoveId, PauseDecision, Phase, StepPlan, StepResult
 
 COPY_WAIT_S = 0.05
+INBOX_EVERY_S = 0.002  # how often a wait for copies looks whether somebody has a command
 BLOCKING_WAITS = 200  # of COPY_WAIT_S at most, for a policy that lets everything wait for its copies
 
 
@@ -66,6 +63,7 @@ class Engine:
         self._records = Records(self.scheduler, clock)
         self._ids = itertools.count(1)
         self.held = False  # no steps for now
+        self.inbox: Callable[[], bool] | None = None  # whether somebody on another thread has a command
 
     # -- contexts ---------------------------------------------------------------------------------------------
 
@@ -203,10 +201,12 @@ class Engine:
         if record is None:
             return
         self._not_live(context)
-        self.scheduler.close(context)
-        if reason is not None:  # first, so that whoever waits for a request finds the reason
-            record.on_closed(reason)
-        record.fail(reason or ContextClosed("the context was closed"))
+        try:
+            self.scheduler.close(context)
+        finally:  # whatever is broken there, whoever waits is told
+            if reason is not None:  # first, so that whoever waits for a request finds the reason
+                record.on_closed(reason)
+            record.fail(reason or ContextClosed("the context was closed"))
 
     def flush_cache(self) -> None:
         """Forget every cached prefix that no context holds."""
@@ -252,7 +252,7 @@ class Engine:
         try:
             output = self.executor.execute(inputs, plan.copies) if inputs or plan.copies else NO_OUTPUT
         except Exception as error:
-            self._fail_step(plan, error)
+            fail_step(self, plan, error)
             raise
         moves_done = self._acknowledged(computed=bool(inputs))
         endings: dict[ContextId, Ending] = {}
@@ -280,7 +280,7 @@ class Engine:
                 ticket = executor.launch(inputs, plan.copies)
             self._land()
         except Exception as error:
-            self._fail_step(plan, error)
+            fail_step(self, plan, error)
             raise
         moves_done = self._acknowledged(computed=bool(inputs))
         contexts = self.scheduler.contexts
@@ -293,7 +293,7 @@ class Engine:
             moves_done=moves_done,
             moves_failed=self.executor.take_failed(),
             pending=pending,
-            last=frozenset(context for context in pending if self._needs_one_more(context)),
+            last=frozenset(context for context in pending if self._records.needs_one_more(context)),
         )
         self.scheduler.commit(plan, result)
         if ticket is None:
@@ -311,11 +311,11 @@ class Engine:
         try:
             output = self._overlapping.collect(flight.ticket)
         except Exception as error:
-            self._fail_step(flight.plan, error, flight.live)
+            fail_step(self, flight.plan, error, flight.live)
             raise
         broken = _broken(output)
         if broken:
-            self._spoil(flight.plan, broken, flight.live)
+            spoil(self, flight.plan, broken, flight.live)
             flight.live.intersection_update(self._records)  # who shared it may be closed now
         output = replace(output, outputs=tuple(out for out in output.outputs if out.context_id in flight.live))
         endings: dict[ContextId, Ending] = {}
@@ -334,24 +334,29 @@ class Engine:
         self._records.emit(flight.plan, output, endings)
         self._show(flight.plan, result)
 
-    def _needs_one_more(self, context: ContextId) -> bool:
-        """The token under way is the last one that the context's generation may have."""
-        generation = self._records[context].generation
-        return generation is not None and len(generation.token_ids) + 1 >= generation.params.max_new_tokens
-
     def _not_live(self, context: ContextId) -> None:
         """What the step under way yields for this context is nobody's any more."""
         if self._flight is not None:
             self._flight.live.discard(context)
 
     def _acknowledged(self, *, computed: bool) -> tuple[MoveId, ...]:
-        wait_s = 0.0 if computed or not self.has_work else COPY_WAIT_S  # nothing to compute before a copy ends
-        moves_done = self.executor.acknowledged(wait_s=wait_s)
+        idle = self.has_work and not computed  # nothing to compute before a copy ends
+        moves_done = self._await_copy() if idle else self.executor.acknowledged()
         for _ in range(BLOCKING_WAITS if self.scheduler.policy.waits_for_copies else 0):
             if len(moves_done) == len(self.ledger.transfers):
                 break
             moves_done += self.executor.acknowledged(wait_s=COPY_WAIT_S)
         return tuple(moves_done)
+
+    def _await_copy(self) -> list[MoveId]:
+        """The copies that end next; none, after a while or as soon as there is a command."""
+        if self.inbox is None:
+            return self.executor.acknowledged(wait_s=COPY_WAIT_S)
+        for _ in range(round(COPY_WAIT_S / INBOX_EVERY_S)):
+            moves_done = self.executor.acknowledged(wait_s=INBOX_EVERY_S)
+            if moves_done or self.inbox():
+                return moves_done
+        return []
 
     def _show(self, plan: StepPlan, result: StepResult) -> None:
         for observer in self.observers:
@@ -373,7 +378,7 @@ class Engine:
         """Close contexts past their deadline, which a step does as well."""
         now = self.clock.now()
         for state in list(self.scheduler.contexts.with_deadline.values()):
-            if (due := _deadline_of(state)) is not None and now >= due:
+            if (due := state.due_at) is not None and now >= due:
                 self._close_expired(state.id)
 
     def _close_expired(self, context: ContextId) -> None:
@@ -381,7 +386,7 @@ class Engine:
 
     def next_deadline(self) -> float | None:
         """The earliest moment at which a step would have to act by itself."""
-        moments = map(_deadline_of, self.scheduler.contexts.with_deadline.values())
+        moments = (state.due_at for state in self.scheduler.contexts.with_deadline.values())
         return min((moment for moment in moments if moment is not None), default=None)
 
     def check(self) -> None:
@@ -391,39 +396,6 @@ class Engine:
         check(self.ledger)
         if set(self._records) != set(self.scheduler.contexts) or set(self._records) != set(self.ledger.holdings):
             raise BrokenInvariant("engine, scheduler and ledger know different contexts")
-
-    # -- failures ---------------------------------------------------------------------------------------------
-
-    def _fail_step(self, plan: StepPlan, error: Exception, live: Set[ContextId] | None = None) -> None:
-        """Nothing of ``plan`` came about. ``live``: its contexts, but for those that have ended or stopped since."""
-        contexts = frozenset(piece.context_id for piece in plan.slices)
-        own = contexts if live is None else contexts & live
-        self._spoil(plan, contexts, own)
-        for context in own:
-            self._give_up(context, f"the step failed: {error}")
-
-    def _spoil(self, plan: StepPlan, broken: Set[ContextId], live: Set[ContextId]) -> None:
-        """What ``plan`` should have computed for the broken contexts is not to be found, though it may be in the cache
-        by now. Who runs on it is given up, who rests computes it again; the broken ones that are ``live`` are the
-        caller's business."""
-        size, written = self.ledger.page_size, set[PageId]()
-        pieces = [piece for piece in plan.slices if piece.context_id in broken]
-        for piece in pieces:
-            written.update(piece.pages[piece.start // size : -(-(piece.start + piece.num_tokens) // size)])
-        had_it = self.ledger.spoil(written)
-        for context in (had_it | broken) - (broken & live):
-            state = self.scheduler.contexts.get(context)
-            if state is not None and state.phase is Phase.RUNNING:
-                self._give_up(context, "the KV it shares could not be computed")
-        for piece in pieces:
-            if piece.context_id in self._records and piece.context_id not in live:  # stopped in between, and still open
-                self.ledger.truncate(piece.context_id, piece.start)
-
-    def _give_up(self, context: ContextId, why: str) -> None:
-        """Close a context and leave nothing of its KV to be found."""
-        if context in self._records:
-            self.ledger.discard(context)
-            self.close(context, ContextClosed(why))
 
     # -- checks -----------------------------------------------------------------------------------------------
 
@@ -439,9 +411,3 @@ class Engine:
 
 def _broken(output: ExecOutput) -> frozenset[ContextId]:
     return frozenset(out.context_id for out in output.outputs if out.failure is not None)
-
-
-def _deadline_of(state: Context) -> float | None:
-    """The earlier of a context's own deadline and its pause's."""
-    pause = state.pause.deadline_at if state.phase is Phase.PAUSED else None
-    return min((moment for moment in (state.deadline_at, pause) if moment is not None), default=None)

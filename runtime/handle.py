@@ -80,14 +80,16 @@ class ContextHandle:
         chunks: asyncio.Queue[TokenChunk] = asyncio.Queue()
         request = _Request()
 
-        def sink(chunk: TokenChunk) -> None:
-            request.ended = chunk.finish is not None
-            try:
-                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
-            except RuntimeError:  # that loop is gone, and with it whoever was listening
-                self._stop(request)
-
         def begin(engine: Engine) -> None:
+            def sink(chunk: TokenChunk) -> None:
+                request.ended = chunk.finish is not None
+                if chunk.finish is not None and chunk.finish.error is None:
+                    self.num_tokens = engine.num_tokens(self.id)
+                try:
+                    loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+                except RuntimeError:  # that loop is gone, and with it whoever was listening
+                    self._stop(request)
+
             names = tuple(str(tool["name"]) for tool in tools.tools) if tools else ()
             sampler.prompt_ids = frozenset(engine.tokens(self.id)) if params.repetition_penalty != 1.0 else frozenset()
             generation = Generation(
@@ -112,8 +114,6 @@ class ContextHandle:
                 finished = chunk.finish is not None
                 if chunk.finish is not None and chunk.finish.error is not None:
                     raise self._closed or _failure(chunk.finish.error)
-                if finished:
-                    self.num_tokens = await self._call(lambda engine: engine.num_tokens(self.id))
                 yield chunk
         finally:
             if not finished:

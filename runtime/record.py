@@ -188,6 +188,11 @@ class Records(dict[ContextId, Record]):
             done, record.prefilled = record.prefilled, None
             done(state.num_tokens)
 
+    def needs_one_more(self, context: ContextId) -> bool:
+        """The token under way is the last one that the context's generation may have."""
+        generation = self[context].generation
+        return generation is not None and len(generation.token_ids) + 1 >= generation.params.max_new_tokens
+
     def remember(self, decision: PauseDecision) -> None:
         """Keep a context's latest decisions."""
         record = self.get(decision.context_id)

@@ -7,6 +7,7 @@ the loop that asked. The engine thread is the only one that touches the engine.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -49,6 +50,7 @@ class EngineService:
         self._commands: deque[Callable[[], object]] = deque()
         self._wake = threading.Event()
         self._stopping = False
+        self._engine.inbox = lambda: bool(self._commands) or self._stopping
         self._stopped_because: Exception | None = None
         self._grammars = GrammarCompiler(runtime.tokenizer)
         self.tool_format = detect_format(runtime.template.source)
@@ -154,7 +156,12 @@ class EngineService:
 
     def post(self, command: Callable[[Engine], object]) -> None:
         """Run on the engine thread between two steps; nobody waits for it."""
-        self._commands.append(lambda: command(self._engine))
+
+        def run() -> None:
+            if self._stopped_because is None:
+                command(self._engine)
+
+        self._commands.append(run)
         self._wake.set()
 
     def submit(self, command: Callable[[Engine], T]) -> Future[T]:
@@ -205,6 +212,14 @@ class EngineService:
     # -- the thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # of a command that nobody waits for
+            note(log, logging.ERROR, "engine_failed", exc_info=True)
+            self._stopped_because = error
+        self._finish()
+
+    def _work(self) -> None:
         failures = 0
         while not self._stopping:
             self._drain()
@@ -222,8 +237,7 @@ class EngineService:
                 note(log, logging.ERROR, "step_failed", exc_info=True, in_a_row=failures)
                 if failures >= MAX_FAILED_STEPS:
                     self._stopped_because = error
-                    break
-        self._finish()
+                    return
 
     def _drain(self) -> None:
         while self._commands:
@@ -243,7 +257,8 @@ class EngineService:
         reason = self.stopped()
         self._stopped_because = self._stopped_because or reason
         for context in list(self._engine.scheduler.contexts):
-            self._engine.close(context, reason)
+            with contextlib.suppress(Exception):  # what is broken may be its accounting; it has been told
+                self._engine.close(context, reason)
         self._drain()
         self._engine.executor.close()
 

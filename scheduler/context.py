@@ -107,6 +107,14 @@ class Context:
         limit = self.num_tokens - 1
         return limit if self.recompute_from is None else min(limit, self.recompute_from)
 
+    @property
+    def due_at(self) -> float | None:
+        """When it has to be closed: its own deadline or, while it is paused, the pause's, whichever is earlier."""
+        own, pause = self.deadline_at, self.pause.deadline_at
+        if pause is None or self.phase is not Phase.PAUSED:
+            return own
+        return pause if own is None else min(own, pause)
+
     def become(self, phase: Phase) -> None:
         """The one place where a phase changes."""
         if phase not in TRANSITIONS[self.phase]:

@@ -230,8 +230,10 @@ class MemoryDesk:
         behind = {
             state.id: key(state)
             for state in self._contexts.in_phase(Phase.QUEUED)
-            if state.id != context and (must or key(state) > mine)
+            if state.id != context and (must or key(state) > mine) and self._ledger.held_tokens(state.id)
         }
+        if not behind:  # as a rule, and this is asked at every step while the first of the queue waits
+            return 0
         action = Action.SWAP if self._policy.uses_host and self._has_below else Action.DISCARD
         segments = [s for s in self._ledger.segments() if any(holder in behind for holder in s.holders)]
         segments = [s for s in segments if all(h in behind or self._is_paused(h) for h in s.holders)]

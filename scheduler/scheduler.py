@@ -251,8 +251,7 @@ class Scheduler:
         return tuple(
             state.id
             for state in self.contexts.with_deadline.values()
-            if (state.deadline_at is not None and now >= state.deadline_at)
-            or (state.phase is Phase.PAUSED and state.pause.deadline_at is not None and now >= state.pause.deadline_at)
+            if (due := state.due_at) is not None and now >= due
         )
 
     def _in_order(self, phase: Phase) -> list[Context]:

@@ -33,6 +33,7 @@ MAX_AT_ONCE = 64  # forks, and options to score, in one request
 MAX_UNSENT = 1024  # pieces that wait for the next request
 MAX_TURNS = 256  # remembered turns of the chat template
 CLOSE_RETRY_S = 3.0  # a refused deletion would leave the context to the server for long; a run waits little for it
+CLOSE_S = 10.0  # and no longer than this for a server that does not answer
 
 Pieces = tuple[tuple[Piece, ...], tuple[Piece, ...]]
 
@@ -138,6 +139,10 @@ class HTTPSession:
         length, self._num_tokens = self._num_tokens, None
         answer = await self._client.post(f"{self._path}/{verb}", body, computes=computes)
         self._num_tokens = answer.get("num_tokens", length)
+        if answer.get("reason") == "abort":
+            from caesura.runtime.errors import ContextClosed
+
+            raise ContextClosed("the request was aborted")
         return answer
 
     async def append(self, pieces: Sequence[Piece | Tokens]) -> None:
@@ -271,8 +276,9 @@ class HTTPSession:
             return
         self._closed = True
         try:
-            with contextlib.suppress(RemoteError):  # gone with its server, or about to expire there
-                await self._client.request("DELETE", self._path, None, retry_s=CLOSE_RETRY_S)
+            with contextlib.suppress(RemoteError, TimeoutError):  # gone with its server, or about to expire there
+                async with asyncio.timeout(CLOSE_S):
+                    await self._client.request("DELETE", self._path, None, retry_s=CLOSE_RETRY_S)
         except asyncio.CancelledError:
             self._closed = False  # whoever ends the program closes again
             raise

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from caesura.runtime.errors import BrokenInvariant
 from caesura.runtime.kv.node import Hold, PrefixLease, Transfer
 from caesura.runtime.kv.pages import row, rows
+from caesura.runtime.kv.reclaim import reclaim_run, reclaim_tail
 from caesura.runtime.kv.segments import segments
 from caesura.runtime.kv.spoiled import spoil
 from caesura.runtime.kv.tiers import Tiers
@@ -340,14 +341,14 @@ class KVLedger:
     # -- paused contexts and the host tier --------------------------------------------------------------------
 
     def segments(self) -> list[Segment]:
-        return segments(self.device, self.leases.values())
+        return segments(self.device, self.leases.values(), runs=self.tree.paused_pages > 0)
 
     def reclaim(self, segment: int, num_pages: int, action: Action) -> Reclaimed:
         if segment < 0:
             lease = self.leases.get(ContextId(-segment - 1))
-            return self.tiers.reclaim_tail(lease, action) if lease is not None else Reclaimed(0, 0, action)
+            return reclaim_tail(self.tiers, lease, action) if lease is not None else Reclaimed(0, 0, action)
         node = self.tree.nodes.get(segment)
-        return self.tiers.reclaim(node, num_pages, action) if node is not None else Reclaimed(0, 0, action)
+        return reclaim_run(self.tiers, node, num_pages, action) if node is not None else Reclaimed(0, 0, action)
 
     def copy_out(self, segment: int, num_pages: int | None = None) -> int:
         node = self.tree.nodes.get(segment)

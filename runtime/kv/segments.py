@@ -10,15 +10,16 @@ from caesura.scheduler.ledger import Segment
 from caesura.scheduler.types import ContextId
 
 
-def segments(device: PagePool, leases: Iterable[PrefixLease]) -> list[Segment]:
-    """Runs of the tree, and unfinished last pages."""
+def segments(device: PagePool, leases: Iterable[PrefixLease], *, runs: bool = True) -> list[Segment]:
+    """Runs of the tree, and unfinished last pages. Without ``runs`` there are none of the first, and no path is walked:
+    while somebody waits for memory in vain, this is asked at every step."""
     found: dict[int, tuple[Node, list[ContextId]]] = {}
     tails: list[Segment] = []
     for lease in leases:
         if lease.hold is not Hold.PAUSED:
             continue
         node = lease.node
-        while not node.running and node.parent is not None:
+        while runs and not node.running and node.parent is not None:
             if node.device:
                 found.setdefault(node.id, (node, []))[1].append(lease.holder)
             node = node.parent
@@ -36,7 +37,7 @@ def segments(device: PagePool, leases: Iterable[PrefixLease]) -> list[Segment]:
                     holders=tuple(sharer.holder for sharer in same),
                 )
             )
-    runs = [
+    whole = [
         Segment(
             id=node.id,
             parent=node.parent.id if node.parent is not None and node.parent.id in found else None,
@@ -49,7 +50,7 @@ def segments(device: PagePool, leases: Iterable[PrefixLease]) -> list[Segment]:
         )
         for node, holders in found.values()
     ]
-    return runs + tails
+    return whole + tails
 
 
 def sharers(device: PagePool, lease: PrefixLease) -> list[PrefixLease]:

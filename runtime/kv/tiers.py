@@ -7,17 +7,14 @@ back here, and every copy begins and ends here, so "a page is never reused while
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from caesura.runtime.errors import BrokenInvariant
 from caesura.runtime.kv.below import Below
-from caesura.runtime.kv.node import Hold, Node, PrefixLease, Transfer
+from caesura.runtime.kv.node import Node, PrefixLease, Transfer
 from caesura.runtime.kv.pages import Handle, PagePool, PageState, row, rows
 from caesura.runtime.kv.radix import RadixTree
-from caesura.runtime.kv.segments import sharers
 from caesura.runtime.kv.spoiled import purge
-from caesura.scheduler.ledger import Reclaimed
-from caesura.scheduler.types import Action, Move, MoveId, MoveKind
+from caesura.scheduler.types import Move, MoveId, MoveKind
 
 
 class Tiers:
@@ -254,7 +251,7 @@ class Tiers:
         One whose followers have stayed, since their copies failed, stays as well.
         """
         while node is not None and node.leaving and node.transfer is None:
-            if self._clear_below(node):
+            if self.clear_below(node):
                 self.off_device(node)
             elif any(child.leaving for child in node.children.values()):
                 return
@@ -346,58 +343,9 @@ class Tiers:
             reached.append(node)
         return reached, sum(len(node.tokens) for node in reached)
 
-    # -- taking memory from paused contexts -------------------------------------------------------------------
+    # -- making way -------------------------------------------------------------------------------------------
 
-    def reclaim_tail(self, lease: PrefixLease, action: Action) -> Reclaimed:
-        """Give up an unfinished last page: neither the host nor the cache takes it, so it will be recomputed."""
-        if action is Action.PRESERVE or lease.hold is not Hold.PAUSED:
-            return Reclaimed(0, 0, action)
-        before = self.takeable_pages
-        for sharer in sharers(self.device, lease):
-            self.cut_tail(sharer, 0)
-        return Reclaimed(self.takeable_pages - before, 0, Action.DISCARD)
-
-    def reclaim(self, node: Node, num_pages: int, action: Action) -> Reclaimed:
-        """Take the last ``num_pages`` of a run that paused leases hold, by ``action`` or a weaker one."""
-        nothing = Reclaimed(0, 0, action)
-        num_pages = min(num_pages, len(node.device))
-        if action is Action.PRESERVE or num_pages < 1 or node.running or not node.paused:
-            return nothing
-        before = self.takeable_pages
-        clear = self._clear_below(node)
-        follows = action is Action.SWAP and all(child.leaving for child in node.children.values() if child.device)
-        if node.leaving or not (clear or follows):
-            return nothing
-        if num_pages == len(node.device):
-            return self._reclaim_whole(node, action, before, clear=clear)
-        rest = self.tree.split(node, (len(node.device) - num_pages) * self.page_size)
-        return replace(self._reclaim_whole(node, action, before, clear=clear), rest=rest.id)
-
-    def _reclaim_whole(self, node: Node, action: Action, before: int, *, clear: bool) -> Reclaimed:
-        """``clear``: the device holds nothing below. ``before``: pages to take before any of this."""
-        if action is Action.RELEASE:
-            return self._release(node, before)
-        if node.transfer is None and action is Action.SWAP and node.host and clear:
-            self.off_device(node)
-            return Reclaimed(self.takeable_pages - before, 0, action)
-        if node.transfer is not None or (action is Action.SWAP and (node.host or self.copy_out(node))):
-            self.tree.mark_leaving(node)  # either end of the copy will do: then the host has it all
-            for lease in node.leases.values():
-                self.cut_tail(lease, 0)
-            return Reclaimed(self.takeable_pages - before, len(node.device), Action.SWAP)
-        if not clear:
-            return Reclaimed(0, 0, action)
-        if node.moving:  # what follows it is on its way down to the disk, and can only go when it is there
-            return self._release(node, before)
-        self.let_go(node)
-        self.forget(node)
-        return Reclaimed(self.takeable_pages - before, 0, Action.DISCARD)
-
-    def _release(self, node: Node, before: int) -> Reclaimed:
-        self.let_go(node)
-        return Reclaimed(self.takeable_pages - before, len(node.device) if node.moving else 0, Action.RELEASE)
-
-    def _clear_below(self, node: Node) -> bool:
+    def clear_below(self, node: Node) -> bool:
         """Evict what nobody needs below ``node``; says whether the device holds nothing there any more."""
         for child in [child for child in node.children.values() if child.device and not child.pinned]:
             for below in reversed(child.subtree()):

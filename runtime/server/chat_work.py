@@ -122,15 +122,19 @@ class ChatWork:
             sources = [self._choose(plan, work, i, one, readers) for i, one in enumerate(handles)]
             async with contextlib.aclosing(merged(sources)) as items:
                 async for item in items:
+                    yield item
                     if isinstance(item, Ended):
                         ended.add(item.choice)
-                    yield item
         except (Aborted, ContextClosed) as error:  # an abort is an end like any other, also of what has not begun
             if not work.was_aborted(error):
                 raise
             for index in sorted(set(range(num_choices)) - ended):
                 reader = readers.setdefault(index, AnswerReader(index, self._service.tokenizer))
                 yield reader.end(Finish("abort", None, (), num_prompt, 0, 0), body.choice)
+        finally:  # the client left before it heard of these ends: nobody will come back for them
+            for index in readers.keys() - ended:
+                if (kept := readers[index].kept) is not None:
+                    await self._state.kept.drop(kept)
 
     # -- the plan ---------------------------------------------------------------------------------------------
 
@@ -293,13 +297,14 @@ class ChatWork:
                 if delta is not None:
                     yield delta
                 if chunk.finish is not None:
-                    await self._keep(plan, work, handle, reader, chunk.finish)
+                    finish = chunk.finish
                     try:
-                        yield reader.end(chunk.finish, plan.body.choice)
-                    except BaseException:  # the client left before it heard the end: nobody will come back for it
-                        if reader.kept is not None:
-                            await self._state.kept.drop(reader.kept)
-                        raise
+                        await self._keep(plan, work, handle, reader, finish)
+                    except ContextClosed as error:
+                        if not work.was_aborted(error):
+                            raise
+                        finish = dataclasses.replace(finish, reason="abort", matched=None, tool_calls=())
+                    yield reader.end(finish, plan.body.choice)
 
     async def _generate(
         self, plan: ChatPlan, work: Work, index: int, handle: Handle

@@ -257,7 +257,10 @@ class Contexts:
     ) -> Response:
         async def work() -> dict[str, Any]:
             async with self._at_work(request) as at_work, self._using(request) as context:
-                found = await at_work.unless_aborted(lambda: do(context.handle))
+                try:
+                    found = await at_work.unless_aborted(lambda: do(context.handle))
+                except Aborted:  # an end like any other; there is no result
+                    return {**self._described(context), "reason": "abort"}
                 return {name: found, **more(found), **self._described(context)}
 
         return reply(await until_disconnect(request, work()))

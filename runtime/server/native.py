@@ -65,9 +65,10 @@ class Generate:
     async def __call__(self, request: Request) -> Response:
         body = await read(request, GenerateRequest)
         body.check()
-        rid = body.rid[0] if isinstance(body.rid, list) else body.rid
         salt = "/".join(part for part in (body.cache_salt, body.extra_key) if part)
-        work = self._state.work(request, rid=rid, cache_salt=salt)
+        work = self._state.work(request, rid=body.rid if isinstance(body.rid, str) else None, cache_salt=salt)
+        if isinstance(body.rid, list):
+            work.divide(body.rid)
         if body.stream:
             events = self._stream(body, work)
             return await stream(request, events, send_deadline_s=self._state.config.send_deadline_s)
@@ -134,7 +135,7 @@ class Generate:
         firsts = []
         for number, one in enumerate(asked):
             firsts.append(len(results))
-            name = body.rid[number] if isinstance(body.rid, list) else work.request_id
+            name = work.part(number).request_id
             for choice in range(one.choices):
                 several = len(asked) * one.choices > 1 and not isinstance(body.rid, list)
                 results.append(_Result(f"{name}_{firsts[-1] + choice}" if several else name, one))
@@ -149,6 +150,7 @@ class Generate:
 
     def _prepare(self, body: GenerateRequest, turn: SessionTurn | None) -> tuple[list[_Asked], list[TextJob]]:
         prompts = self._prompts(body)
+        per_prompt(body.rid, 0, len(prompts), "rid")
         if turn is not None:
             prompts = [turn.prompt(ids, self._tokenizer.bos_id) for ids in prompts]
         asked = [self._asked(body, ids, index, len(prompts)) for index, ids in enumerate(prompts)]

@@ -122,6 +122,8 @@ class GenerateRequest(msgspec.Struct, kw_only=True):
         """What the types cannot say."""
         if (self.text is None) == (self.input_ids is None):
             raise ApiError(400, "exactly one of text and input_ids must be given", param="text")
+        if isinstance(self.rid, list) and len(set(self.rid)) < len(self.rid):
+            raise ApiError(400, "rid names two prompts alike", param="rid")
         if self.session_params is not None:
             several = (
                 isinstance(self.text, list) or isinstance(self.rid, list) or isinstance(self.sampling_params, list)

@@ -92,23 +92,34 @@ class _Session:
             pending += children.get(node.rid, ())
         return found
 
-    def drop(self, nodes: dict[str, _Node]) -> list[str]:
-        """Forget requests; returns those that still run."""
+    def drop(self, nodes: dict[str, _Node]) -> None:
+        """Forget requests."""
         for rid, node in nodes.items():
             del self.nodes[rid]
             self.num_tokens -= node.num_tokens
-        return [rid for rid, node in nodes.items() if node.output is None]
+
+    def put_back(self, nodes: Sequence[_Node]) -> None:
+        """Those that were dropped and had ended, unless their names are in use by now."""
+        if not any(node.rid in self.nodes for node in nodes):
+            ended = {node.rid: node for node in nodes if node.output is not None}
+            self.nodes.update(ended)
+            self.num_tokens += sum(node.num_tokens for node in ended.values())
 
 
 @dataclass(frozen=True, slots=True)
 class SessionTurn:
-    """A request of a session, about to run after ``before``. ``aborts`` are requests that it replaces."""
+    """A request of a session, about to run after ``before``. ``replaced`` are those that it replaces: ended ones come
+    back when it has no end itself, the others (``aborts``) are to be stopped now."""
 
     session: _Session
     rid: str
     parent: str | None
     before: array[int]
-    aborts: Sequence[str]
+    replaced: Sequence[_Node] = ()
+
+    @property
+    def aborts(self) -> list[str]:
+        return [node.rid for node in self.replaced if node.output is None]
 
     def prompt(self, new: Sequence[int], bos_id: int | None) -> list[int]:
         """The whole prompt; what is appended begins without BOS."""
@@ -177,14 +188,14 @@ class SessionStore:
         num_tokens = session.num_tokens - sum(node.num_tokens for node in replaced.values())
         if num_tokens >= MAX_SESSION_TOKENS:
             raise _refused(f"the session holds {num_tokens} tokens; replace requests, or close it", "id")
-        aborts = session.drop(replaced)
+        session.drop(replaced)
         before = array("i")
         if parent is not None:
             before = parent.prompt[:] if asked.drop_previous_output else parent.prompt + (parent.output or array("i"))
             before = before[: asked.offset] if asked.offset else before
         name = parent.rid if parent is not None else None
         session.nodes[rid] = _Node(rid, name, array("i"))
-        return SessionTurn(session, rid, name, before, aborts)
+        return SessionTurn(session, rid, name, before, tuple(replaced.values()))
 
     @staticmethod
     def _line(session: _Session, asked: SessionParams) -> _Node | None:
@@ -215,6 +226,7 @@ class SessionStore:
         node = turn.session.nodes.get(turn.rid)
         if node is not None and node.output is None:
             del turn.session.nodes[turn.rid]
+            turn.session.put_back(turn.replaced)
 
     def expire(self) -> None:
         """Forget what nobody uses."""

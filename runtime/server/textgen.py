@@ -53,7 +53,7 @@ class TextItem:
 
 async def run_jobs(state: ServerState, work: Work, jobs: Sequence[TextJob]) -> AsyncGenerator[TextItem | Scores, None]:
     """All jobs at once, items as they come."""
-    sources = [_run_job(state, work, number, job) for number, job in enumerate(jobs)]
+    sources = [_run_job(state, work.part(number), number, job) for number, job in enumerate(jobs)]
     async with contextlib.aclosing(merged(sources)) as items:
         async for item in items:
             yield item

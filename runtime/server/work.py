@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Self, TypeVar, cast
 
 from caesura.runtime.api import Handle, Service
@@ -45,17 +45,33 @@ class Work:
         self._interruptible: set[asyncio.Task[Any]] = set()  # that wait for contexts which outlive the request
         self._board = board
         self._place = (key_id, request_id)
+        self._parts: list[Work] = []
         self._handles: list[Handle] = []
         self._tally = tally or RequestTally()
         self._prompts: dict[Handle, int] = {}  # forks have their parent's prompt
 
     async def __aenter__(self) -> Self:
-        self._board.enter(self._place, self)
+        self._board.enter(self._by_place)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._board.leave(self._place)
+        self._board.leave(self._by_place)
         await settled(self._close_all())
+
+    def divide(self, request_ids: Sequence[str]) -> None:
+        """From its beginning the request is as many parts, each of which can be aborted alone, by its id."""
+        for name in request_ids:
+            part = Work(self.service, self._board, self._place[0], name, self.namespace, self._tally)
+            part._prompts = self._prompts
+            self._parts.append(part)
+
+    def part(self, number: int) -> Work:
+        """What prompt ``number`` is done by: all of the request, unless it was divided."""
+        return self._parts[number] if self._parts else self
+
+    @property
+    def _by_place(self) -> dict[tuple[str, str], Work]:
+        return {part._place: part for part in self._parts or [self]}
 
     async def open(self, deadline_s: float | None = None) -> Handle:
         """A context of this request."""
@@ -153,10 +169,11 @@ class Work:
             await handle.close()
 
     async def _close_all(self) -> None:
-        handles, self._handles = self._handles, []
-        for handle in handles:
-            with contextlib.suppress(Exception):  # an engine that died has closed them
-                await handle.close()
+        for part in self._by_place.values():
+            handles, part._handles = part._handles, []
+            for handle in handles:
+                with contextlib.suppress(Exception):  # an engine that died has closed them
+                    await handle.close()
 
 
 class WorkBoard:
@@ -165,20 +182,26 @@ class WorkBoard:
     def __init__(self, max_requests: int) -> None:
         self._max_requests = max_requests
         self._at_work: dict[tuple[str, str], Work] = {}
+        self._num_requests = 0  # one that is divided has several ids
 
     def __len__(self) -> int:
-        return len(self._at_work)
+        return self._num_requests
 
-    def enter(self, place: tuple[str, str], work: Work) -> None:
-        """Raises ApiError 429 when there are too many, 400 for an id in use."""
-        if len(self._at_work) >= self._max_requests:
+    def enter(self, parts: Mapping[tuple[str, str], Work]) -> None:
+        """One request. Raises ApiError 429 when there are too many, 400 for an id in use."""
+        if self._num_requests >= self._max_requests:
             raise ApiError(429, "The request queue is full.", code="queue_full", retry_after_s=1)
-        if place in self._at_work:
-            raise ApiError(400, f"Duplicate request ID {place[1]!r}: a request of this id is still at work")
-        self._at_work[place] = work
+        for place in parts:
+            if place in self._at_work:
+                raise ApiError(400, f"Duplicate request ID {place[1]!r}: a request of this id is still at work")
+        self._at_work.update(parts)
+        self._num_requests += 1
 
-    def leave(self, place: tuple[str, str]) -> None:
-        self._at_work.pop(place, None)
+    def leave(self, parts: Mapping[tuple[str, str], Work]) -> None:
+        """What was entered has ended."""
+        for place in parts:
+            del self._at_work[place]
+        self._num_requests -= 1
 
     async def abort_everything(self) -> int:
         """Abort all keys' requests. Returns how many."""

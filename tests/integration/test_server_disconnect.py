@@ -101,13 +101,14 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream() -> None:
     run(test)
 
 
-def test_a_client_that_never_hears_of_its_tool_call_leaves_no_paused_context() -> None:
-    """The answer has ended in a call and its context is paused, but the client is gone before the last event: it does
-    not know the call's id, so nobody will come back."""
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_client_that_never_hears_of_its_tool_call_leaves_no_paused_context(n: int) -> None:
+    """The answer has ended in calls and its contexts are paused, but the client is gone before the last event: it does
+    not know the calls' ids, so nobody will come back."""
 
     async def test(_: httpx.AsyncClient, app: FastAPI) -> None:
         path = "/v1/chat/completions"
-        body = {"messages": [QUESTION], "tools": TOOLS, "temperature": 0, "stream": True}
+        body = {"messages": [QUESTION], "tools": TOOLS, "temperature": 0, "stream": True, "n": n}
         assert await leave(app, path, body, after_events=10_000, after_s=0.5, stuck_at=b'"finish_reason":"tool_calls"')
         assert len(app.state.server.kept) == 0
         await nothing_left(embedded_service())
@@ -196,6 +197,42 @@ def test_an_abort_of_what_has_not_begun_is_an_end_like_any_other(
         await nothing_left(service)
 
     places = {"open": (service, "open"), "append": (ContextHandle, "append")}
+    run(test)
+
+
+def test_an_abort_while_an_answer_is_kept_tells_what_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
+        held = Held(monkeypatch, ContextHandle, "token_ids")
+        body = {"input": "Go on.", "max_output_tokens": 7, "ignore_eos": True}
+        running = asyncio.ensure_future(client.post("/v1/responses", json=body))
+        await held.reached()
+        assert (await post(client, "/abort_request", {"abort_all": True}))["aborted"] == 1
+        held.go_on.set()
+        answer = (await asyncio.wait_for(running, 20)).json()
+        assert (answer["status"], answer["usage"]["output_tokens"]) == ("cancelled", 7)
+
+    run(test)
+
+
+@pytest.mark.parametrize(("verb", "body"), [("prefill", {}), ("score", {"start": 1}), ("score", {"texts": ["x"]})])
+def test_an_abort_of_what_a_context_computes_is_an_end_like_any_other(verb: str, body: dict[str, Any]) -> None:
+    service = embedded_service()
+
+    async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
+        made = await post(client, "/v1/contexts", {"pieces": [{"text": "What is 3 plus 4?"}]})
+        path = f"/v1/contexts/{made['id']}"
+        await service.hold(retract=False)
+        try:
+            running = asyncio.ensure_future(client.post(f"{path}/{verb}", json=body))
+            while not service.stats()["contexts"]["queued"]:
+                await asyncio.sleep(0.002)
+            assert (await post(client, "/abort_request", {"abort_all": True}))["aborted"] == 1
+            answer = await asyncio.wait_for(running, 20)
+        finally:
+            await service.go_on()
+        assert (answer.status_code, answer.json()) == (200, {**made, "reason": "abort"})
+        await post(client, f"{path}/{verb}", body)
+
     run(test)
 
 

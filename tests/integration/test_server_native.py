@@ -143,6 +143,7 @@ def test_several_choices_and_prompts_come_as_a_list() -> None:
         {"text": "x", "image_data": "aGk="}, {"text": "x", "sampling_params": {"n": 9}},
         {"text": "x", "sampling_params": {"json_schema": "{"}}, {"text": ["x"] * 64, "sampling_params": {"n": 2}},
         {"text": "x", "logprob_start_len": 99, "return_logprob": True},
+        {"text": ["x", "y"], "rid": ["a"]}, {"text": ["x", "y"], "rid": ["a", "a"]}, {"text": "x", "rid": ["a", "b"]},
         {"text": ["x", "y"], "return_logprob": [True]}, {"text": "x", "sampling_params": {"structural_tag": "{}"}},
     ],
 )  # fmt: skip
@@ -178,6 +179,31 @@ def test_abort_ends_a_request_and_only_ones_own() -> None:
         assert (await post(client, "/abort_request", {"abort_all": True}, headers=ann))["aborted"] == 0
 
     run(test, api_keys=("key-ann-000", "key-bob-000"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_prompt_of_a_list_is_aborted_by_its_own_id(stream: bool) -> None:
+    async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
+        short, long = (sampling(max_new_tokens=count, ignore_eos=True) for count in (40, 1900))
+        body = {"text": [TEXT, "x"], "rid": ["one", "two"], "sampling_params": [short, long], "stream": stream}
+        running = asyncio.ensure_future(client.post("/generate", json=body))
+        board = app.state.server.board
+        while not len(board):
+            await asyncio.sleep(0.005)
+        assert len(board) == 1
+        twice = await client.post("/generate", json={"text": "x", "rid": "two"})
+        assert twice.status_code == 400 and "Duplicate request ID 'two'" in twice.text
+        assert (await post(client, "/abort_request", {"rid": "two"}))["aborted"] == 1
+        answer = await asyncio.wait_for(running, 20)
+        told = {
+            one["meta_info"]["id"]: one["meta_info"] for one in (events_of(answer.text) if stream else answer.json())
+        }
+        assert {name: meta["finish_reason"]["type"] for name, meta in told.items()} == {"one": "length", "two": "abort"}
+        assert told["one"]["completion_tokens"] == 40
+        assert len(board) == 0 and not board._at_work
+        await nothing_left(embedded_service())
+
+    run(test)
 
 
 def test_too_many_requests_are_told_to_come_back() -> None:

@@ -90,6 +90,25 @@ def test_what_a_session_request_cannot_be() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("wrong", [{"logprob_start_len": 999}, {"sampling_params": {"max_new_tokens": 100_000}}])
+def test_a_refused_replacement_replaces_nothing(wrong: dict[str, Any]) -> None:
+    async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
+        await post(client, "/open_session", {"session_id": "s"})
+
+        async def ask(name: str, more: dict[str, Any], **params: Any) -> httpx.Response:
+            body = {"text": TEXT, "rid": name, "sampling_params": greedy(), **more}
+            return await client.post("/generate", json={**body, "session_params": {"id": "s", **params}})
+
+        assert (await ask("a", {})).status_code == 200
+        assert (await ask("b", {}, rid="a")).status_code == 200
+        assert (await ask("c", wrong, rid="a", replace=True)).status_code == 400
+        assert (await ask("d", {}, rid="b")).status_code == 200, "it is still there"
+        assert (await ask("c", {}, rid="a", replace=True)).status_code == 200
+        assert (await ask("e", {}, rid="b")).status_code == 400
+
+    run(test)
+
+
 @pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
 def test_generation_on_hold(mode: str) -> None:
     async def test(client: httpx.AsyncClient, app: FastAPI) -> None:

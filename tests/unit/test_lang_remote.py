@@ -19,7 +19,7 @@ from caesura.lang import (
     connect,
 )
 from caesura.lang.backend import Constraint, GenRequest, Piece, TokenLogprob, ToolCallRequest, ToolUse
-from caesura.lang.backends import http_client
+from caesura.lang.backends import http, http_client
 from caesura.lang.backends.connect import shared, split_address
 from caesura.lang.backends.http import HTTPSession
 from caesura.lang.backends.http_client import Event, EventParser, HttpClient, failure_of, refusal_of
@@ -39,7 +39,7 @@ from caesura.lang.backends.openai_request import Wrapped, request_body
 from caesura.lang.backends.sglang import _sampling, _Seen
 from caesura.lang.backends.sglang_formats import CHATML, FORMATS, LLAMA3, format_of_model
 from caesura.lang.typed import output_type
-from caesura.runtime.errors import ContextTooLong, DeadlineExceeded, GrammarError, InvalidRequest
+from caesura.runtime.errors import ContextClosed, ContextTooLong, DeadlineExceeded, GrammarError, InvalidRequest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -128,6 +128,24 @@ def test_a_refused_deletion_is_tried_again_and_one_of_a_dead_server_is_not(monke
     monkeypatch.setattr(HttpClient, "_make", lambda self: pool)
     asyncio.run(close())
     assert asked == ["DELETE"] * 3
+
+
+def test_a_deletion_is_not_waited_for_long_and_an_aborted_prefill_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "DELETE":
+            await asyncio.sleep(3600)
+        return httpx.Response(200, json={"num_tokens": 1, "reason": "abort"})
+
+    async def use() -> None:
+        session = HTTPSession(HTTPBackend("http://127.0.0.1:9")._client, {"id": "c", "num_tokens": 1})
+        with pytest.raises(ContextClosed, match="aborted"):
+            await session.prefill()
+        await asyncio.wait_for(session.close(), 30)
+
+    pool = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(HttpClient, "_make", lambda self: pool)
+    monkeypatch.setattr(http, "CLOSE_S", 0.05)
+    asyncio.run(use())
 
 
 # -- addresses ----------------------------------------------------------------------------------------------------

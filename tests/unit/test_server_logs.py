@@ -93,7 +93,7 @@ def test_a_request_is_one_json_line_with_id_route_status_key_and_time() -> None:
 def test_shed_requests_are_told_of_once_with_their_number() -> None:
     app = create_app(cast(Service, BrokenService()), ServerConfig(max_requests=1))
     state = app.state.server
-    state.board.enter(("", "held"), cast(Any, object()))
+    state.board.enter({("", "held"): cast(Any, object())})
     body = json.dumps({"input_ids": [1]}).encode()
     with captured(JsonLines()) as stream:
         for _ in range(5):

@@ -66,6 +66,26 @@ def test_replacing_forgets_what_came_after_and_names_what_still_runs() -> None:
         store.begin("ann", SessionParams("s", rid="d"), "g")
 
 
+def test_what_a_request_without_an_end_had_replaced_comes_back() -> None:
+    store = opened()
+    ask(store, "a", [1], [2])
+    ask(store, "b", [3], [4], rid="a")
+    ask(store, "c", [5], [6], rid="b")
+    ask(store, "d", [7], None, rid="b")
+    turn = store.begin("ann", SessionParams("s", rid="a", replace=True), "b")
+    assert turn.aborts == ["d"]
+    store.roll_back(turn)
+    assert ask(store, "e", [9], [], rid="c") == [1, 2, 3, 4, 5, 6, 9]
+    with pytest.raises(ApiError, match="not part of session"):
+        store.begin("ann", SessionParams("s", rid="d"), "f")
+    turn = store.begin("ann", SessionParams("s", rid="b", replace=True), "g")
+    ask(store, "c", [8], [8], rid="b")
+    store.roll_back(turn)
+    assert ask(store, "h", [9], [], rid="c") == [1, 2, 3, 4, 8, 8, 9], "its name has another one by now"
+    session = store._sessions["ann", "s"]
+    assert session.num_tokens == sum(node.num_tokens for node in session.nodes.values())
+
+
 def test_a_request_that_failed_leaves_nothing_and_one_that_runs_has_no_end() -> None:
     store = opened()
     turn = store.begin("ann", SessionParams("s"), "a")
