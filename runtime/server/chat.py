@@ -41,14 +41,18 @@ class Chat:
         ends: dict[int, Ended] = {}
         readers: dict[int, AnswerReader] = {}
         cached: int | None = None
-        async with work, contextlib.aclosing(self._answers.run(body, work, readers)) as items:
-            async for item in items:
-                if isinstance(item, Delta):
-                    logprobs.setdefault(item.choice, []).extend(item.logprobs)
-                elif isinstance(item, Ended):
-                    ends[item.choice] = item
-                else:
-                    cached = item
+        try:
+            async with work, contextlib.aclosing(self._answers.run(body, work, readers)) as items:
+                async for item in items:
+                    if isinstance(item, Delta):
+                        logprobs.setdefault(item.choice, []).extend(item.logprobs)
+                    elif isinstance(item, Ended):
+                        ends[item.choice] = item
+                    else:
+                        cached = item
+        except BaseException:  # the client hears of no choice, so of none that had ended either
+            await self._answers.forget(readers.values())
+            raise
         choices = [
             {
                 "index": index,

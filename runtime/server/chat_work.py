@@ -8,7 +8,7 @@ import json
 import math
 from array import array
 from bisect import bisect_left
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,9 +132,13 @@ class ChatWork:
                 reader = readers.setdefault(index, AnswerReader(index, self._service.tokenizer))
                 yield reader.end(Finish("abort", None, (), num_prompt, 0, 0), body.choice)
         finally:  # the client left before it heard of these ends: nobody will come back for them
-            for index in readers.keys() - ended:
-                if (kept := readers[index].kept) is not None:
-                    await self._state.kept.drop(kept)
+            await self.forget([readers[index] for index in readers.keys() - ended])
+
+    async def forget(self, readers: Iterable[AnswerReader]) -> None:
+        """Nothing is kept of these answers."""
+        for reader in readers:
+            if reader.kept is not None:
+                await self._state.kept.drop(reader.kept)
 
     # -- the plan ---------------------------------------------------------------------------------------------
 

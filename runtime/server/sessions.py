@@ -57,16 +57,22 @@ class CloseSession(msgspec.Struct):
 
 @dataclass(slots=True)
 class _Node:
-    """One request. ``output`` is None while it runs."""
+    """One request. ``output`` is None while it runs; until it has ended, ``replaced`` may come back."""
 
     rid: str
     parent: str | None
     prompt: array[int]
     output: array[int] | None = None
+    replaced: Sequence[_Node] = ()
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt) + len(self.output or ())
+        """Its own, and of what it replaced: the session has to have room for it."""
+        return len(self.prompt) + len(self.output or ()) + sum(node.num_tokens for node in self.replaced)
+
+    @property
+    def num_requests(self) -> int:
+        return 1 + len(self.replaced)
 
 
 @dataclass(slots=True)
@@ -77,7 +83,11 @@ class _Session:
     ttl_s: float
     expires_at: float
     nodes: dict[str, _Node] = field(default_factory=dict)
-    num_tokens: int = 0  # of requests that have ended
+    num_tokens: int = 0  # of requests that have ended, or may come back
+
+    @property
+    def num_requests(self) -> int:
+        return sum(node.num_requests for node in self.nodes.values())
 
     def after(self, rid: str | None) -> dict[str, _Node]:
         """All requests that came after this one; all there are, without one."""
@@ -98,28 +108,21 @@ class _Session:
             del self.nodes[rid]
             self.num_tokens -= node.num_tokens
 
-    def put_back(self, nodes: Sequence[_Node]) -> None:
-        """Those that were dropped and had ended, unless their names are in use by now."""
-        if not any(node.rid in self.nodes for node in nodes):
-            ended = {node.rid: node for node in nodes if node.output is not None}
-            self.nodes.update(ended)
-            self.num_tokens += sum(node.num_tokens for node in ended.values())
+    def add(self, nodes: Sequence[_Node]) -> None:
+        """Remember requests."""
+        self.nodes.update((node.rid, node) for node in nodes)
+        self.num_tokens += sum(node.num_tokens for node in nodes)
 
 
 @dataclass(frozen=True, slots=True)
 class SessionTurn:
-    """A request of a session, about to run after ``before``. ``replaced`` are those that it replaces: ended ones come
-    back when it has no end itself, the others (``aborts``) are to be stopped now."""
+    """A request of a session, about to run after ``before``. ``aborts`` are requests that it replaces."""
 
     session: _Session
     rid: str
     parent: str | None
     before: array[int]
-    replaced: Sequence[_Node] = ()
-
-    @property
-    def aborts(self) -> list[str]:
-        return [node.rid for node in self.replaced if node.output is None]
+    aborts: Sequence[str]
 
     def prompt(self, new: Sequence[int], bos_id: int | None) -> list[int]:
         """The whole prompt; what is appended begins without BOS."""
@@ -182,7 +185,7 @@ class SessionStore:
             raise _refused(f"request {parent.rid!r} has not ended", "rid")
         if rid in session.nodes and rid not in replaced:
             raise _refused(f"request {rid!r} is already part of session {asked.id!r}", "rid")
-        num_requests = len(session.nodes) - len(replaced)
+        num_requests = session.num_requests - sum(node.num_requests for node in replaced.values())
         if num_requests >= MAX_SESSION_REQUESTS:
             raise _refused(f"the session holds {num_requests} requests; replace some, or close it", "id")
         num_tokens = session.num_tokens - sum(node.num_tokens for node in replaced.values())
@@ -194,8 +197,9 @@ class SessionStore:
             before = parent.prompt[:] if asked.drop_previous_output else parent.prompt + (parent.output or array("i"))
             before = before[: asked.offset] if asked.offset else before
         name = parent.rid if parent is not None else None
-        session.nodes[rid] = _Node(rid, name, array("i"))
-        return SessionTurn(session, rid, name, before, tuple(replaced.values()))
+        ended = [node for node in replaced.values() if node.output is not None]
+        session.add([_Node(rid, name, array("i"), replaced=ended)])
+        return SessionTurn(session, rid, name, before, [node.rid for node in replaced.values() if node.output is None])
 
     @staticmethod
     def _line(session: _Session, asked: SessionParams) -> _Node | None:
@@ -212,7 +216,7 @@ class SessionStore:
         node = turn.session.nodes.get(turn.rid)
         if node is None:  # replaced meanwhile
             return
-        node.prompt, node.output = array("i", prompt), array("i", output)
+        node.prompt, node.output, node.replaced = array("i", prompt), array("i", output), ()
         if turn.session.streaming and turn.parent is not None:
             del turn.session.nodes[turn.parent]
             node.parent = None
@@ -222,11 +226,13 @@ class SessionStore:
             total -= self._sessions.popitem(last=False)[1].num_tokens
 
     def roll_back(self, turn: SessionTurn) -> None:
-        """The request has no end to go on from: as if it had not been. Nothing happens after ``commit``."""
+        """The request has no end to go on from: as if it had not been. What it replaced is back, unless names of it are
+        in use by now. Nothing happens after ``commit``."""
         node = turn.session.nodes.get(turn.rid)
         if node is not None and node.output is None:
-            del turn.session.nodes[turn.rid]
-            turn.session.put_back(turn.replaced)
+            turn.session.drop({turn.rid: node})
+            if not any(one.rid in turn.session.nodes for one in node.replaced):
+                turn.session.add(node.replaced)
 
     def expire(self) -> None:
         """Forget what nobody uses."""

@@ -116,6 +116,30 @@ def test_a_client_that_never_hears_of_its_tool_call_leaves_no_paused_context(n: 
     run(test)
 
 
+def test_a_client_that_never_hears_of_the_choice_that_had_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a whole answer either all choices are told or none."""
+
+    async def test(_: httpx.AsyncClient, app: FastAPI) -> None:
+        kept, gone, pause, calls = app.state.server.kept, asyncio.Event(), ContextHandle.pause, list[Any]()
+
+        async def held(*args: Any, **more: Any) -> None:
+            calls.append(args)
+            if len(calls) == 2:
+                while not len(kept):
+                    await asyncio.sleep(0.002)
+                asyncio.get_running_loop().call_later(0.05, gone.set)
+                await asyncio.Event().wait()
+            await pause(*args, **more)
+
+        monkeypatch.setattr(ContextHandle, "pause", held)
+        body = {"messages": [QUESTION], "tools": TOOLS, "temperature": 0, "n": 2}
+        await leave(app, "/v1/chat/completions", body, after_events=10_000, after_s=15, gone=gone)
+        assert len(calls) == 2 and len(kept) == 0
+        await nothing_left(embedded_service())
+
+    run(test)
+
+
 def test_leaving_while_queued_behind_others() -> None:
     async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
         prompts = {"prompt": ["word " * 600] * 16, "max_tokens": 8}

@@ -178,6 +178,25 @@ def test_a_full_session_goes_on_by_replacing(monkeypatch: pytest.MonkeyPatch) ->
     assert ask(store, "d", [7], None, rid="c") == [1, 1, 1, 1, 5, 6, 7], "there is room again"
 
 
+def test_what_may_come_back_keeps_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a session would grow without end: replaced, filled anew, given back."""
+    monkeypatch.setattr("caesura.runtime.server.sessions.MAX_SESSION_TOKENS", 8)
+    monkeypatch.setattr("caesura.runtime.server.sessions.MAX_SESSION_REQUESTS", 4)
+    store = opened()
+    ask(store, "a", [1] * 8, [])
+    turn = store.begin("ann", SessionParams("s", replace=True), "b")
+    with pytest.raises(ApiError, match="holds 8 tokens"):
+        store.begin("ann", SessionParams("s"), "c")
+    store.roll_back(turn)
+    for name in "abc":
+        ask(store, name, [1], [], replace=name == "a")
+    turn = store.begin("ann", SessionParams("s", replace=True), "d")
+    with pytest.raises(ApiError, match="holds 4 requests"):
+        store.begin("ann", SessionParams("s"), "e")
+    store.roll_back(turn)
+    store.begin("ann", SessionParams("s"), "e")
+
+
 def test_a_replacement_that_is_refused_replaces_nothing() -> None:
     store = opened()
     ask(store, "a", [1], [2])
