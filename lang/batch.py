@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from caesura.lang.errors import BatchError, DefinitionError, ProgramError
@@ -30,7 +30,8 @@ def run_batch(
 ) -> Any:
     """See `Program.run_batch`."""
     program.split(options, also=OPTIONS)  # a misspelt option is told once, and not by every run
-    if not isinstance(batch_kwargs, Iterable) or isinstance(batch_kwargs, (str, Mapping)):
+    is_list = hasattr(batch_kwargs, "__iter__") or hasattr(batch_kwargs, "__getitem__")  # data sets may be indexed only
+    if not is_list or isinstance(batch_kwargs, (str, Mapping)):
         raise DefinitionError(
             f"run_batch of {program.name!r}: the items are {batch_kwargs!r}; give a list of dicts or of tuples"
         )

@@ -81,7 +81,7 @@ def gen(
     bound = as_tools(tools or (), f"gen({name!r})")
     if bound and (n or 1) != 1:
         raise DefinitionError(f"gen({name!r}): n and tools do not go together; fork the state instead")
-    if not isinstance(max_tool_rounds, int) or not 0 <= max_tool_rounds <= 1000:
+    if not hasattr(max_tool_rounds, "__index__") or not 0 <= max_tool_rounds <= 1000:
         raise DefinitionError(f"max_tool_rounds is {max_tool_rounds!r}; it must be an int between 0 and 1000")
     choice = _tool_choice(tool_choice, [item.name for item in bound])
     return ir.Gen(name, sampling, constraint, output, bound, choice, max_tool_rounds, parallel_tool_calls)

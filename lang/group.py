@@ -31,8 +31,8 @@ class ProgramStateGroup:
             raise StateError(f"join mode is {mode!r}; it must be one of {', '.join(MODES)}")
         for state in self.states:
             if state.closed is not None:
-                raise StateError(f"these states cannot be joined: {state.closed}")
-            state.close("it was joined")
+                raise StateError(f"a fork cannot be joined: {state.closed}")
+            state.close("it was joined already")
             state.failure_seen = True  # the join will raise it
         self.source.submit(ir.JoinFrom(tuple(self.states), mode))
 

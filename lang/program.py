@@ -189,7 +189,7 @@ class Program:
             else:
                 raise DefinitionError(self._no_argument(key, also))
         deadline_s = run.get("deadline_s")
-        if deadline_s is not None and not (isinstance(deadline_s, (int, float)) and deadline_s > 0):
+        if deadline_s is not None and not (hasattr(deadline_s, "__float__") and deadline_s > 0):
             raise DefinitionError(f"deadline_s is {deadline_s!r}; it must be a number above 0")
         options = RunOptions(
             Sampling.of(sampling), bool(run.get("stream", False)), deadline_s, run.get("namespace", ""), self.tools

@@ -13,6 +13,7 @@ import contextlib
 import contextvars
 import os
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -123,6 +124,10 @@ def runner() -> Runner:
             if _runner is None or _runner.pid != os.getpid():
                 _runner = Runner()
     return _runner
+
+
+# The first finalizer registers the call of all of them. What programs use, as an engine's threads, goes after them.
+weakref.finalize(Runner, int).atexit = False
 
 
 @atexit.register  # so early that what users register is called before it

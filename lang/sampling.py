@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -28,6 +30,9 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 def _tuple_of(kind: type, name: str, values: object) -> tuple[Any, ...]:
     if isinstance(values, Iterable):
         items = tuple(values)
+        if kind is int:
+            with contextlib.suppress(TypeError):
+                items = tuple(map(operator.index, items))  # numpy's ints, too
         if all(isinstance(item, kind) for item in items):
             return items
     raise DefinitionError(f"{name} is {values!r}; it must be a list of {kind.__name__}")

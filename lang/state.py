@@ -330,7 +330,7 @@ class ProgramState:
 
     def fork(self, size: int = 1, position_ids_offset: list[int] | None = None) -> ProgramStateGroup:
         """``size`` states that continue from here in parallel. ``position_ids_offset`` is accepted and not needed."""
-        if not isinstance(size, int) or size < 1:
+        if not hasattr(size, "__index__") or size < 1:  # numpy's ints, too
             raise StateError(f"fork size is {size!r}; it must be an int of at least 1")
         children = tuple(ProgramState(self._execution, None) for _ in range(size))
         for child in children:

@@ -9,7 +9,7 @@ from caesura.lang import ir
 from caesura.lang.backend import GenRequest, Session, ToolCallRequest, ToolUse
 from caesura.lang.calls import check_raise, note, paused, pending
 from caesura.lang.core import Core
-from caesura.lang.errors import StateError
+from caesura.lang.errors import OutputError, StateError
 from caesura.lang.generate import Output, meta_of, request_of, stream, value_of
 from caesura.lang.toolrun import failure, run_tools
 from caesura.lang.tools import Tool, ToolCall, ToolResult
@@ -45,17 +45,21 @@ async def generate_with_tools(core: Core, node: ir.Gen) -> None:
 
 
 async def _said(core: Core, session: Session, request: GenRequest) -> Output:
-    """Calls, or an answer. Where a grammar would rule calls out, the model is free of it until it answers; what it says
-    then is taken back, and said once more under the grammar."""
+    """Calls, or an answer. Where a grammar would rule calls out, the model is free of it, and of the answer's stop
+    strings, until it answers; what it says then is taken back, and said once more under the grammar."""
     use = request.tool_use
     assert use is not None
     able = core.execution.backend.capabilities
     if request.constraint is not None and use.choice != "none" and not able.calls_beside_grammar:
         mark = await session.mark()
-        output = await stream(core, session, replace(request, constraint=None, stream=False), keep=_has_calls)
+        free = replace(request, constraint=None, stop=tuple(core.chat.stop), stream=False)
+        output = await stream(core, session, free, keep=_has_calls)
         if _has_calls(output):
             return output
         await session.rollback(mark)
+        if use.choice != "auto":  # an answer would hide that the call was cut off
+            told = f"gen({request.name!r}) was to call a tool first, and no whole call came: {output.text[:80]!r}"
+            raise OutputError(f"{told}; give more max_tokens")
         request = replace(request, tool_use=replace(use, choice="none"))
     return await stream(core, session, request)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import numbers
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -272,7 +273,7 @@ def check_options(
     """Raise DefinitionError for an option of a tool, or of one call, that is out of range. None says nothing."""
     if timeout_s is not None and not (_is_number(timeout_s) and timeout_s > 0):
         raise DefinitionError(f"timeout_s of {whose} is {timeout_s!r}; it must be a number above 0, or None")
-    if retries is not None and not (isinstance(retries, int) and 0 <= retries <= 100):
+    if retries is not None and not (hasattr(retries, "__index__") and 0 <= retries <= 100):
         raise DefinitionError(f"retries of {whose} is {retries!r}; it must be an int between 0 and 100")
     if expected_s is not None and not (_is_number(expected_s) and expected_s >= 0):
         raise DefinitionError(f"expected_s of {whose} is {expected_s!r}; it must be a number of at least 0, or None")
@@ -281,7 +282,7 @@ def check_options(
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)  # numpy's, too
 
 
 def as_tool(value: Any) -> Tool:

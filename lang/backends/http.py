@@ -132,7 +132,7 @@ class HTTPSession:
         self._path = f"/v1/contexts/{described['id']}"
         self._num_tokens: int | None = described["num_tokens"]  # None: something was interrupted, the server knows
         self._unsent: list[dict[str, Any]] = []  # goes with the next request that needs it
-        self._closed = False
+        self._deletion: asyncio.Task[None] | None = None
 
     async def _post(self, verb: str, body: Mapping[str, Any] | None = None, *, computes: bool = False) -> Any:
         """A request to the context. If it is interrupted, only the server knows what became of it."""
@@ -271,21 +271,21 @@ class HTTPSession:
         await self._post("rollback", {"num_tokens": mark})
 
     async def close(self) -> None:
-        """Delete the context, whatever it does. A server that has no room for that now is asked again."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            with contextlib.suppress(RemoteError, TimeoutError):  # gone with its server, or about to expire there
-                async with asyncio.timeout(CLOSE_S):
-                    await self._client.request("DELETE", self._path, None, retry_s=CLOSE_RETRY_S)
-        except asyncio.CancelledError:
-            self._closed = False  # whoever ends the program closes again
-            raise
+        """Delete the context, whatever it does. A server that has no room for that now is asked again. Who waits may
+        go; the deletion goes on, for it may stand behind all that waits for a connection."""
+        if self._deletion is None:
+            self._deletion = asyncio.ensure_future(self._delete())
+        done, _ = await asyncio.wait((self._deletion,), timeout=CLOSE_S)
+        for deletion in done:
+            deletion.result()
+
+    async def _delete(self) -> None:
+        with contextlib.suppress(RemoteError):  # gone with its server, or about to expire there
+            await self._client.request("DELETE", self._path, None, retry_s=CLOSE_RETRY_S)
 
     async def decisions(self) -> Sequence[Any]:
         """The runtime's decisions, as the same objects that the engine in this process gives."""
-        if self._closed:
+        if self._deletion is not None:
             return ()
         import msgspec
         from caesura.scheduler.types import PauseDecision

@@ -265,8 +265,8 @@ class OpenAISession(TextSession):
                     if wrapped is None:
                         yield GenChunk(text, logprobs=chat_logprobs(choice.get("logprobs")))
         content = "".join(texts)
-        if wrapped is not None and not calls.calls:
-            content = wrapped.unwrap(content)
+        if wrapped is not None:
+            content = content if calls.calls else wrapped.unwrap(content)
             yield GenChunk(content)
         if calls.calls:
             shown = calls_as_text(calls.calls)

@@ -90,7 +90,8 @@ class NativeDecoder:
         self._pool = self._library.caesura_open(self._num_threads)
         if not self._pool:
             raise NoNativeLibrary("the threads of the C decoder could not be started")
-        weakref.finalize(self, self._library.caesura_pool_close, self._pool)
+        closes = weakref.finalize(self, self._library.caesura_pool_close, self._pool)
+        closes.atexit = False  # an engine's thread may compute on it until the process is gone
         self._rotary = RotaryTable(model.config, torch.float32)
         self._weights = Weights(self._library, quantization)
         self._embeddings, self._norm = self._weights.keep(model.embeddings), self._weights.keep(model.norm)

@@ -268,7 +268,7 @@ def test_a_call_comes_before_an_option_that_the_endpoint_is_held_to() -> None:
 
     def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
         asked = len(body["messages"]) == 1
-        return 200, _said(None, tool_calls=[call]) if asked else _said('{"choice": "even"}')
+        return 200, _said("Let me see.", tool_calls=[call]) if asked else _said('{"choice": "even"}')
 
     @function
     def program(s: ProgramState) -> None:
@@ -280,3 +280,5 @@ def test_a_call_comes_before_an_option_that_the_endpoint_is_held_to() -> None:
         state = program.run(backend=backend)
         assert (state["x"], [result.text for _, result in state.tool_calls("x")]) == ("even", ["42"])
     assert ["response_format" in body for _, body in endpoint.asked] == [True, True]
+    told = endpoint.asked[1][1]["messages"][1]
+    assert (told["content"], told["tool_calls"][0]["id"]) == ("Let me see.", "a")

@@ -130,22 +130,41 @@ def test_a_refused_deletion_is_tried_again_and_one_of_a_dead_server_is_not(monke
     assert asked == ["DELETE"] * 3
 
 
-def test_a_deletion_is_not_waited_for_long_and_an_aborted_prefill_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deletion_is_not_waited_for_long_but_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     async def answer(request: httpx.Request) -> httpx.Response:
-        if request.method == "DELETE":
-            await asyncio.sleep(3600)
-        return httpx.Response(200, json={"num_tokens": 1, "reason": "abort"})
+        await go_on.wait()
+        deleted.append(request.url.path)
+        return httpx.Response(200, json={})
 
     async def use() -> None:
         session = HTTPSession(HTTPBackend("http://127.0.0.1:9")._client, {"id": "c", "num_tokens": 1})
-        with pytest.raises(ContextClosed, match="aborted"):
-            await session.prefill()
         await asyncio.wait_for(session.close(), 30)
+        monkeypatch.setattr(http, "CLOSE_S", 30)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await session.close()
+        assert deleted == []
+        go_on.set()
+        await session.close()
+        assert deleted == ["/v1/contexts/c"]
 
+    deleted: list[str] = []
+    go_on = asyncio.Event()
     pool = httpx.AsyncClient(transport=httpx.MockTransport(answer))
     monkeypatch.setattr(HttpClient, "_make", lambda self: pool)
     monkeypatch.setattr(http, "CLOSE_S", 0.05)
     asyncio.run(use())
+
+
+def test_an_aborted_prefill_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json={"num_tokens": 1, "reason": "abort"})
+
+    pool = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(HttpClient, "_make", lambda self: pool)
+    session = HTTPSession(HTTPBackend("http://127.0.0.1:9")._client, {"id": "c", "num_tokens": 1})
+    with pytest.raises(ContextClosed, match="aborted"):
+        asyncio.run(session.prefill())
 
 
 # -- addresses ----------------------------------------------------------------------------------------------------

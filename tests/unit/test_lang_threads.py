@@ -159,3 +159,29 @@ def test_who_reads_while_the_process_ends_is_told():
     read, told = done.stdout.splitlines()
     assert read == "fine"
     assert "the process ends, and its programs have ended" in told
+
+
+FINALIZED = """
+import time, weakref
+from caesura.lang import ScriptedBackend, ScriptedReply, function, gen
+
+class Threads:
+    pass
+
+backend = ScriptedBackend(ScriptedReply("x", latency_s=60.0))
+threads = Threads()
+weakref.finalize(threads, lambda: print(backend.open_sessions))
+
+@function
+def program(s):
+    s += gen("x")
+
+program.run(backend=backend)
+while not backend.requests:
+    time.sleep(0.01)
+"""
+
+
+def test_programs_end_before_the_finalizers_of_what_they_use():
+    done = subprocess.run([sys.executable, "-c", FINALIZED], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "0\n"

@@ -221,3 +221,21 @@ def test_a_grammar_that_would_rule_calls_out_holds_only_the_answer():
     assert asked[1] == asked[0]
     assert backend.requests[1].prompt == backend.requests[2].prompt
     assert backend.open_sessions == 0
+
+
+def test_the_stop_strings_of_a_typed_answer_do_not_cut_its_calls_off():
+    called = [ScriptedReply("", [("search", {"query": "x"})]), "It is 42.", "42"]
+    backend = ScriptedBackend(called, capabilities=Capabilities(calls_beside_grammar=False))
+    assert ask.run("how many?", [search], dtype=int, backend=backend)["answer"] == "42"
+    assert [record.request.stop for record in backend.requests] == [(), (), (" ", "\n")]
+
+
+@pytest.mark.parametrize("choice", ["required", search])
+def test_a_demanded_call_that_is_cut_off_is_no_typed_answer(choice):
+    backend = ScriptedBackend(["<tool_call>{", "42"], capabilities=Capabilities(calls_beside_grammar=False))
+    state = ask.run("how many?", [search], type=int, tool_choice=choice, backend=backend)
+    told = r"gen\('answer'\) was to call a tool first, and no whole call came: '<tool_call>\{'; give more max_tokens"
+    with pytest.raises(OutputError, match=told):
+        state["answer"]
+    assert state.error() is not None
+    assert (len(backend.requests), backend.open_sessions) == (1, 0)

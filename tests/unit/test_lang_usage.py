@@ -6,6 +6,7 @@ import re
 import threading
 from typing import Any
 
+import numpy as np
 import pydantic
 import pytest
 from caesura.lang import (
@@ -112,6 +113,28 @@ def test_a_mistake_is_told_where_it_is_written(make, told):
     assert "\n" not in str(raised.value)
 
 
+def test_numbers_and_lists_of_other_libraries_are_no_mistakes():
+    class Indexed:
+        """As torch's data sets are: without ``__iter__``."""
+
+        def __getitem__(self, i):
+            return [("a",), ("b",)][i]
+
+    def body(s):
+        s += gen("x", stop_token_ids=np.array([1, 2]), temperature=np.float64(0.5))
+        s += call_tool("found", search, "q", timeout_s=np.float32(5), retries=np.int64(1), expected_s=np.float32(1))
+        s.fork(np.int64(2)).join()
+
+    backend = ScriptedBackend("fine")
+    state = function(body).run(backend=backend, deadline_s=np.float32(60))
+    assert state.error() is None
+    asked = backend.requests[0].request
+    assert asked.stop_token_ids == (1, 2)
+    assert {type(token) for token in asked.stop_token_ids} == {int}
+    assert gen("x", tools=[search], max_tool_rounds=np.int64(2)).max_tool_rounds == 2
+    assert [state["answer"] for state in ask.run_batch(Indexed(), backend=backend)] == ["fine"] * 2
+
+
 def run(body: Any, *replies: str) -> ProgramState:
     """Run a body whose mistakes are its own to catch."""
     backend = ScriptedBackend(list(replies))
@@ -151,11 +174,11 @@ def test_forks_are_joined_while_their_program_runs():
     def body(s):
         forks = s.fork(2)
         forks.join()
-        with pytest.raises(StateError, match="these states cannot be joined: it was joined"):
+        with pytest.raises(StateError, match="a fork cannot be joined: it was joined already"):
             forks.join()
         return s.fork(2)
 
-    with pytest.raises(StateError, match="these states cannot be joined: its program has ended"):
+    with pytest.raises(StateError, match="a fork cannot be joined: its program has ended"):
         run(body).ret_value.join()
 
 
