@@ -95,8 +95,10 @@ def test_programs_that_have_ended_are_not_kept_by_the_one_that_runs_them():
 
 
 INTERRUPTED = """
-import json, threading, time
+import signal, threading, time
 from caesura.lang import ScriptedBackend, ScriptedReply, function, gen
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in a job in the background it is ignored
 
 backend = ScriptedBackend(lambda prompt, request: ScriptedReply("x", latency_s=60.0))
 
