@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from caesura.lang.program import Program
 
 AUTO_CONCURRENCY = 1024
-OPTIONS = ("num_threads", "progress_bar", "generator_style", "return_exceptions")
 
 
 def run_batch(
@@ -29,7 +28,7 @@ def run_batch(
     **options: Any,
 ) -> Any:
     """See `Program.run_batch`."""
-    program.split(options, also=OPTIONS)  # a misspelt option is told once, and not by every run
+    program.split(options, also=run_batch.__kwdefaults__ or ())  # a misspelt option is told once, and not by every run
     is_list = hasattr(batch_kwargs, "__iter__") or hasattr(batch_kwargs, "__getitem__")  # data sets may be indexed only
     if not is_list or isinstance(batch_kwargs, (str, Mapping)):
         raise DefinitionError(

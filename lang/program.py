@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 from caesura.lang import ir
@@ -15,7 +15,7 @@ from caesura.lang.fibers import finished
 from caesura.lang.runner import runner
 from caesura.lang.sampling import Sampling
 from caesura.lang.state import ProgramState
-from caesura.lang.tools import Tool, as_tools
+from caesura.lang.tools import Tool, as_tools, is_number
 from caesura.lang.trace import Trace, is_tracer, is_tracing, trace_program
 
 T = TypeVar("T")
@@ -168,7 +168,7 @@ class Program:
         return run_batch(self, batch_kwargs, **options)
 
     def split(
-        self, kwargs: Mapping[str, Any], also: Sequence[str] = ()
+        self, kwargs: Mapping[str, Any], also: Iterable[str] = ()
     ) -> tuple[dict[str, Any], Backend | str | None, RunOptions, bool]:
         """Separate the program's own keyword arguments from the run's. Raises DefinitionError for one that is neither;
         ``also`` are other names that it may be meant for."""
@@ -189,14 +189,14 @@ class Program:
             else:
                 raise DefinitionError(self._no_argument(key, also))
         deadline_s = run.get("deadline_s")
-        if deadline_s is not None and not (hasattr(deadline_s, "__float__") and deadline_s > 0):
+        if deadline_s is not None and not (is_number(deadline_s) and deadline_s > 0):
             raise DefinitionError(f"deadline_s is {deadline_s!r}; it must be a number above 0")
         options = RunOptions(
             Sampling.of(sampling), bool(run.get("stream", False)), deadline_s, run.get("namespace", ""), self.tools
         )
         return own, run.get("backend"), options, bool(run.get("use_thread", True))
 
-    def _no_argument(self, name: str, others: Sequence[str]) -> str:
+    def _no_argument(self, name: str, others: Iterable[str]) -> str:
         known = [*self.arg_names, *_SAMPLING_OPTIONS, *_RUN_OPTIONS, *others]
         close = difflib.get_close_matches(name, known, 1)
         also = ", ".join(_RUN_OPTIONS)

@@ -271,18 +271,19 @@ def check_options(
     whose: str, timeout_s: float | None, retries: int | None, expected_s: float | None, on_error: str | None
 ) -> None:
     """Raise DefinitionError for an option of a tool, or of one call, that is out of range. None says nothing."""
-    if timeout_s is not None and not (_is_number(timeout_s) and timeout_s > 0):
+    if timeout_s is not None and not (is_number(timeout_s) and timeout_s > 0):
         raise DefinitionError(f"timeout_s of {whose} is {timeout_s!r}; it must be a number above 0, or None")
     if retries is not None and not (hasattr(retries, "__index__") and 0 <= retries <= 100):
         raise DefinitionError(f"retries of {whose} is {retries!r}; it must be an int between 0 and 100")
-    if expected_s is not None and not (_is_number(expected_s) and expected_s >= 0):
+    if expected_s is not None and not (is_number(expected_s) and expected_s >= 0):
         raise DefinitionError(f"expected_s of {whose} is {expected_s!r}; it must be a number of at least 0, or None")
     if on_error not in (None, "observe", "raise"):
         raise DefinitionError(f"on_error of {whose} is {on_error!r}; give 'observe' or 'raise'")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)  # numpy's, too
+def is_number(value: object) -> bool:
+    """Whether it is a finite int or float, numpy's included."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def as_tool(value: Any) -> Tool:
