@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from caesura.runtime.embedded import checkpoint_path
 from caesura.runtime.embedded.chat import CALCULATOR_TOOL, Message, answer_text, render
-from caesura.runtime.embedded.data import Example, encode_example, solved_turns
+from caesura.runtime.embedded.data import solved_turns
 from caesura.runtime.embedded.evaluate import ask_each
+from caesura.runtime.embedded.examples import Example, encode_example
 from caesura.runtime.embedded.net import Cache, Shape, TinyLlama
 from caesura.runtime.embedded.tasks import Split, make_tasks
 from caesura.runtime.model import load_model

@@ -1,30 +1,24 @@
-"""Training conversations for the embedded model: what the chat template renders, with the tokens to learn marked.
+"""Training conversations for the embedded model, as messages and tools. No torch here.
 
-No torch here: this yields token ids and spans. The conversations vary in what must not matter: the system
-prompt's words and length, the tools beside the calculator, how many questions came before.
+They vary in what must not matter: the system prompt's words and length, the tools beside the calculator, how many
+questions came before.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from caesura.runtime.embedded.chat import (
     FAILED_TEXT,
     NO_TOOL_TEXT,
-    SPECIAL_TOKENS,
-    TAG_TOKENS,
-    TURN_END,
-    TURN_START,
     Message,
     answer_text,
     calls_message,
-    render,
 )
 from caesura.runtime.embedded.skills.adventures import adventure
-from caesura.runtime.embedded.skills.chores import CHORES, UNLEARNED
+from caesura.runtime.embedded.skills.chores import CHORES, listing
 from caesura.runtime.embedded.skills.mixture import SKILLS
 from caesura.runtime.embedded.skills.offers import Offer, offer, toolset, usual
 from caesura.runtime.embedded.skills.services import NEAR, unanswerable
@@ -32,17 +26,12 @@ from caesura.runtime.embedded.skills.task import Call, Task, careful
 from caesura.runtime.embedded.skills.world import World
 from caesura.runtime.embedded.tasks import CalculatorError, Kind, Split, calculate
 from caesura.runtime.embedded.tasks import Task as ArithmeticTask
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 
-VOCAB_SIZE = 1536
-# A digit is a token; braces never merge with neighbours, so that JSON tokenizes alike whole and in pieces.
-PRE_TOKENS = r"\p{N}| ?\p{L}+|[{}]| ?[^\s\p{L}\p{N}{}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 ODD_RESULT_SHARE = 0.12  # results that are wrong on purpose, so that the model copies and does not compute
 FAULT_SHARE = 0.03
 ERROR_SHARE = 0.02
 CHORE_SHARE = 0.12
+LISTING_SHARE = 0.1  # a token that is hardly ever written cannot be copied either, and names are of rare ones
 NO_TOOLS_SHARE = 0.03
 SMALL_TALK_SHARE = 0.02
 WITHHELD_SHARE = 0.06
@@ -94,19 +83,12 @@ _SMALL_TALK = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One conversation as token ids; ``learn[i]`` says whether ``ids[i]`` is the model's own to write."""
-
-    ids: list[int]
-    learn: list[bool]
-
-
 class ConversationMaker:
-    """Draws conversations. ``progress`` is the training's: contexts grow longer until 1."""
+    """Draws conversations. ``progress`` is the training's: contexts grow longer until 1. ``pieces`` are those of words
+    that the model is to be able to copy."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
+    def __init__(self, rng: random.Random, pieces: Sequence[str] = ()) -> None:
+        self._rng, self._pieces = rng, pieces
         self._chores, self._chore_weights = zip(*CHORES, strict=True)
         self._chained = [name for name in SKILLS if name not in ("adventure", "no_tool")]
         self._weights = [SKILLS[name].share for name in self._chained]
@@ -115,6 +97,8 @@ class ConversationMaker:
         """Messages and the tools on offer."""
         rng = self._rng
         world = World(f"train/{rng.getrandbits(64)}", Split.TRAIN)
+        if self._pieces and rng.random() < LISTING_SHARE:
+            return listing(world, self._pieces)
         if rng.random() < CHORE_SHARE:
             (chore,) = rng.choices(self._chores, self._chore_weights)
             made: tuple[list[Message], list[Mapping[str, Any]]] = chore(world)
@@ -263,111 +247,3 @@ def _result(call: str, rng: random.Random, odd_share: float) -> str:
     if rng.random() < 0.1:
         value = f"{value}.{rng.randrange(1, 1000)}"
     return f"-{value}" if rng.random() < 0.1 else value
-
-
-def train_tokenizer(seed: int, *, conversations: int = 4000) -> Tokenizer:
-    """A byte-level BPE over rendered conversations."""
-    maker = ConversationMaker(random.Random(f"{seed}/tokenizer"))
-    texts = (render(*maker.make(index / conversations)) for index in range(conversations))
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRE_TOKENS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    marks = [*SPECIAL_TOKENS, *TAG_TOKENS, *UNLEARNED]
-    pieces = (_without(text, marks) for text in texts)
-    trainer = BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(TAG_TOKENS),
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(pieces, trainer)
-    tokenizer.add_tokens(list(TAG_TOKENS))
-    return tokenizer
-
-
-def _without(text: str, marks: list[str]) -> str:
-    for mark in marks:
-        text = text.replace(mark, "")
-    return text
-
-
-def token_id(tokenizer: Tokenizer, token: str) -> int:
-    """Id of a token that must exist; raises ValueError when it does not."""
-    found = tokenizer.token_to_id(token)
-    if found is None:
-        raise ValueError(f"the tokenizer has no token {token!r}; train it with train_tokenizer")
-    return int(found)
-
-
-def encode_example(tokenizer: Tokenizer, text: str) -> Example:
-    """Ids of a rendered conversation; learned are the assistant's turns up to and with their end, without what
-    stands between the UNLEARNED marks there (the marks themselves go)."""
-    plain, spans = _unmarked(text)
-    encoding = tokenizer.encode(plain, add_special_tokens=False)
-    ids: list[int] = encoding.ids
-    start, end = token_id(tokenizer, TURN_START), token_id(tokenizer, TURN_END)
-    header = tokenizer.encode(f"{TURN_START}assistant\n", add_special_tokens=False).ids
-    learn = [False] * len(ids)
-    position = 0
-    while position < len(ids):
-        if ids[position] == start and ids[position : position + len(header)] == header:
-            position += len(header)
-            while position < len(ids):
-                learn[position] = True
-                if ids[position] == end:
-                    break
-                position += 1
-        position += 1
-    if spans:
-        for i, (begin, _) in enumerate(encoding.offsets):
-            learn[i] = learn[i] and not any(low <= begin < high for low, high in spans)
-    return Example(ids, learn)
-
-
-def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text without UNLEARNED marks, and what they enclosed as spans of it."""
-    if UNLEARNED[0] not in text:
-        return text, []
-    plain, spans = "", []
-    for part in text.split(UNLEARNED[0]):
-        hidden, mark, rest = part.partition(UNLEARNED[1])
-        if mark:
-            spans.append((len(plain), len(plain) + len(hidden)))
-        plain += hidden + rest
-    return plain, spans
-
-
-def batches(
-    tokenizer: Tokenizer,
-    rng: random.Random,
-    progress: float,
-    *,
-    batch_tokens: int,
-    pool: int,
-    max_tokens: int,
-    micro_tokens: int = 3072,
-) -> Iterator[list[list[Example]]]:
-    """A shuffled pool of conversations cut into micro-batches of like length, several of which make a batch of at
-    least ``batch_tokens``, short and long ones mixed."""
-    maker = ConversationMaker(rng)
-    texts = [render(*maker.make(progress)) for _ in range(pool)]
-    examples = [encode_example(tokenizer, text) for text in texts]
-    examples = [Example(e.ids[:max_tokens], e.learn[:max_tokens]) for e in examples]
-    examples.sort(key=lambda example: len(example.ids))
-    cut: list[list[Example]] = [[]]
-    for example in examples:
-        if cut[-1] and (len(cut[-1]) + 1) * len(example.ids) > micro_tokens:
-            cut.append([])
-        cut[-1].append(example)
-    rng.shuffle(cut)
-    batch: list[list[Example]] = []
-    for micro in cut:
-        batch.append(micro)
-        if sum(len(each) * len(each[-1].ids) for each in batch) >= batch_tokens * 0.9:
-            yield batch
-            batch = []

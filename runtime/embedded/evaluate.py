@@ -16,7 +16,8 @@ from caesura.runtime.embedded.chat import (
     parse_calls,
     render,
 )
-from caesura.runtime.embedded.data import solved_turns, system_prompt, token_id
+from caesura.runtime.embedded.data import solved_turns, system_prompt
+from caesura.runtime.embedded.examples import token_id
 from caesura.runtime.embedded.net import Cache, TinyLlama
 from caesura.runtime.embedded.tasks import CalculatorError, Kind, Split, Task, calculate, check, make_tasks
 from tokenizers import Tokenizer

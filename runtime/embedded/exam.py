@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from caesura.runtime.embedded.chat import Message, render
-from caesura.runtime.embedded.data import Example, encode_example, rounds_of, shown_turns
+from caesura.runtime.embedded.data import rounds_of, shown_turns
+from caesura.runtime.embedded.examples import Example, encode_example
 from caesura.runtime.embedded.net import TinyLlama
 from caesura.runtime.embedded.skills.mixture import SKILLS, Exam, held_out_task
 from tokenizers import Tokenizer

@@ -92,6 +92,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query, shape.hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, layer: int) -> Tensor:
+        """[batch, length, hidden] -> what the heads gathered, [batch, length, heads * head_dim], not yet projected."""
         batch, length, _ = x.shape
         head_dim = self.shape.head_dim
         # [batch, length, heads * head_dim] -> [batch, heads, length, head_dim]
@@ -110,10 +111,10 @@ class Attention(nn.Module):
             mask = torch.ones(length, k.shape[2], dtype=torch.bool).tril(past)
         grouped = self.shape.heads != self.shape.kv_heads
         if self.training and not grouped and mask is None:
-            attended = attend(q.contiguous(), k.contiguous(), v.contiguous())
-            return _project(self.o_proj, attended.transpose(1, 2).reshape(batch, length, -1))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-        return _project(self.o_proj, out.transpose(1, 2).reshape(batch, length, -1))
+            out = attend(q.contiguous(), k.contiguous(), v.contiguous())
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return out.transpose(1, 2).reshape(batch, length, -1)
 
 
 class FeedForward(nn.Module):
@@ -139,8 +140,14 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden, shape.norm_eps)
         self.mlp = FeedForward(shape)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, layer: int) -> Tensor:
-        x = x + _project(self.self_attn, self.input_layernorm(x), cos, sin, cache, layer)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, layer: int, wanted: Tensor | None = None
+    ) -> Tensor:
+        """[batch, length, hidden] -> the same, or [len(wanted), hidden]: all positions are read, those are computed."""
+        gathered = _project(self.self_attn, self.input_layernorm(x), cos, sin, cache, layer)
+        if wanted is not None:
+            x, gathered = (flat.flatten(0, 1).index_select(0, wanted) for flat in (x, gathered))
+        x = x + _project(self.self_attn.o_proj, gathered)
         return x + _project(self.mlp, self.post_attention_layernorm(x))
 
 
@@ -170,14 +177,18 @@ class TinyLlama(nn.Module):
                 last = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=residual_std if last else INIT_STD)
 
-    def hidden_states(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """[batch, length] ids -> [batch, length, hidden]; with a cache (batch 1), ids follow what it holds."""
+    def hidden_states(self, ids: Tensor, cache: Cache | None = None, wanted: Tensor | None = None) -> Tensor:
+        """[batch, length] ids -> [batch, length, hidden]; with a cache (batch 1), ids follow what it holds.
+
+        ``wanted`` are flat indices in [batch, length]: their hidden states alone, [len(wanted), hidden].
+        """
         start = cache.length_tokens if cache is not None else 0
         end = start + ids.shape[1]
         cos, sin = self.get_buffer("cos")[start:end], self.get_buffer("sin")[start:end]
         x: Tensor = self.model.embed_tokens(ids)
         for index, layer in enumerate(self.model.layers):
-            x = _project(layer, x, cos, sin, cache, index)
+            last = index == self.shape.layers - 1
+            x = _project(layer, x, cos, sin, cache, index, wanted if last else None)
         return _project(self.model.norm, x)
 
     def logits(self, hidden: Tensor) -> Tensor:

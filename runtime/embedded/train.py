@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 from caesura.runtime.embedded.chat import CHAT_TEMPLATE, END_OF_TEXT, TURN_END
-from caesura.runtime.embedded.data import token_id, train_tokenizer
 from caesura.runtime.embedded.exam import scores
+from caesura.runtime.embedded.examples import token_id, train_tokenizer
 from caesura.runtime.embedded.net import Shape, TinyLlama, hf_config, save_weights
 from caesura.runtime.embedded.trainer import Recipe, Trainer
 from rich.console import Console

@@ -6,15 +6,15 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from caesura.runtime.embedded.chat import END_OF_TEXT
-from caesura.runtime.embedded.data import Example, batches, token_id
+from caesura.runtime.embedded.examples import Example, batches, token_id
 from caesura.runtime.embedded.muon import Muon
 from caesura.runtime.embedded.net import Shape, TinyLlama
 from rich.console import Console
@@ -26,6 +26,7 @@ from torch import Tensor
 CURRICULUM_STEPS = 600  # conversations grow longer until then
 POOL = 600  # conversations drawn and sorted by length at a time
 MAX_TOKENS = 1792
+MOST_AGAIN = 2  # times that a conversation comes again while a token of it is wrong: late in a training one in seven is
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,8 @@ class Recipe:
     ``lr``; the last step ends the training."""
 
     seed: int = 0
-    rates: tuple[tuple[int, float], ...] = (
-        *((0, 0.0), (60, 1.0), (5000, 1.0), (9500, 0.01)),
-        *((9600, 0.4), (11_800, 0.01)),  # a second, lower cycle: 94.9 % of tasks are solved before it, 96.5 after
-    )
-    batch_tokens: int = 6144
+    rates: tuple[tuple[int, float], ...] = (*((0, 0.0), (60, 1.0), (2500, 1.0), (5600, 0.01)),)
+    batch_tokens: int = 4608
     lr: float = 3e-3
     weight_decay: float = 0.05
 
@@ -71,6 +69,26 @@ def collate(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, learn[:, 1:].flatten().nonzero().squeeze(1)
 
 
+def packed(examples: list[Example]) -> dict[str, Tensor]:
+    """Conversations as tensors, one after the other."""
+    return {
+        "ids": torch.tensor([id_ for example in examples for id_ in example.ids], dtype=torch.int32),
+        "learn": torch.tensor([learn for example in examples for learn in example.learn], dtype=torch.bool),
+        "lengths": torch.tensor([len(example.ids) for example in examples], dtype=torch.int32),
+        "asked": torch.tensor([example.asked for example in examples], dtype=torch.int32),
+    }
+
+
+def unpacked(name: str, tensors: Mapping[str, Tensor]) -> list[Example]:
+    """What `packed` gave under a name."""
+    ids, learn, lengths, asked = (tensors[f"{name}.{key}"].tolist() for key in ("ids", "learn", "lengths", "asked"))
+    ends = list(accumulate(lengths))
+    return [
+        Example(ids[end - length : end], learn[end - length : end], times)
+        for end, length, times in zip(ends, lengths, asked, strict=True)
+    ]
+
+
 class Trainer:
     """The weights in float32, a working copy to compute with, and the optimizers: Muon for matrices, AdamW for the
     rest."""
@@ -83,6 +101,8 @@ class Trainer:
         self.tokens = 0
         self.seconds = 0.0
         self._pool = (0, 0)  # the number of the pool in use, and the steps done before it
+        self._again: list[Example] = []  # what the pool in use has from earlier ones
+        self._missed: list[Example] = []  # and what later ones are to have
         self._working = TinyLlama(shape).to(arithmetic()).train()
         self._pad_id = token_id(tokenizer, END_OF_TEXT)
         named = list(self.model.named_parameters())
@@ -98,8 +118,8 @@ class Trainer:
         """Train to the end of the schedule; yields the number of steps done after each."""
         to_come = self._batches()
         while self.step < self.recipe.steps:
-            batch = next(to_come)
             started_s = time.monotonic()
+            batch = next(to_come)
             loss, right = self.update(batch)
             self.step += 1
             self.seconds += time.monotonic() - started_s
@@ -117,14 +137,16 @@ class Trainer:
         loss_sum, right_sum = 0.0, 0
         for examples in batch:
             ids, learned = collate(examples, self._pad_id)
-            hidden = self._working.hidden_states(ids[:, :-1]).flatten(0, 1)  # [batch * (length - 1), hidden]
-            embedding = self._working.model.embed_tokens.weight.float()
-            logits = F.linear(hidden.index_select(0, learned).float(), embedding)
+            hidden = self._working.hidden_states(ids[:, :-1], wanted=learned)  # [learned, hidden]
+            logits = F.linear(hidden.float(), self._working.model.embed_tokens.weight.float())
             targets = ids[:, 1:].flatten().index_select(0, learned)
             loss = F.cross_entropy(logits, targets, reduction="sum")
             (loss / learned_tokens).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.item()
-            right_sum += int((logits.detach().argmax(-1) == targets).sum())
+            right = logits.detach().argmax(-1) == targets
+            right_sum += int(right.sum())
+            rows = set((learned[~right] // (ids.shape[1] - 1)).tolist())
+            self._missed += [replace(examples[row], asked=examples[row].asked + 1) for row in sorted(rows)]
             self.tokens += ids.numel()
             self._collect_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -157,13 +179,22 @@ class Trainer:
             rng = random.Random(f"{self.recipe.seed}/train/{number}")
             progress = done / CURRICULUM_STEPS
             pool = batches(
-                self.tokenizer, rng, progress, batch_tokens=self.recipe.batch_tokens, pool=POOL, max_tokens=MAX_TOKENS
+                self.tokenizer,
+                rng,
+                progress,
+                self._again,
+                batch_tokens=self.recipe.batch_tokens,
+                pool=POOL,
+                max_tokens=MAX_TOKENS,
             )
             for batch in pool:
                 done += 1
                 if done > self.step:
                     yield batch
             number += 1
+            missed = [example for example in self._missed if example.asked <= MOST_AGAIN]
+            self._again = rng.sample(missed, min(len(missed), POOL // 2))
+            self._missed = []
 
     # -- state -----------------------------------------------------------------------------------------------
 
@@ -174,6 +205,8 @@ class Trainer:
         for index, optimizer in enumerate(self._optimizers):
             for number, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"state.{index}.{number}.{key}": torch.as_tensor(value) for key, value in state.items()}
+        tensors |= {f"again.{key}": tensor for key, tensor in packed(self._again).items()}
+        tensors |= {f"missed.{key}": tensor for key, tensor in packed(self._missed).items()}
         counts = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "pool": self._pool}
         unfinished = folder / "state.tmp"
         unfinished.write_bytes(save(tensors, {"counts": json.dumps(counts | self._drawn_by())}))
@@ -193,6 +226,7 @@ class Trainer:
                 raise ValueError(f"{folder} is of a training with {name} {counts.get(name)}, and this one has {value}")
         self.step, self.tokens, self.seconds = counts["step"], counts["tokens"], counts["seconds"]
         self._pool = counts["pool"][0], counts["pool"][1]
+        self._again, self._missed = unpacked("again", tensors), unpacked("missed", tensors)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"weight.{name}"])

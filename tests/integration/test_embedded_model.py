@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from caesura.runtime.embedded import FILES, checkpoint_path
 from caesura.runtime.embedded.attention import attend
 from caesura.runtime.embedded.chat import CALCULATOR_TOOL, CHAT_TEMPLATE, calls_message, render
-from caesura.runtime.embedded.data import ConversationMaker, encode_example
+from caesura.runtime.embedded.data import ConversationMaker
 from caesura.runtime.embedded.evaluate import Chat, ask_each, ask_in_a_row, copies_results
 from caesura.runtime.embedded.examine import Attempt, Report, Terms
+from caesura.runtime.embedded.examples import Example, encode_example
 from caesura.runtime.embedded.muon import Muon
 from caesura.runtime.embedded.net import Cache, Shape, TinyLlama, load_net
 from caesura.runtime.embedded.skills.mixture import held_out_task
@@ -194,6 +196,38 @@ def test_what_a_tool_cannot_take_is_an_error_for_the_model() -> None:
     result, report = made_freely("units", "convert", f'{{"name": "NAME", "arguments": {values}}}')
     assert result.startswith("error: ")
     assert (report.free_calls, report.malformed_calls) == (1, 0)
+
+
+def test_what_was_wrong_comes_again_until_it_is_right_and_at_most_twice(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    easy = Example([5, 6, 7, 8], [False, False, False, True])
+    torn = [Example([9, 10, end], [False, False, True]) for end in (11, 12)]  # one of them is always wrong
+    pools: list[list[Example]] = []
+
+    def drawn(_: Tokenizer, rng: random.Random, progress: float, again: list[Example], **__: int) -> Any:
+        pools.append(again)
+        yield [[easy, *torn, *again]]
+
+    monkeypatch.setattr("caesura.runtime.embedded.trainer.batches", drawn)
+    shape = Shape(vocab=tokenizer.get_vocab_size(), hidden=32, layers=1, heads=1, kv_heads=1, intermediate=32)
+    for _ in Trainer(Recipe(rates=((0, 1.0), (60, 0.1)), lr=0.03), shape, tokenizer).run(Console(quiet=True)):
+        pass
+    assert pools[0] == []
+    assert replace(easy, asked=1) in pools[1]
+    assert replace(easy, asked=2) in pools[2]
+    for pool in pools[-5:]:
+        assert easy.ids not in [example.ids for example in pool]
+        assert {example.ids[2] for example in pool} & {11, 12}
+    assert {example.asked for pool in pools for example in pool} == {1, 2}
+
+
+def test_the_last_layer_computes_what_is_wanted_alone(model: TinyLlama) -> None:
+    ids = torch.randint(0, model.shape.vocab, (2, 40), generator=torch.Generator().manual_seed(2))
+    wanted = torch.tensor([3, 39, 40, 77])
+    with torch.no_grad():
+        whole, some = model.hidden_states(ids), model.hidden_states(ids, wanted=wanted)
+    torch.testing.assert_close(some, whole.flatten(0, 1)[wanted], atol=1e-5, rtol=1e-4)
 
 
 def test_muon_is_muon() -> None:

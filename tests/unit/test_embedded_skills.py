@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
 from collections import Counter
@@ -12,7 +13,7 @@ from caesura.runtime.embedded.chat import FAILED_TEXT, NO_TOOL_TEXT, render
 from caesura.runtime.embedded.data import ConversationMaker, rounds_of, shown_turns
 from caesura.runtime.embedded.phrases import NAMES
 from caesura.runtime.embedded.skills import adventures
-from caesura.runtime.embedded.skills.chores import CHORES
+from caesura.runtime.embedded.skills.chores import CHORES, listing
 from caesura.runtime.embedded.skills.mixture import SKILLS, held_out_task, misspell
 from caesura.runtime.embedded.skills.offers import KINDS, offer, toolset, usual
 from caesura.runtime.embedded.skills.task import Call, Task, Teacher, careful
@@ -202,6 +203,20 @@ def test_every_chore_renders() -> None:
             messages, tools = chore(World(f"chore/{number}", Split.TRAIN))
             assert messages[-1]["role"] == "assistant"
             assert render(messages, tools).endswith("<|im_end|>\n")
+
+
+def test_a_listing_copies_words_and_none_that_is_held_out() -> None:
+    words = set()
+    for number in range(200):
+        world = World(f"listing/{number}", Split.TRAIN)
+        messages, tools = listing(world, ["nick", "el", "con", "version", "conversion", "Wanda", "tul", "ips"])
+        asked, answer = (message["content"] for message in messages)
+        listed = asked.split(": ", 1)[1].split(", ")
+        assert answer in (json.dumps(listed), ", ".join(listed))
+        assert not tools
+        words |= set(listed)
+    assert {"version", "elversion", "conversionel"} <= words
+    assert not words & {"nickel", "conversion", "Wanda", "tulips"}
 
 
 def test_shown_turns_hold_parallel_calls_in_one_turn() -> None:

@@ -6,18 +6,30 @@ is put there by the program and not learned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 from caesura.runtime.embedded.chat import Message
 from caesura.runtime.embedded.phrases import NAMES, THINGS
-from caesura.runtime.embedded.skills.offers import usual
+from caesura.runtime.embedded.skills import adventures
+from caesura.runtime.embedded.skills.offers import KINDS, usual
 from caesura.runtime.embedded.skills.several import compare_facts, fact_times
 from caesura.runtime.embedded.skills.single import MONTHS, arithmetic, fact, units
 from caesura.runtime.embedded.skills.task import Call, Task
 from caesura.runtime.embedded.skills.world import World
+from caesura.runtime.embedded.tasks import Split
 
 UNLEARNED = ("\ue000", "\ue001")
+HELD_OUT_WORDS = frozenset(
+    (
+        *(name for kind in KINDS.values() for name in kind.held_out_names),
+        *(word for words in astuple(adventures.HELD_OUT) for word in words),
+        *NAMES[Split.HELD_OUT],
+        *THINGS[Split.HELD_OUT],
+    )
+)
 Conversation = tuple[list[Message], list[Mapping[str, Any]]]
 
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -284,6 +296,22 @@ def refund(world: World) -> Conversation:
         messages.append({"role": "tool", "name": call.tool, "content": result})
     messages.append(_assistant(f"Refunded {total} to {name}." if agreed else f"Not refunded: {reason}."))
     return messages, [offer.spec for offer in offers]
+
+
+def listing(world: World, pieces: Sequence[str]) -> Conversation:
+    """Many words to write down as they are, each of one or two pieces, and none of them held out."""
+    rng = world.rng
+
+    def word() -> str:
+        while True:
+            made = "".join(rng.choices(pieces, k=rng.choice((1, 2, 2))))
+            if world.may_say(made) and made not in HELD_OUT_WORDS:
+                return made
+
+    words = [word() for _ in range(rng.randint(10, 60))]
+    if rng.random() < 0.3:
+        return [_user(f"Repeat: {', '.join(words)}"), _assistant(", ".join(words))], []
+    return [_user(f"As a JSON list: {', '.join(words)}"), _assistant(json.dumps(words))], []
 
 
 CHORES: tuple[tuple[Callable[[World], Conversation], float], ...] = (
