@@ -35,7 +35,7 @@ class Recipe:
     ``lr``; the last step ends the training."""
 
     seed: int = 0
-    rates: tuple[tuple[int, float], ...] = (*((0, 0.0), (60, 1.0), (2500, 1.0), (5600, 0.01)),)
+    rates: tuple[tuple[int, float], ...] = ((0, 0.0), (60, 1.0), (2500, 1.0), (5600, 0.01))
     batch_tokens: int = 4608
     lr: float = 3e-3
     weight_decay: float = 0.05
