@@ -10,13 +10,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from caesura.runtime.embedded.chat import (
-    FAILED_TEXT,
-    NO_TOOL_TEXT,
-    Message,
-    answer_text,
-    calls_message,
-)
+from caesura.runtime.embedded.chat import FAILED_TEXT, NO_TOOL_TEXT, Message, answer_text, calls_message
 from caesura.runtime.embedded.skills.adventures import adventure
 from caesura.runtime.embedded.skills.chores import CHORES, listing
 from caesura.runtime.embedded.skills.mixture import SKILLS

@@ -22,9 +22,9 @@ FUNCTION_WORDS = (
     *("does", "did", "have", "has", "had", "can", "it", "its", "me", "my", "you", "your", "they", "who", "what"),
     *("which", "where", "when", "how", "there"),
 )
-# What is tokenized by itself. A name is the same tokens wherever it stands, to be copied without knowing how
-# it is spelled; what stands around every call and result is few tokens, for they take most of the time; and nothing
-# reaches across the border between a template's words and contents, which servers tokenize apart.
+# What is tokenized by itself. A name is the same tokens wherever it stands, to be copied without knowing how it is
+# spelled; what stands around every call and result is few tokens, for they take most of the time; and nothing reaches
+# across the border between a template's words and contents, which servers tokenize apart.
 PRE_TOKENS = "|".join(
     (
         r"\A(?:system|user|assistant)\n",

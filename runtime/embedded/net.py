@@ -91,8 +91,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden, kv, bias=False)
         self.o_proj = nn.Linear(query, shape.hidden, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, layer: int) -> Tensor:
-        """[batch, length, hidden] -> what the heads gathered, [batch, length, heads * head_dim], not yet projected."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, layer: int, wanted: Tensor | None
+    ) -> Tensor:
         batch, length, _ = x.shape
         head_dim = self.shape.head_dim
         # [batch, length, heads * head_dim] -> [batch, heads, length, head_dim]
@@ -114,7 +115,7 @@ class Attention(nn.Module):
             out = attend(q.contiguous(), k.contiguous(), v.contiguous())
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-        return out.transpose(1, 2).reshape(batch, length, -1)
+        return _project(self.o_proj, _picked(out.transpose(1, 2).reshape(batch, length, -1), wanted))
 
 
 class FeedForward(nn.Module):
@@ -141,13 +142,11 @@ class Layer(nn.Module):
         self.mlp = FeedForward(shape)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, layer: int, wanted: Tensor | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, layer: int, wanted: Tensor | None
     ) -> Tensor:
         """[batch, length, hidden] -> the same, or [len(wanted), hidden]: all positions are read, those are computed."""
-        gathered = _project(self.self_attn, self.input_layernorm(x), cos, sin, cache, layer)
-        if wanted is not None:
-            x, gathered = (flat.flatten(0, 1).index_select(0, wanted) for flat in (x, gathered))
-        x = x + _project(self.self_attn.o_proj, gathered)
+        attended = _project(self.self_attn, self.input_layernorm(x), cos, sin, cache, layer, wanted)
+        x = _picked(x, wanted) + attended
         return x + _project(self.mlp, self.post_attention_layernorm(x))
 
 
@@ -203,6 +202,11 @@ def _project(module: nn.Module, *args: Any) -> Tensor:
     """Call a module; its result is a tensor (nn.Module's call is untyped)."""
     out: Tensor = module(*args)
     return out
+
+
+def _picked(x: Tensor, wanted: Tensor | None) -> Tensor:
+    """[batch, length, size] -> [len(wanted), size], positions counted over the whole batch; without any, as it is."""
+    return x if wanted is None else x.flatten(0, 1).index_select(0, wanted)
 
 
 def hf_config(shape: Shape, *, eos_id: int, pad_id: int) -> dict[str, Any]:

@@ -6,10 +6,11 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,26 +70,6 @@ def collate(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, learn[:, 1:].flatten().nonzero().squeeze(1)
 
 
-def packed(examples: list[Example]) -> dict[str, Tensor]:
-    """Conversations as tensors, one after the other."""
-    return {
-        "ids": torch.tensor([id_ for example in examples for id_ in example.ids], dtype=torch.int32),
-        "learn": torch.tensor([learn for example in examples for learn in example.learn], dtype=torch.bool),
-        "lengths": torch.tensor([len(example.ids) for example in examples], dtype=torch.int32),
-        "asked": torch.tensor([example.asked for example in examples], dtype=torch.int32),
-    }
-
-
-def unpacked(name: str, tensors: Mapping[str, Tensor]) -> list[Example]:
-    """What `packed` gave under a name."""
-    ids, learn, lengths, asked = (tensors[f"{name}.{key}"].tolist() for key in ("ids", "learn", "lengths", "asked"))
-    ends = list(accumulate(lengths))
-    return [
-        Example(ids[end - length : end], learn[end - length : end], times)
-        for end, length, times in zip(ends, lengths, asked, strict=True)
-    ]
-
-
 class Trainer:
     """The weights in float32, a working copy to compute with, and the optimizers: Muon for matrices, AdamW for the
     rest."""
@@ -146,7 +127,8 @@ class Trainer:
             right = logits.detach().argmax(-1) == targets
             right_sum += int(right.sum())
             rows = set((learned[~right] // (ids.shape[1] - 1)).tolist())
-            self._missed += [replace(examples[row], asked=examples[row].asked + 1) for row in sorted(rows)]
+            missed = (examples[row] for row in sorted(rows))
+            self._missed += [replace(each, asked=each.asked + 1) for each in missed if each.asked < MOST_AGAIN]
             self.tokens += ids.numel()
             self._collect_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -192,8 +174,7 @@ class Trainer:
                 if done > self.step:
                     yield batch
             number += 1
-            missed = [example for example in self._missed if example.asked <= MOST_AGAIN]
-            self._again = rng.sample(missed, min(len(missed), POOL // 2))
+            self._again = rng.sample(self._missed, min(len(self._missed), POOL // 2))
             self._missed = []
 
     # -- state -----------------------------------------------------------------------------------------------
@@ -205,9 +186,8 @@ class Trainer:
         for index, optimizer in enumerate(self._optimizers):
             for number, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"state.{index}.{number}.{key}": torch.as_tensor(value) for key, value in state.items()}
-        tensors |= {f"again.{key}": tensor for key, tensor in packed(self._again).items()}
-        tensors |= {f"missed.{key}": tensor for key, tensor in packed(self._missed).items()}
-        counts = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "pool": self._pool}
+        counts: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "pool": self._pool}
+        counts |= {"again": [astuple(each) for each in self._again], "missed": [astuple(each) for each in self._missed]}
         unfinished = folder / "state.tmp"
         unfinished.write_bytes(save(tensors, {"counts": json.dumps(counts | self._drawn_by())}))
         os.replace(unfinished, folder / "state.safetensors")
@@ -226,7 +206,7 @@ class Trainer:
                 raise ValueError(f"{folder} is of a training with {name} {counts.get(name)}, and this one has {value}")
         self.step, self.tokens, self.seconds = counts["step"], counts["tokens"], counts["seconds"]
         self._pool = counts["pool"][0], counts["pool"][1]
-        self._again, self._missed = unpacked("again", tensors), unpacked("missed", tensors)
+        self._again, self._missed = ([Example(*each) for each in counts[name]] for name in ("again", "missed"))
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"weight.{name}"])

@@ -125,7 +125,10 @@ def test_re_rendering_is_token_exact(model: TinyLlama, tokenizer: Tokenizer) -> 
     assert len(ids) - len(chat.token_ids) <= 3
 
 
-def test_training_is_reproducible_resumes_and_exports_what_it_trained(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_training_is_reproducible_resumes_and_exports_what_it_trained(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("caesura.runtime.embedded.trainer.POOL", 8)  # so that the four steps are of several pools
     shape = Shape(vocab=tokenizer.get_vocab_size(), hidden=32, layers=2, heads=2, kv_heads=2, intermediate=64)
     console = Console(quiet=True)
 

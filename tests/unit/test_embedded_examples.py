@@ -76,9 +76,12 @@ def test_a_pool_has_what_is_to_be_learned_again_in_place_of_new_conversations(to
     new = [example for example in examples if not example.asked]
     assert len(new) <= 50
     assert len(examples) - len(new) <= len(old)
+    assert all(example in old for example in examples if example.asked)
     assert all(len(example.ids) <= 300 for example in examples)
     # what is left over is too little for a batch
     left = 60 - len(examples)
     assert left < max(len(micro) for batch in drawn for micro in batch) * max(len(batch) for batch in drawn)
+    assert len(new) >= 50 - left
+    assert len(examples) - len(new) >= len(old) - left
     again = list(batches(tokenizer, random.Random(1), 1.0, old, **sizes))
     assert again == drawn

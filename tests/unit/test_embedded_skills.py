@@ -209,14 +209,14 @@ def test_a_listing_copies_words_and_none_that_is_held_out() -> None:
     words = set()
     for number in range(200):
         world = World(f"listing/{number}", Split.TRAIN)
-        messages, tools = listing(world, ["nick", "el", "con", "version", "conversion", "Wanda", "tul", "ips"])
+        messages, tools = listing(world, ["nick", "Nick", "el", "con", "version", "conversion", "Wanda", "tul", "ips"])
         asked, answer = (message["content"] for message in messages)
         listed = asked.split(": ", 1)[1].split(", ")
         assert answer in (json.dumps(listed), ", ".join(listed))
         assert not tools
         words |= set(listed)
     assert {"version", "elversion", "conversionel"} <= words
-    assert not words & {"nickel", "conversion", "Wanda", "tulips"}
+    assert not words & {"nickel", "Nickel", "conversion", "Wanda", "tulips"}
 
 
 def test_shown_turns_hold_parallel_calls_in_one_turn() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from caesura.runtime.embedded.chat import Message
 from caesura.runtime.embedded.phrases import NAMES, THINGS
 from caesura.runtime.embedded.skills import adventures
-from caesura.runtime.embedded.skills.offers import KINDS, usual
+from caesura.runtime.embedded.skills.offers import HELD_OUT_NAMES, usual
 from caesura.runtime.embedded.skills.several import compare_facts, fact_times
 from caesura.runtime.embedded.skills.single import MONTHS, arithmetic, fact, units
 from caesura.runtime.embedded.skills.task import Call, Task
@@ -22,14 +22,11 @@ from caesura.runtime.embedded.skills.world import World
 from caesura.runtime.embedded.tasks import Split
 
 UNLEARNED = ("\ue000", "\ue001")
-HELD_OUT_WORDS = frozenset(
-    (
-        *(name for kind in KINDS.values() for name in kind.held_out_names),
-        *(word for words in astuple(adventures.HELD_OUT) for word in words),
-        *NAMES[Split.HELD_OUT],
-        *THINGS[Split.HELD_OUT],
-    )
-)
+HELD_OUT_WORDS = {
+    word.lower()
+    for words in (HELD_OUT_NAMES, *astuple(adventures.HELD_OUT), NAMES[Split.HELD_OUT], THINGS[Split.HELD_OUT])
+    for word in words
+}
 Conversation = tuple[list[Message], list[Mapping[str, Any]]]
 
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -302,11 +299,13 @@ def listing(world: World, pieces: Sequence[str]) -> Conversation:
     """Many words to write down as they are, each of one or two pieces, and none of them held out."""
     rng = world.rng
 
+    def drawn() -> str:
+        return world.draw(lambda: "".join(rng.choices(pieces, k=rng.choice((1, 2, 2)))))
+
     def word() -> str:
-        while True:
-            made = "".join(rng.choices(pieces, k=rng.choice((1, 2, 2))))
-            if world.may_say(made) and made not in HELD_OUT_WORDS:
-                return made
+        while (made := drawn()).lower() in HELD_OUT_WORDS:
+            pass
+        return made
 
     words = [word() for _ in range(rng.randint(10, 60))]
     if rng.random() < 0.3:

@@ -163,7 +163,7 @@ KINDS: dict[str, Kind] = {
     ),
 }
 DISTRACTORS = tuple(KINDS)
-_HELD_OUT_NAMES = frozenset(name for kind in KINDS.values() for name in kind.held_out_names)
+HELD_OUT_NAMES = frozenset(name for kind in KINDS.values() for name in kind.held_out_names)
 _WORDS = sorted(  # that descriptions and names are made of
     {
         word
@@ -233,7 +233,7 @@ def _name(kind: Kind, rng: random.Random, split: Split) -> str:
         return rng.choice(kind.held_out_names)
     if rng.random() >= MADE_UP_SHARE:
         return rng.choice(kind.names)
-    while (name := _made_up_name(rng)) in _HELD_OUT_NAMES:
+    while (name := _made_up_name(rng)) in HELD_OUT_NAMES:
         pass
     return name
 
@@ -259,7 +259,7 @@ def _spliced_word(rng: random.Random) -> str:
     while True:
         first, second = rng.choices(_WORDS, k=2)
         word = first[: rng.randint(1, len(first))] + second[rng.randrange(len(second)) :]
-        if len(word) < 13 and word not in _HELD_OUT_NAMES:
+        if len(word) < 13 and word not in HELD_OUT_NAMES:
             return word
 
 
