@@ -65,15 +65,21 @@ class ContextHandle:
     async def append(self, token_ids: Sequence[int]) -> int:
         """Add tokens; returns the context's new length. Computed with the next request. Raises InvalidRequest for an id
         that the model does not have, be it the tokenizer's."""
-        tokens, limit = list(token_ids), self._service.vocab_size
-        if tokens and not 0 <= min(tokens) <= max(tokens) < limit:
-            wrong = next(token for token in tokens if not 0 <= token < limit)
-            raise InvalidRequest(f"token id {wrong} is outside the model's vocabulary: ids are 0 to {limit - 1}")
+        tokens = list(token_ids)
+        self._check_ids(tokens)
         self.num_tokens = await self._call(lambda engine: engine.append(self.id, tokens))
         return self.num_tokens
 
+    def _check_ids(self, token_ids: Sequence[int], field: str = "") -> None:
+        limit = self._service.vocab_size
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < limit:
+            wrong = next(token for token in token_ids if not 0 <= token < limit)
+            raise InvalidRequest(f"{field}token id {wrong} is outside the model's vocabulary: ids are 0 to {limit - 1}")
+
     async def generate(self, params: SamplingParams, tools: ToolCalling | None = None) -> AsyncIterator[TokenChunk]:
-        """Generate from the end of the context; the last chunk has ``finish``. Leaving early aborts."""
+        """Generate from the end of the context; the last chunk has ``finish``. Leaving early aborts. Raises
+        InvalidRequest for a ``logit_bias`` on a token that the model does not have."""
+        self._check_ids([token for token, _ in params.logit_bias], "logit_bias: ")
         sampler, tool_format = await self._prepare(params, tools)
         stops = await _stops_of(params)
         loop = asyncio.get_running_loop()

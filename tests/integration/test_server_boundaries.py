@@ -136,3 +136,20 @@ def test_a_deadline_too_short_to_be_met_is_the_callers() -> None:
             assert answer.status_code == 201 or answer.json()["error"]["param"] == "deadline_s"
 
     with_remote(test)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bias_on_a_token_that_the_model_does_not_have_is_refused(stream: bool) -> None:
+    async def test(app: FastAPI, client: httpx.AsyncClient) -> None:
+        wrong = {"logit_bias": {"5": 1.0, "1048576": 1.0}}
+        native = {**BASES["/generate"]["sampling_params"], **wrong}
+        for path, asked in (
+            ("/v1/chat/completions", wrong),
+            ("/v1/completions", wrong),
+            ("/generate", {"sampling_params": native}),
+        ):
+            answer = await client.post(path, json={**BASES[path], **asked, "stream": stream})
+            assert answer.status_code == 400, (path, answer.text)
+            assert "logit_bias: token id 1048576" in answer.text
+
+    with_remote(test)

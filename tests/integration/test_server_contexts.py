@@ -59,6 +59,7 @@ def test_a_context_whose_generation_was_cut_off_knows_its_length(how: str) -> No
         {"max_new_tokens": 10_000},
         {"constraint": {"kind": "regex", "source": "("}},
         {"stop_regex": ["("]},
+        {"logit_bias": {"1048576": 1.0}},
         {"tool_choice": "calculator"},
     ],
 )

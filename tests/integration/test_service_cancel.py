@@ -107,6 +107,10 @@ def test_a_token_that_the_model_does_not_have_is_refused_and_disturbs_nobody(
         with pytest.raises(InvalidRequest, match="outside the model's vocabulary"):
             await handle.append([5, wrong])
         assert handle.num_tokens == 0
+        await handle.append([5])
+        with pytest.raises(InvalidRequest, match="logit_bias: token id"):
+            async for _ in handle.generate(SamplingParams(logit_bias=((5, 1.0), (wrong, 1.0)))):
+                pytest.fail("nothing is generated")
         await running
         await bystander.close()
         await handle.close()
