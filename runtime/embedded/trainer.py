@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from caesura.runtime.embedded.chat import END_OF_TEXT
-from caesura.runtime.embedded.copying import plant
 from caesura.runtime.embedded.examples import Example, batches, token_id
 from caesura.runtime.embedded.muon import Muon
 from caesura.runtime.embedded.net import Shape, TinyLlama
@@ -79,7 +78,6 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.recipe, self.tokenizer = recipe, tokenizer
         self.model = TinyLlama(shape)
-        plant(self.model, recipe.seed)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
