@@ -31,7 +31,14 @@ from caesura.lang.threads import ToolThreads
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
+    """And with no tool so late, on a busy machine, that its word is taken for a part of the pause alone."""
     monkeypatch.setattr("caesura.lang.progress.EVERY_S", 0.01)
+    monkeypatch.setattr("caesura.lang.progress.AT_ONCE_S", 60.0)
+
+
+@pytest.fixture
+def late(monkeypatch, impatient):
+    monkeypatch.setattr("caesura.lang.progress.AT_ONCE_S", 0.01)
 
 
 @function
@@ -187,6 +194,7 @@ def test_no_word_comes_after_the_call_and_none_is_waited_for():
     assert seen == [0.5, "given up"]
 
 
+@pytest.mark.usefixtures("late")
 def test_a_second_attempt_speaks_of_what_is_left_and_the_first_no_more():
     """It has hardly begun when it says that half is done: what that leaves is short beside what the first took."""
     backend = ScriptedBackend([])
@@ -211,6 +219,7 @@ def test_a_second_attempt_speaks_of_what_is_left_and_the_first_no_more():
     assert 0.5 < fraction < 1
 
 
+@pytest.mark.usefixtures("late")
 def test_waiting_for_a_thread_is_none_of_the_work(monkeypatch):
     """All threads are taken for a while; then the tool has half done what it began a moment ago."""
     backend = ScriptedBackend([])
