@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 INIT_STD = 0.02
+EMBEDDING_STD = 0.2  # large beside what layers add, so that a token can be told from what stands there, layers up
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +176,8 @@ class TinyLlama(nn.Module):
             if parameter.dim() == 2:
                 last = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=residual_std if last else INIT_STD)
+        nn.init.normal_(self.model.embed_tokens.weight, std=EMBEDDING_STD)
+        nn.init.constant_(self.model.norm.weight, INIT_STD / EMBEDDING_STD)  # so that logits begin small
 
     def hidden_states(self, ids: Tensor, cache: Cache | None = None, wanted: Tensor | None = None) -> Tensor:
         """[batch, length] ids -> [batch, length, hidden]; with a cache (batch 1), ids follow what it holds.

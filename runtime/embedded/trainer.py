@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from caesura.runtime.embedded.chat import END_OF_TEXT
+from caesura.runtime.embedded.copying import plant
 from caesura.runtime.embedded.examples import Example, batches, token_id
+from caesura.runtime.embedded.guide import Guide
 from caesura.runtime.embedded.muon import Muon
 from caesura.runtime.embedded.net import Shape, TinyLlama
 from rich.console import Console
@@ -40,6 +42,7 @@ class Recipe:
     batch_tokens: int = 4608
     lr: float = 3e-3
     weight_decay: float = 0.05
+    guidance: float = 0.3  # how much the loss of heads that are told where to look counts; it fades with the rate
 
     @property
     def steps(self) -> int:
@@ -78,6 +81,7 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.recipe, self.tokenizer = recipe, tokenizer
         self.model = TinyLlama(shape)
+        plant(self.model, recipe.seed)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -85,6 +89,7 @@ class Trainer:
         self._again: list[Example] = []  # what the pool in use has from earlier ones
         self._missed: list[Example] = []  # and what later ones are to have
         self._working = TinyLlama(shape).to(arithmetic()).train()
+        self._guide = Guide(self._working, tokenizer)
         self._pad_id = token_id(tokenizer, END_OF_TEXT)
         named = list(self.model.named_parameters())
         matrices = [p for name, p in named if p.dim() == 2 and "embed" not in name]
@@ -115,6 +120,8 @@ class Trainer:
     def update(self, batch: list[list[Example]]) -> tuple[float, float]:
         """One step over several micro-batches; mean loss and share of right tokens."""
         learned_tokens = sum(sum(example.learn[1:]) for examples in batch for example in examples)
+        rate = learning_rate(self.step, self.recipe)
+        guidance = self.recipe.guidance * rate / self.recipe.lr / len(batch)
         loss_sum, right_sum = 0.0, 0
         for examples in batch:
             ids, learned = collate(examples, self._pad_id)
@@ -122,7 +129,8 @@ class Trainer:
             logits = F.linear(hidden.float(), self._working.model.embed_tokens.weight.float())
             targets = ids[:, 1:].flatten().index_select(0, learned)
             loss = F.cross_entropy(logits, targets, reduction="sum")
-            (loss / learned_tokens).backward()  # type: ignore[no-untyped-call]
+            guided = self._guide.loss(examples, ids, learned)
+            (loss / learned_tokens + guidance * guided).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.item()
             right = logits.detach().argmax(-1) == targets
             right_sum += int(right.sum())
@@ -132,7 +140,6 @@ class Trainer:
             self.tokens += ids.numel()
             self._collect_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        rate = learning_rate(self.step, self.recipe)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate

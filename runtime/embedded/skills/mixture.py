@@ -66,7 +66,7 @@ SKILLS: dict[str, Skill] = {
     "lookup": Skill(fact, 6),
     "calendar": Skill(calendar, 6),
     "units": Skill(units, 7),
-    "notebook": Skill(notes, 9),
+    "notebook": Skill(notes, 12),
     "choice": Skill(choice, 18, distractors=(3, 4, 5, 6, 7)),
     "no_tool": Skill(lambda world: unanswerable(world)[0], 9, distractors=(1, 2, 3, 4)),
     "multi_hop": Skill(hop, 16),
