@@ -5,9 +5,10 @@ Heads of the first layer look back one and two positions and write down which to
 the positions that were preceded by what stands here, and copy what they find: an induction circuit (Olsson et al.,
 arXiv 2209.11895), set up in the way of mimetic initialization (Trockman & Kolter, arXiv 2305.09828). The heads that a
 `Guide` tells where to look are given what to do with what they find: a line on offer knows its name, a call hears the
-question's words, then the name of the line that fits, and copies it from where it stands. What tokens are is read and
-written at one layer alone, and everything else has parts of the hidden space to itself, so that nothing is mistaken for
-a token. It is all rough, and training does with it what it likes.
+question's words, then the name of the line that fits, and copies it from where it stands. Only the last of
+these layers adds to the part of the hidden space that tells tokens apart, after all the others have read it, and
+everything else has parts to itself: so nothing is mistaken for a token. It is all rough, and training does with it what
+it likes.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from __future__ import annotations
 import math
 
 import torch
-from caesura.runtime.embedded.guide import LINE, OFFER, POINT, QUESTION
+from caesura.runtime.embedded.guide import LINE, OFFER, POINT, QUESTION, SEEK, has_heads
 from caesura.runtime.embedded.net import EMBEDDING_STD, INIT_STD, Attention, TinyLlama
 from torch import Tensor
 
+TOKENS_SHARE = 0.4  # of the hidden space: what tells tokens apart
 COMMON = 0.7  # of every embedding, in units of its random part: what looking at positions alone can hold on to
 LOOK_BACK_NATS = 5.0  # by which the wanted distance is ahead of its neighbours
 SEEK_NATS = 6.0  # about what a position that fits is ahead by
@@ -28,17 +30,16 @@ FASTEST = (1.0, 1.0, 0.7, 0.5)  # shares of the fastest rotations in looking bac
 
 @torch.no_grad()
 def plant(model: TinyLlama, seed: int) -> None:
-    """Set up copying. A network with too few layers, or with under four heads of their own keys and values, stays as it
-    is."""
+    """Set up copying. A network without the heads for it stays as it is."""
     shape = model.shape
-    if shape.layers <= POINT.layer + 1 or shape.heads < 4 or shape.heads != shape.kv_heads:
+    if not has_heads(shape):
         return
     noise = torch.Generator().manual_seed(seed)
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     heads = [slice(at, at + shape.head_dim) for at in range(0, shape.hidden, shape.head_dim)]
     common, tokens, one_back, two_back, of_line, of_call, asked = _spaces(shape.hidden, noise)
     embeddings = model.model.embed_tokens.weight
-    embeddings.copy_((embeddings @ tokens.T @ tokens) * (shape.hidden / len(tokens)) ** 0.5)
+    embeddings.copy_((embeddings @ tokens.T @ tokens) * TOKENS_SHARE**-0.5)
     embeddings += COMMON * EMBEDDING_STD * shape.hidden**0.5 * common
 
     for distance, (head, written) in enumerate(zip(heads, (one_back, two_back), strict=False), 1):
@@ -54,11 +55,14 @@ def plant(model: TinyLlama, seed: int) -> None:
     _carry(offer, heads[OFFER.heads[0]], of_line, of_call, WRITTEN)
     for number, head in enumerate(heads):
         if number in POINT.heads:
+            copied = tokens.roll(-number * len(tokens) // len(POINT.heads), 0)
             _match(point, head, [(of_call, tokens)])
-            _carry(point, head, tokens.roll(-number * len(tokens) // 2, 0), None, POINTED)
+            _carry(point, head, copied, copied, POINTED)
         else:
-            _match(point, head, [(tokens, one_back), (one_back, two_back)][: 1 + number % 2])
-            _carry(point, head, tokens.roll(-number * len(tokens) // 3, 0), None, COPIED)
+            copied = tokens.roll(-number * len(tokens) // 3, 0)
+            one, two = (tokens, one_back), (one_back, two_back)
+            _match(point, head, [one, two] if number in SEEK.heads else [one])
+            _carry(point, head, copied, copied, COPIED)
 
 
 def _spaces(hidden: int, noise: torch.Generator) -> list[Tensor]:
@@ -66,7 +70,7 @@ def _spaces(hidden: int, noise: torch.Generator) -> list[Tensor]:
     where the tokens one and two back are written, whose line this is, which tool's name is wanted here, and the
     words of the question."""
     basis: Tensor = torch.linalg.qr(torch.randn(hidden, hidden, generator=noise))[0].T
-    sizes = [1, 2 * hidden // 5, 3 * hidden // 20, hidden // 10, hidden // 10, hidden // 10]
+    sizes = [1, *(int(share * hidden) for share in (TOKENS_SHARE, 0.15, 0.1, 0.1, 0.1))]
     return list(torch.split(basis, [*sizes, hidden - sum(sizes)]))
 
 
@@ -92,7 +96,7 @@ def _match(attention: Attention, head: slice, pairs: list[tuple[Tensor, Tensor]]
     shape = attention.shape
     half = shape.head_dim // 2
     slow = [*range(half // 2, half), *range(half + half // 2, shape.head_dim)]
-    size = (SEEK_NATS * shape.head_dim**0.5 * (1 + COMMON**2) / len(slow) / 2.5) ** 0.5
+    size = (SEEK_NATS * shape.head_dim**0.5 * (1 + COMMON**2) * TOKENS_SHARE / len(slow)) ** 0.5
     for number, (here, there) in enumerate(pairs):
         rows = slow[number :: len(pairs)]
         count = min(len(rows), len(here), len(there))
@@ -102,10 +106,8 @@ def _match(attention: Attention, head: slice, pairs: list[tuple[Tensor, Tensor]]
         attention.k_proj.weight[head] += key
 
 
-def _carry(attention: Attention, head: slice, read: Tensor, written: Tensor | None, gain: float) -> None:
-    """What is attended to lies along ``read`` and is added along ``written`` (the same, without), as far as the head is
-    wide."""
-    written = read if written is None else written
+def _carry(attention: Attention, head: slice, read: Tensor, written: Tensor, gain: float) -> None:
+    """What is attended to lies along ``read`` and is added along ``written``, as far as the head is wide."""
     count = min(head.stop - head.start, len(read), len(written))
     rows = slice(head.start, head.start + count)
     size = INIT_STD * math.sqrt(attention.shape.hidden)

@@ -175,8 +175,8 @@ class TinyLlama(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 last = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(parameter, std=residual_std if last else INIT_STD)
-        nn.init.normal_(self.model.embed_tokens.weight, std=EMBEDDING_STD)
+                std = residual_std if last else EMBEDDING_STD if "embed" in name else INIT_STD
+                nn.init.normal_(parameter, std=std)
         nn.init.constant_(self.model.norm.weight, INIT_STD / EMBEDDING_STD)  # so that logits begin small
 
     def hidden_states(self, ids: Tensor, cache: Cache | None = None, wanted: Tensor | None = None) -> Tensor:

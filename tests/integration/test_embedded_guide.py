@@ -9,7 +9,7 @@ import pytest
 import torch
 from caesura.runtime.embedded.chat import calls_message, render
 from caesura.runtime.embedded.examples import Example, encode_example, train_tokenizer
-from caesura.runtime.embedded.guide import Guide
+from caesura.runtime.embedded.guide import OFFER, POINT, QUESTION, SEEK, Guide, Heads, Places
 from caesura.runtime.embedded.net import Shape, TinyLlama
 from caesura.runtime.embedded.trainer import collate
 from tokenizers import Tokenizer
@@ -43,41 +43,80 @@ def guided(model: TinyLlama, guide: Guide, examples: list[Example]) -> torch.Ten
     return guide.loss(examples, ids, learned)
 
 
-def test_heads_learn_to_look_where_they_are_told() -> None:
+def taught(called: str) -> tuple[TinyLlama, Guide]:
+    """A network after thirty steps on its attention alone."""
     model = network()
     guide = Guide(model, known())
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    before = float(guided(model, guide, [conversation("bravo")]).detach())
     for _ in range(30):
-        loss = guided(model, guide, [conversation("bravo")])
-        loss.backward()
+        guided(model, guide, [conversation(called)]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    after = float(guided(model, guide, [conversation("bravo")]).detach())
+    return model, guide
+
+
+def told(example: Example, by: Heads) -> list[tuple[str, list[str]]]:
+    """For each position that these heads are told about: its token, and those to look at with the one before each."""
+    ids, learned = collate([example], pad_id=0)
+
+    def text(start: int, end: int) -> str:
+        return str(known().decode(example.ids[start:end], skip_special_tokens=False))
+
+    return [
+        (text(at, at + 1), [text(place - 1, place + 1) for place in wanted.nonzero()[:, 0].tolist()])
+        for looks in Places(known()).looks([example], ids, learned)
+        if looks.by == by
+        for at, wanted in zip(looks.positions.tolist(), looks.wanted, strict=True)
+    ]
+
+
+def talk(*turns: str) -> Example:
+    roles = ("user", "assistant")
+    return encode_example(known(), render([{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]))
+
+
+def test_heads_learn_to_look_where_they_are_told() -> None:
+    untaught = network()
+    before = float(guided(untaught, Guide(untaught, known()), [conversation("bravo")]).detach())
+    after = float(guided(*taught("bravo"), [conversation("bravo")]).detach())
     assert before > 4
     assert after < 0.2 * before
 
 
 def test_the_line_to_look_at_is_that_of_the_tool_called() -> None:
     """What was learned for one tool is wrong for another."""
-    model = network()
-    guide = Guide(model, known())
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(30):
-        guided(model, guide, [conversation("bravo")]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    model, guide = taught("bravo")
     with torch.no_grad():
         same, other = (float(guided(model, guide, [conversation(name)])) for name in ("bravo", "alpha"))
     assert other > same + 2
 
 
-def test_a_conversation_without_tools_has_little_to_look_at() -> None:
+def test_a_call_looks_at_its_tools_line_and_points_at_the_name_there() -> None:
+    *_, (_, line) = told(conversation("bravo"), OFFER)
+    assert line[0] == "-br"
+    assert line[-1] == "mail."
+    before_name, name = told(conversation("bravo"), POINT)[0]
+    assert before_name.endswith('{"name": "')
+    assert [token[0] for token in name] == ["-"]
+
+
+def test_a_turn_looks_at_the_last_question() -> None:
+    looks = told(talk("17", "5", "42", "6"), QUESTION)
+    assert [[token[-1] for token in question] for _, question in looks] == [["1", "7"], ["4", "2"]]
+
+
+def test_copies_are_pointed_at_in_the_last_turn_and_go_on_where_most_before_is_the_same() -> None:
+    example = talk("91 and 92", "91", "92 or 93", "92 or 91")
+    first, then = told(example, POINT), told(example, SEEK)
+    numbers = [[where for where in wanted if where[-1] == "9"] for _, wanted in first]
+    assert [len(wanted) for wanted in numbers if wanted] == [2, 2, 3]  # not among those of turns before the last
+    assert [wanted[-1][-2:] for _, wanted in then if wanted[-1][-1] in "12"] == ["91", "92", "91"]
+
+
+def test_a_conversation_with_nothing_to_copy_and_no_question_has_nothing_to_look_at() -> None:
     model = network()
-    guide = Guide(model, known())
-    messages = [{"role": "user", "content": "17 19"}, {"role": "assistant", "content": "23"}]
-    loss = guided(model, guide, [encode_example(known(), render(messages))])
-    assert float(loss.detach()) == 0.0
+    messages = [{"role": "system", "content": "17 19"}, {"role": "assistant", "content": "23"}]
+    assert float(guided(model, Guide(model, known()), [encode_example(known(), render(messages))]).detach()) == 0.0
 
 
 @pytest.mark.parametrize(
