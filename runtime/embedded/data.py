@@ -12,7 +12,7 @@ from typing import Any
 
 from caesura.runtime.embedded.chat import FAILED_TEXT, NO_TOOL_TEXT, Message, answer_text, calls_message
 from caesura.runtime.embedded.skills.adventures import adventure
-from caesura.runtime.embedded.skills.chores import CHORES, listing
+from caesura.runtime.embedded.skills.chores import CHORES, HELD_OUT_WORDS, listing
 from caesura.runtime.embedded.skills.mixture import SKILLS
 from caesura.runtime.embedded.skills.offers import Offer, offer, toolset, usual
 from caesura.runtime.embedded.skills.services import NEAR, unanswerable
@@ -90,9 +90,9 @@ class ConversationMaker:
     def make(self, progress: float) -> tuple[list[Message], list[Mapping[str, Any]]]:
         """Messages and the tools on offer."""
         rng = self._rng
-        world = World(f"train/{rng.getrandbits(64)}", Split.TRAIN)
+        world = World(f"train/{rng.getrandbits(64)}", Split.TRAIN, pieces=self._pieces, never=HELD_OUT_WORDS)
         if self._pieces and rng.random() < LISTING_SHARE:
-            return listing(world, self._pieces)
+            return listing(world)
         if rng.random() < CHORE_SHARE:
             (chore,) = rng.choices(self._chores, self._chore_weights)
             made: tuple[list[Message], list[Mapping[str, Any]]] = chore(world)

@@ -11,22 +11,28 @@ in it. So beside the loss on the tokens a few heads get one on their attention, 
 - ``POINT``: then at the first token of the name there; and what is to begin any other word or number that was there
   before looks at where it begins;
 - ``SEEK``: what is to go on with such a word looks at where it went on.
+
+In an adventure the things of an observation are the lines, its goal and what is carried are the question, and a command
+looks at the thing that it follows from.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from caesura.runtime.embedded.chat import TURN_END, TURN_START
 from caesura.runtime.embedded.examples import Example, token_id
 from caesura.runtime.embedded.net import Attention, Shape, TinyLlama, rotate
+from caesura.runtime.embedded.skills.adventures import Span, moves
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-MOST_IN_LINES = 400  # tokens of lines that are asked where they look, of one micro-batch
+MOST = 400  # positions of one micro-batch that are told the same
 LONGEST = 6  # tokens before one that are compared
 
 
@@ -50,12 +56,16 @@ def has_heads(shape: Shape) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Looks:
-    """Where some heads should look from some positions: ``rows`` and ``positions`` [n], ``wanted`` [n, length]."""
+    """Where some heads should look from some positions: ``rows``, in order, and ``positions`` [n], ``wanted`` [n,
+    length]."""
 
     by: Heads
     rows: Tensor
     positions: Tensor
     wanted: Tensor
+
+
+Told = tuple[Heads, int, Sequence[Span]]  # which heads, from which position, and where they should look
 
 
 class Guide:
@@ -93,11 +103,14 @@ class Guide:
         attention, x = self._attention[looks.by.layer], self._inputs[looks.by.layer]
         length, head_dim = x.shape[1], self._model.shape.head_dim
         cos, sin = self._model.get_buffer("cos")[:length], self._model.get_buffer("sin")[:length]
-        rows = slice(head * head_dim, (head + 1) * head_dim)
-        q = rotate(F.linear(x, attention.q_proj.weight[rows]), cos, sin)
-        k = rotate(F.linear(x, attention.k_proj.weight[rows]), cos, sin)
-        scores = (q @ k.transpose(-1, -2))[looks.rows, looks.positions].float() * head_dim**-0.5
-        scores = scores.masked_fill(torch.arange(length) > looks.positions[:, None], float("-inf"))
+        own = slice(head * head_dim, (head + 1) * head_dim)
+        rows, at = looks.rows, looks.positions
+        q = rotate(F.linear(x[rows, at], attention.q_proj.weight[own]), cos[at], sin[at])  # [n, head_dim]
+        k = rotate(F.linear(x, attention.k_proj.weight[own]), cos, sin)  # [batch, length, head_dim]
+        number = torch.arange(len(rows)) - torch.searchsorted(rows, rows)  # among those of its row
+        queries = q.new_zeros(len(x), int(number.max()) + 1, head_dim).index_put((rows, number), q)
+        scores = (queries @ k.transpose(-1, -2))[rows, number].float() * head_dim**-0.5
+        scores = scores.masked_fill(torch.arange(length) > at[:, None], float("-inf"))
         there = scores.masked_fill(~looks.wanted, float("-inf"))
         missed: Tensor = (scores.logsumexp(-1) - there.logsumexp(-1)).mean()
         return missed
@@ -107,7 +120,8 @@ class Places:
     """Finds in conversations what is to be looked at, by their tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        texts = [tokenizer.decode([token], skip_special_tokens=False) for token in range(tokenizer.get_vocab_size())]
+        vocabulary = range(tokenizer.get_vocab_size())
+        self._texts = texts = [tokenizer.decode([token], skip_special_tokens=False) for token in vocabulary]
         self._before_name = {token for token, text in enumerate(texts) if text.endswith('{"name": "')}
         self._after_name = {token for token, text in enumerate(texts) if text == '", "arguments": '}
         self._line_ends = {token for token, text in enumerate(texts) if text.endswith("\n")}
@@ -120,36 +134,49 @@ class Places:
 
     def looks(self, examples: Sequence[Example], ids: Tensor, learned: Tensor) -> Iterator[Looks]:
         """All of a micro-batch, ``ids`` and ``learned`` as from `collate`."""
-        places = torch.arange(ids.shape[1] - 1)
-        in_lines: list[tuple[int, int, int]] = []  # row, position, where the line's name begins
-        calls: list[tuple[int, int, int, int]] = []  # row, position, where the name begins, where the line ends
-        asked: list[tuple[int, int, int, int]] = []  # row, position, where the question begins and ends
-        for row, example in enumerate(examples):
-            lines = self._lines(example.ids)
-            in_lines += [(row, at, start) for start, end in lines for at in range(start + 1, min(end, len(places)))]
-            calls += [(row, *call) for call in self._calls(example, lines)]
-            asked += [(row, *where) for where in self._questions(example)]
         named = torch.zeros(ids[:, :-1].shape, dtype=torch.bool)
-        if in_lines:
-            rows, at, start = torch.tensor(in_lines[:: 1 + len(in_lines) // MOST_IN_LINES]).unbind(1)
-            yield Looks(LINE, rows, at, places == start[:, None])
-        if asked:
-            rows, at, start, end = torch.tensor(asked).unbind(1)
-            yield Looks(QUESTION, rows, at, (places >= start[:, None]) & (places < end[:, None]))
-        if calls:
-            rows, at, start, end = torch.tensor(calls).unbind(1)
-            named[rows, at] = True
-            line = (places >= start[:, None]) & (places < end[:, None])
-            before = torch.cat((at, at - 1, at - 2))  # the tokens of a turn's or a call's beginning
-            yield Looks(OFFER, rows.repeat(3), before, line.repeat(3, 1))
-            yield Looks(POINT, rows, at, places == start[:, None])
+        for told in (self._of_tools, self._of_adventures):
+            by_heads: dict[Heads, list[tuple[int, int, Sequence[Span]]]] = {}
+            for row, example in enumerate(examples):
+                for heads, at, spans in told(example):
+                    by_heads.setdefault(heads, []).append((row, at, spans))
+            for heads, all_told in by_heads.items():
+                looks = _looks(heads, all_told[:: 1 + len(all_told) // MOST], ids.shape[1] - 1)
+                if heads == POINT:
+                    named[looks.rows, looks.positions] = True
+                if len(looks.rows):
+                    yield looks
         yield from self._copies(ids, learned[~named.flatten()[learned]])
+
+    def _of_tools(self, example: Example) -> Iterator[Told]:
+        lines = self._lines(example.ids)
+        for start, end in lines:
+            yield from ((LINE, at, [(start, start + 1)]) for at in range(start + 1, end))
+        yield from ((QUESTION, at, [question]) for at, question in self._questions(example))
+        for at, (start, end) in self._calls(example, lines):
+            yield from ((OFFER, before, [(start, end)]) for before in (at, at - 1, at - 2))  # a turn's or call's begin
+            yield POINT, at, [(start, start + 1)]
+
+    def _of_adventures(self, example: Example) -> Iterator[Told]:
+        texts = [self._texts[token] for token in example.ids]
+        starts = list(accumulate(map(len, texts), initial=0))
+
+        def tokens(span: Span) -> Span:
+            return bisect_right(starts, span[0]) - 1, bisect_right(starts, span[1] - 1)
+
+        for move in moves("".join(texts)):
+            for start, end in map(tokens, move.things):
+                yield from ((LINE, at, [(start, start + 1)]) for at in range(start, end))
+            for at in (tokens(move.command)[0] - 1, tokens(move.thing)[0] - 1):
+                yield QUESTION, at, [tokens(span) for span in move.known]
+                yield OFFER, at, [tokens(move.reason)]
 
     def _copies(self, ids: Tensor, learned: Tensor) -> Iterator[Looks]:
         """Where the next token stands, if it is of a word or a number that was there before: for its first token where
         such a one begins, since the last turn of another began if it is there; for a further one where most of what
         stands before it is the same."""
         length = ids.shape[1] - 1
+        learned = learned[self._wordy[ids[:, 1:].flatten()[learned]]]
         places = torch.arange(length)
         rows, at = learned // length, learned % length
         now, then, seen = ids[rows, at], ids[rows, at + 1], ids[rows, :-1]
@@ -158,7 +185,7 @@ class Places:
         turns = self._turns(ids)[rows, :-1]
         lately = begins & (turns == turns.gather(1, at[:, None]))
         begins = torch.where(lately.any(1, keepdim=True), lately, begins)
-        first = begins.any(1) & self._wordy[then] & ~self._wordy[now]
+        first = begins.any(1) & ~self._wordy[now]
         if first.any():
             yield Looks(POINT, rows[first], at[first], begins[first])
         alike, shared = there, torch.zeros(there.shape, dtype=torch.long)
@@ -167,7 +194,7 @@ class Places:
             alike = alike & F.pad(seen == before[:, None], (back + 1, 0))[:, :length]
             shared += alike
         most = shared.amax(1, keepdim=True)
-        further = (most[:, 0] > 0) & self._wordy[then] & self._wordy[now]
+        further = (most[:, 0] > 0) & self._wordy[now]
         if further.any():
             yield Looks(SEEK, rows[further], at[further], (there & (shared == most))[further])
 
@@ -177,13 +204,13 @@ class Places:
         begins: Tensor = (ids == start) & ~F.pad(ids[:, 1:] == own, (0, 1))
         return begins.cumsum(1)
 
-    def _lines(self, ids: list[int]) -> list[tuple[int, int]]:
+    def _lines(self, ids: list[int]) -> list[Span]:
         """The lines of the tools on offer, as positions: of a name's first token, and past the line's last."""
         stop = ids.index(self._turn_end) if self._turn_end in ids else 0
         starts = [at + 1 for at in range(1, stop) if ids[at] == self._dash and ids[at - 1] in self._line_ends]
         return list(zip(starts, [*(start - 2 for start in starts[1:]), stop], strict=False))
 
-    def _calls(self, example: Example, lines: list[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    def _calls(self, example: Example, lines: list[Span]) -> Iterator[tuple[int, Span]]:
         """For each call to write: the position before the name, and the line of its tool."""
         ids = example.ids
         for at, learn in enumerate(example.learn[:-1]):
@@ -196,10 +223,10 @@ class Places:
                 name.append(token)
             for start, end in lines:
                 if ids[start : start + len(name)] == name and ids[start + len(name)] in self._brackets:
-                    yield at, start, end
+                    yield at, (start, end)
                     break
 
-    def _questions(self, example: Example) -> Iterator[tuple[int, int, int]]:
+    def _questions(self, example: Example) -> Iterator[tuple[int, Span]]:
         """For what decides on a turn and on a tool: the position, and the span of the last question."""
         ids, start, end = example.ids, 0, 0
         for at, learn in enumerate(example.learn[:-1]):
@@ -210,4 +237,15 @@ class Places:
             begins = not learn and example.learn[at + 1]
             names = learn and (ids[at] in self._before_name or ids[at + 1] in self._before_name)
             if end and (begins or names):
-                yield at, start, end
+                yield at, (start, end)
+
+
+def _looks(by: Heads, told: Sequence[tuple[int, int, Sequence[Span]]], length: int) -> Looks:
+    """Of rows, positions and where to look from there; positions from ``length`` on are left out."""
+    kept = [each for each in told if each[1] < length]
+    wanted = torch.zeros((len(kept), length), dtype=torch.bool)
+    for number, (_, _, spans) in enumerate(kept):
+        for start, end in spans:
+            wanted[number, start:end] = True
+    rows, positions = (torch.tensor([each[index] for each in kept], dtype=torch.long) for index in (0, 1))
+    return Looks(by, rows, positions, wanted)

@@ -30,6 +30,8 @@ CURRICULUM_STEPS = 600  # conversations grow longer until then
 POOL = 600  # conversations drawn and sorted by length at a time
 MAX_TOKENS = 1792
 MOST_AGAIN = 2  # times that a conversation comes again while a token of it is wrong: late in a training one in seven is
+EASY = 0.25  # of the usual loss: what is below has next to none of the gradient, and is half of the work in the end
+USUAL_STEPS = 50  # that the usual loss is a mean over
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,12 @@ class Recipe:
     ``lr``; the last step ends the training."""
 
     seed: int = 0
-    rates: tuple[tuple[int, float], ...] = ((0, 0.0), (60, 1.0), (2500, 1.0), (5600, 0.01))
+    rates: tuple[tuple[int, float], ...] = ((0, 0.0), (60, 1.0), (1500, 1.0), (6200, 0.01))
     batch_tokens: int = 4608
     lr: float = 3e-3
     weight_decay: float = 0.05
-    guidance: float = 0.3  # how much the loss of heads that are told where to look counts; it fades with the rate
+    guidance: float = 0.3  # how much the loss of heads that are told where to look counts
+    guided_steps: int = 1500  # until then; later it would outweigh the other loss, and what is left of it is noise
 
     @property
     def steps(self) -> int:
@@ -85,6 +88,7 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
+        self._usual_loss = 0.0  # per token
         self._pool = (0, 0)  # the number of the pool in use, and the steps done before it
         self._again: list[Example] = []  # what the pool in use has from earlier ones
         self._missed: list[Example] = []  # and what later ones are to have
@@ -118,10 +122,11 @@ class Trainer:
         self.model.eval()
 
     def update(self, batch: list[list[Example]]) -> tuple[float, float]:
-        """One step over several micro-batches; mean loss and share of right tokens."""
+        """One step over several micro-batches; mean loss, share of right tokens. Of those that have become easy nothing
+        is learned (after Jiang et al., arXiv 1910.00762, who choose by chance)."""
         learned_tokens = sum(sum(example.learn[1:]) for examples in batch for example in examples)
         rate = learning_rate(self.step, self.recipe)
-        guidance = self.recipe.guidance * rate / self.recipe.lr / len(batch)
+        guidance = self.recipe.guidance / len(batch) if self.step < self.recipe.guided_steps else 0.0
         loss_sum, right_sum = 0.0, 0
         for examples in batch:
             ids, learned = collate(examples, self._pad_id)
@@ -129,8 +134,12 @@ class Trainer:
             logits = F.linear(hidden.float(), self._working.model.embed_tokens.weight.float())
             targets = ids[:, 1:].flatten().index_select(0, learned)
             loss = F.cross_entropy(logits, targets, reduction="sum")
-            guided = self._guide.loss(examples, ids, learned)
-            (loss / learned_tokens + guidance * guided).backward()  # type: ignore[no-untyped-call]
+            if loss.item() >= EASY * self._usual_loss * len(targets):
+                total = loss / learned_tokens
+                if guidance:
+                    total = total + guidance * self._guide.loss(examples, ids, learned)
+                total.backward()  # type: ignore[no-untyped-call]
+                self._collect_gradients()
             loss_sum += loss.item()
             right = logits.detach().argmax(-1) == targets
             right_sum += int(right.sum())
@@ -138,7 +147,7 @@ class Trainer:
             missed = (examples[row] for row in sorted(rows))
             self._missed += [replace(each, asked=each.asked + 1) for each in missed if each.asked < MOST_AGAIN]
             self.tokens += ids.numel()
-            self._collect_gradients()
+        self._usual_loss += (loss_sum / learned_tokens - self._usual_loss) / USUAL_STEPS
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
@@ -194,6 +203,7 @@ class Trainer:
             for number, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"state.{index}.{number}.{key}": torch.as_tensor(value) for key, value in state.items()}
         counts: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "pool": self._pool}
+        counts["usual_loss"] = self._usual_loss
         counts |= {"again": [astuple(each) for each in self._again], "missed": [astuple(each) for each in self._missed]}
         unfinished = folder / "state.tmp"
         unfinished.write_bytes(save(tensors, {"counts": json.dumps(counts | self._drawn_by())}))
@@ -212,7 +222,7 @@ class Trainer:
             if counts.get(name) != value:
                 raise ValueError(f"{folder} is of a training with {name} {counts.get(name)}, and this one has {value}")
         self.step, self.tokens, self.seconds = counts["step"], counts["tokens"], counts["seconds"]
-        self._pool = counts["pool"][0], counts["pool"][1]
+        self._usual_loss, self._pool = counts["usual_loss"], (counts["pool"][0], counts["pool"][1])
         self._again, self._missed = ([Example(*each) for each in counts[name]] for name in ("again", "missed"))
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():

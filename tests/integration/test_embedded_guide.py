@@ -9,7 +9,7 @@ import pytest
 import torch
 from caesura.runtime.embedded.chat import calls_message, render
 from caesura.runtime.embedded.examples import Example, encode_example, train_tokenizer
-from caesura.runtime.embedded.guide import OFFER, POINT, QUESTION, SEEK, Guide, Heads, Places
+from caesura.runtime.embedded.guide import LINE, OFFER, POINT, QUESTION, SEEK, Guide, Heads, Places
 from caesura.runtime.embedded.net import Shape, TinyLlama
 from caesura.runtime.embedded.trainer import collate
 from tokenizers import Tokenizer
@@ -111,6 +111,26 @@ def test_copies_are_pointed_at_in_the_last_turn_and_go_on_where_most_before_is_t
     numbers = [[where for where in wanted if where[-1] == "9"] for _, wanted in first]
     assert [len(wanted) for wanted in numbers if wanted] == [2, 2, 3]  # not among those of turns before the last
     assert [wanted[-1][-2:] for _, wanted in then if wanted[-1][-1] in "12"] == ["91", "92", "91"]
+
+
+def test_a_command_of_an_adventure_looks_at_what_it_follows_from() -> None:
+    room = "Cellar. Exits: north new, south. Here: broom, iron key. You have: brass key. Ways: hall south."
+    messages = [
+        {"role": "user", "content": f"Play the adventure: bring the lamp to the hall.\n{room}"},
+        calls_message(["take iron key"], name="act", argument="command"),
+    ]
+    example = encode_example(known(), render(messages, [tool("act", "Act.")]))
+    wanted = {
+        by: [looks.wanted for looks in Places(known()).looks([example], *collate([example], 0)) if looks.by == by][-1]
+        for by in (OFFER, QUESTION, LINE)
+    }
+
+    def seen(by: Heads) -> list[str]:
+        return [known().decode([i for i, yes in zip(example.ids, row, strict=False) if yes]) for row in wanted[by]]
+
+    assert seen(OFFER) == ["iron key"] * 2  # before the verb, and before the thing
+    assert seen(QUESTION) == ["lamphallbrass key"] * 2
+    assert {"north", "south"} < set(seen(LINE))
 
 
 def test_a_conversation_with_nothing_to_copy_and_no_question_has_nothing_to_look_at() -> None:

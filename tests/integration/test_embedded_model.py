@@ -225,6 +225,25 @@ def test_what_was_wrong_comes_again_until_it_is_right_and_at_most_twice(
     assert {example.asked for pool in pools for example in pool} == {1, 2}
 
 
+def test_nothing_is_learned_of_what_has_become_easy(tokenizer: Tokenizer) -> None:
+    easy = [Example([5, 6, 7, 8], [False, False, False, True])]
+    torn = [Example([9, 10, end], [False, False, True]) for end in (11, 12)]
+    shape = Shape(vocab=tokenizer.get_vocab_size(), hidden=32, layers=1, heads=1, kv_heads=1, intermediate=32)
+    trainer = Trainer(Recipe(rates=((0, 1.0), (60, 1.0)), lr=0.03), shape, tokenizer)
+    for _ in range(40):
+        trainer.update([easy, torn])
+    weights = trainer.model.model.embed_tokens.weight.detach()
+
+    def change(*batch: list[Example]) -> float:
+        before = weights.clone()
+        trainer.update(list(batch))
+        return float((weights - before).abs().max())
+
+    assert change(easy) == 0.0
+    assert change(torn) > 0.0
+    assert change(easy, torn) > 0.0
+
+
 def test_the_last_layer_computes_what_is_wanted_alone(model: TinyLlama) -> None:
     ids = torch.randint(0, model.shape.vocab, (2, 40), generator=torch.Generator().manual_seed(2))
     wanted = torch.tensor([3, 39, 40, 77])

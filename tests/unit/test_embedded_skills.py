@@ -10,10 +10,10 @@ from collections import Counter
 
 import pytest
 from caesura.runtime.embedded.chat import FAILED_TEXT, NO_TOOL_TEXT, render
-from caesura.runtime.embedded.data import ConversationMaker, rounds_of, shown_turns
+from caesura.runtime.embedded.data import ConversationMaker, played, rounds_of, shown_turns
 from caesura.runtime.embedded.phrases import NAMES
 from caesura.runtime.embedded.skills import adventures
-from caesura.runtime.embedded.skills.chores import CHORES, listing
+from caesura.runtime.embedded.skills.chores import CHORES, HELD_OUT_WORDS, listing
 from caesura.runtime.embedded.skills.mixture import SKILLS, held_out_task, misspell
 from caesura.runtime.embedded.skills.offers import KINDS, offer, toolset, usual
 from caesura.runtime.embedded.skills.task import Call, Task, Teacher, careful
@@ -73,6 +73,21 @@ def test_adventures_take_10_to_22_steps() -> None:
         len(rounds_of(exam.task, exam.world)[0]) for exam in (held_out_task(5, n, "adventure") for n in range(30))
     ]
     assert 10 <= min(lengths) < max(lengths) <= 22
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_command_of_an_adventure_follows_from_a_thing_that_is_listed(seed: int) -> None:
+    world, act = World(f"moves/{seed}", Split.TRAIN), usual("act")
+    messages = played(adventures.adventure(world), world, {"act": act})
+    text = render(messages, [act.spec])
+    moves = list(adventures.moves(text))
+    commands = [message["tool_calls"][0]["function"]["arguments"]["command"] for message in messages[1:-1:2]]
+    assert [text[slice(*move.command)] for move in moves] == commands
+    for move in moves:
+        thing, reason = text[slice(*move.thing)], text[slice(*move.reason)]
+        assert reason in (thing, f"{thing} new") or re.fullmatch(rf"{thing} locked \(\w+ key\)", reason)
+        assert move.reason in move.things
+        assert move.reason[1] < move.command[0] < move.thing[0] < move.thing[1] == move.command[1]
 
 
 def test_evaluation_shares_no_name_and_no_number_with_training() -> None:
@@ -174,6 +189,15 @@ def test_training_never_makes_up_a_held_out_word() -> None:
     assert not names & {name for kind in KINDS.values() for name in kind.held_out_names}
 
 
+def test_adventures_are_told_in_words_of_pieces_and_none_that_is_held_out() -> None:
+    pieces, said = ["nick", "el", "bar", "n", "key", "go"], set()
+    for number in range(60):
+        world = World(f"pieces/{number}", Split.TRAIN, pieces=pieces, never=HELD_OUT_WORDS)
+        said |= set(re.findall(r"\w+", adventures.adventure(world).question.split(".", 2)[2].lower()))
+    assert sum(bool(re.fullmatch(f"({'|'.join(pieces)}){{2,3}}", word)) for word in said) > 30
+    assert not said & {"nickel", "barn"}
+
+
 def test_made_up_names_have_the_spelling_of_those_that_programs_use() -> None:
     """A token that no name in training has is one that the model cannot copy."""
     rng = random.Random(1)
@@ -207,9 +231,9 @@ def test_every_chore_renders() -> None:
 
 def test_a_listing_copies_words_and_none_that_is_held_out() -> None:
     words = set()
+    pieces = ["nick", "Nick", "el", "con", "version", "conversion", "Wanda", "tul", "ips"]
     for number in range(200):
-        world = World(f"listing/{number}", Split.TRAIN)
-        messages, tools = listing(world, ["nick", "Nick", "el", "con", "version", "conversion", "Wanda", "tul", "ips"])
+        messages, tools = listing(World(f"listing/{number}", Split.TRAIN, pieces=pieces, never=HELD_OUT_WORDS))
         asked, answer = (message["content"] for message in messages)
         listed = asked.split(": ", 1)[1].split(", ")
         assert answer in (json.dumps(listed), ", ".join(listed))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from caesura.runtime.embedded.skills.task import Call, Task, Teacher
 from caesura.runtime.embedded.skills.world import World
@@ -13,6 +14,8 @@ from caesura.runtime.embedded.tools.adventure import DECOYS, MAX_STEPS, METALS, 
 
 STEPS = range(10, 23)
 MADE_UP_SHARE = 0.75  # of the words in training: with 0.3, words never seen before were copied badly
+PIECEWISE_SHARE = 0.7  # of those: a key is known again by its first token, and syllables begin with few
+RESERVED = {"nothing", "none", "new", "door", "key", "locked", "north", "south", "east", "west"}
 SIZES = ((5, 1), (6, 1), (7, 1), (6, 2), (7, 2))  # rooms, locked doors
 SIZES_OF = {Split.TRAIN: SIZES[:3] + 4 * SIZES[3:], Split.HELD_OUT: SIZES}  # keys that do not fit are hard to learn
 HELD_OUT = Words(
@@ -21,8 +24,11 @@ HELD_OUT = Words(
     metals=("nickel", "zinc", "pewter", "cobalt"),
     decoys=("pillow", "hammer", "teapot", "carpet", "saddle", "anchor"),
 )
-_SEEN = re.compile(r"(\w+)\. Exits: (.*?)\. Here: (.*?)\. You have: (.*?)\. Ways: (.*?)\.$")
+_SEEN = re.compile(r"(\w+)\. Exits: ([^.]*)\. Here: ([^.]*)\. You have: ([^.]*)\. Ways: ([^.]*)\.")
+_GOAL = re.compile(r"bring the (\w+) to the (\w+)")
 _LOCKED = re.compile(r"(\w+) locked \((.*)\)")
+_ITEM = re.compile(r"[^, ][^,]*")
+Span = tuple[int, int]  # of a text, as positions of characters
 
 
 def adventure(world: World, *, begun: bool = False) -> Task:
@@ -48,21 +54,43 @@ def command_for(observation: str, treasure: str, home: str) -> str:
     match = _SEEN.search(observation)
     if match is None:
         raise ValueError(f"not an observation: {observation!r}")
-    room, exits, here, have = match[1].lower(), match[2].split(", "), match[3].split(", "), match[4].split(", ")
-    ways = dict(way.rsplit(" ", 1) for way in match[5].split(", ") if " " in way)
+    return _decide(match, treasure, home)[0]
+
+
+def _decide(seen: re.Match[str], treasure: str, home: str) -> tuple[str, Span]:
+    """The next command, and what in the observation it follows from."""
+    exits, here, have = (_items(seen, group) for group in (2, 3, 4))
+    ways = _ways(seen)
     if treasure in have:
-        return f"drop {treasure}" if room == home else f"go {ways[home]}"
-    wanted = [item for item in here if item == treasure] + [item for item in here if item.endswith(" key")]
-    if wanted:
-        return f"take {wanted[0]}"
-    for exit_ in exits:
+        if seen[1].lower() == home:
+            return f"drop {treasure}", have[treasure]
+        return f"go {ways[home][0]}", ways[home][1]
+    for item in sorted(here, key=lambda item: item != treasure):
+        if item == treasure or item.endswith(" key"):
+            return f"take {item}", here[item]
+    for exit_, span in exits.items():
         locked = _LOCKED.match(exit_)
         if locked and locked[2] in have:
-            return f"unlock {locked[1]}"
-    for exit_ in exits:
+            return f"unlock {locked[1]}", span
+    for exit_, span in exits.items():
         if exit_.endswith(" new"):
-            return f"go {exit_.split()[0]}"
-    return f"go {ways.get('new') or ways['door']}"
+            return f"go {exit_.split()[0]}", span
+    way, span = ways.get("new") or ways["door"]
+    return f"go {way}", span
+
+
+def _items(seen: re.Match[str], group: int) -> dict[str, Span]:
+    """The things of a list in an observation, and where they stand."""
+    return {
+        item[0]: (seen.start(group) + item.start(), seen.start(group) + item.end())
+        for item in _ITEM.finditer(seen[group])
+    }
+
+
+def _ways(seen: re.Match[str]) -> dict[str, tuple[str, Span]]:
+    """The known ways in an observation: which direction leads there, and where that stands."""
+    leads = ((lead.rpartition(" "), end) for lead, (_, end) in _items(seen, 5).items())
+    return {name: (way, (end - len(way), end)) for (name, _, way), end in leads}
 
 
 def _play(observation: str, treasure: str, home: str) -> Teacher:
@@ -73,6 +101,34 @@ def _play(observation: str, treasure: str, home: str) -> Teacher:
             break
         (observation,) = yield [Call("act", {"command": command_for(observation, treasure, home)})]
     return "I have failed."
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A command in a conversation's text, and what it follows from there: spans of characters."""
+
+    command: Span
+    thing: Span  # in the command
+    reason: Span
+    known: tuple[Span, ...]  # what the adventure is about, and what is carried
+    things: tuple[Span, ...]  # on all lists of the observation; of a way, its direction
+
+
+def moves(text: str) -> Iterator[Move]:
+    """The commands in a conversation that are those of `command_for`."""
+    goal = _GOAL.search(text)
+    if goal is None:
+        return
+    for seen in _SEEN.finditer(text, goal.end()):
+        command, reason = _decide(seen, *goal.groups())
+        start = text.find(f'"{command}"', seen.end()) + 1
+        if start == 0 or _SEEN.search(text, seen.end(), start):
+            continue
+        end = start + len(command)
+        exits, here, have = (tuple(_items(seen, group).values()) for group in (2, 3, 4))
+        things = (*exits, *here, *have, *(span for _, span in _ways(seen).values()))
+        known = (goal.span(1), goal.span(2), *have)
+        yield Move((start, end), (start + command.index(" ") + 1, end), reason, known, things)
 
 
 def _rehearse(game: Adventure, steps: int = MAX_STEPS) -> None:
@@ -87,10 +143,12 @@ def _words(world: World) -> Words:
 
     def mixed(known: Sequence[str]) -> tuple[str, ...]:
         """Known words, some replaced by invented ones, so that words are read and not known."""
-        made = (
-            world.word(world.rng.choice((1, 2))).lower() if world.rng.random() < MADE_UP_SHARE else word
-            for word in known
-        )
-        return tuple(dict.fromkeys(made))
+        drawn = (made() if world.rng.random() < MADE_UP_SHARE else word for word in known)
+        return tuple(dict.fromkeys(word for word in drawn if word not in RESERVED))
+
+    def made() -> str:
+        if world.pieces and world.rng.random() < PIECEWISE_SHARE:
+            return world.piecewise(world.rng.choice((2, 2, 3))).lower()
+        return world.word(world.rng.choice((1, 2))).lower()
 
     return Words(mixed(ROOMS), mixed(TREASURES), mixed(METALS), mixed(DECOYS))

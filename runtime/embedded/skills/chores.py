@@ -7,7 +7,7 @@ is put there by the program and not learned.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from typing import Any
 
@@ -295,19 +295,10 @@ def refund(world: World) -> Conversation:
     return messages, [offer.spec for offer in offers]
 
 
-def listing(world: World, pieces: Sequence[str]) -> Conversation:
-    """Many words to write down as they are, each of one or two pieces, and none of them held out."""
+def listing(world: World) -> Conversation:
+    """Many words to write down as they are, each of one or two pieces."""
     rng = world.rng
-
-    def drawn() -> str:
-        return world.draw(lambda: "".join(rng.choices(pieces, k=rng.choice((1, 2, 2)))))
-
-    def word() -> str:
-        while (made := drawn()).lower() in HELD_OUT_WORDS:
-            pass
-        return made
-
-    words = [word() for _ in range(rng.randint(10, 60))]
+    words = [world.piecewise(rng.choice((1, 2, 2))) for _ in range(rng.randint(10, 60))]
     if rng.random() < 0.3:
         return [_user(f"Repeat: {', '.join(words)}"), _assistant(", ".join(words))], []
     return [_user(f"As a JSON list: {', '.join(words)}"), _assistant(json.dumps(words))], []

@@ -6,7 +6,7 @@ import json
 import random
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 from caesura.runtime.embedded.skills.task import Call
 from caesura.runtime.embedded.tasks import Split, split_of
@@ -53,10 +53,21 @@ class World:
     """Draws what tasks are about (``rng``) and runs calls. Everything follows from the seed.
 
     ``odd_share`` of the results are replaced by other plausible ones, ``fault_share`` of the calls fail at first.
+    ``pieces`` are what `piecewise` makes words of, and the words ``never`` to be said are in small letters.
     """
 
-    def __init__(self, seed: str, split: Split, *, odd_share: float = 0.0, fault_share: float = 0.0) -> None:
+    def __init__(
+        self,
+        seed: str,
+        split: Split,
+        *,
+        odd_share: float = 0.0,
+        fault_share: float = 0.0,
+        pieces: Sequence[str] = (),
+        never: Collection[str] = (),
+    ) -> None:
         self.seed, self.split = seed, split
+        self.pieces, self.never = pieces, never
         self.odd_share, self.fault_share = odd_share, fault_share
         self.rng = random.Random(f"{seed}/tasks")
         self.notebook = Notebook()
@@ -80,7 +91,8 @@ class World:
         if self.split is Split.HELD_OUT or text in WEEKDAYS:
             return True
         words = [word.capitalize() for word in text.split()]  # as they were drawn
-        return all(split_of_text(word) is Split.TRAIN for word in [text, *words])
+        said = all(split_of_text(word) is Split.TRAIN for word in [text, *words])
+        return said and not any(word.lower() in self.never for word in words)
 
     def draw(self, make: Callable[[], str]) -> str:
         """What ``make`` gives, of this world's split."""
@@ -94,6 +106,10 @@ class World:
         if self.split is Split.TRAIN and self.rng.random() < WILD_SHARE:
             return self.draw(lambda: wild_word(self.rng).capitalize())
         return self.draw(lambda: made_up_word(self.rng, syllables=syllables))
+
+    def piecewise(self, pieces: int) -> str:
+        """A word of so many pieces: a token that is hardly ever written cannot be copied, nor found again."""
+        return self.draw(lambda: "".join(self.rng.choices(self.pieces, k=pieces)))
 
     def integer(self, low: int, high: int) -> int:
         """An integer from low to below high."""
