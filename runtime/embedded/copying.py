@@ -59,7 +59,7 @@ def plant(model: TinyLlama, seed: int) -> None:
             _match(point, head, [(of_call, tokens)])
             _carry(point, head, copied, copied, POINTED)
         else:
-            copied = tokens.roll(-number * len(tokens) // 3, 0)
+            copied = tokens.roll(-number * len(tokens) // (len(heads) - len(POINT.heads)), 0)
             one, two = (tokens, one_back), (one_back, two_back)
             _match(point, head, [one, two] if number in SEEK.heads else [one])
             _carry(point, head, copied, copied, COPIED)

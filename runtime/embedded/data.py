@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 from caesura.runtime.embedded.chat import FAILED_TEXT, NO_TOOL_TEXT, Message, answer_text, calls_message
+from caesura.runtime.embedded.phrases import NAMES, THINGS
+from caesura.runtime.embedded.skills import adventures
 from caesura.runtime.embedded.skills.adventures import adventure
-from caesura.runtime.embedded.skills.chores import CHORES, HELD_OUT_WORDS, listing
+from caesura.runtime.embedded.skills.chores import CHORES, listing
 from caesura.runtime.embedded.skills.mixture import SKILLS
-from caesura.runtime.embedded.skills.offers import Offer, offer, toolset, usual
+from caesura.runtime.embedded.skills.offers import HELD_OUT_NAMES, Offer, offer, toolset, usual
 from caesura.runtime.embedded.skills.services import NEAR, unanswerable
 from caesura.runtime.embedded.skills.task import Call, Task, careful
 from caesura.runtime.embedded.skills.world import World
@@ -32,6 +35,11 @@ WITHHELD_SHARE = 0.06
 MEDLEY_SHARE = 0.3  # of the chains: many questions for any tool, since which one is needed is the hardest to learn
 MAX_OFFERS = 9  # but for what the questions themselves need
 
+HELD_OUT_WORDS = {  # none of which training says
+    word.lower()
+    for words in (HELD_OUT_NAMES, *astuple(adventures.HELD_OUT), NAMES[Split.HELD_OUT], THINGS[Split.HELD_OUT])
+    for word in words
+}
 _RULES = (
     "You are a helpful assistant.",
     "You are a careful assistant that answers arithmetic questions.",

@@ -3,7 +3,7 @@ arXiv 1607.01628, for translation).
 
 Which of the tools on offer to call is what training takes longest to find, and all that its loss says is the name that
 would have been right. But the script knows more: which line of the prompt offers that tool, and where the name stands
-in it. So beside the loss on the tokens a few heads get one on their attention, which fades with the learning rate:
+in it. So beside the loss on the tokens a few heads get one on their attention, for as long as they have much to learn:
 
 - ``LINE``: every token of a tool's line looks at the name it begins with, so that descriptions know whose they are;
 - ``QUESTION``: what is to begin a turn, or a call's name, looks at the last question;
@@ -69,9 +69,11 @@ Told = tuple[Heads, int, Sequence[Span]]  # which heads, from which position, an
 
 
 class Guide:
-    """Watches a network's attention while it trains. A network without the heads is left alone."""
+    """Watches a network's attention while it trains, for as long as it is ``watching``. A network without the heads is
+    left alone."""
 
     def __init__(self, model: TinyLlama, tokenizer: Tokenizer) -> None:
+        self.watching = True
         self._model = model
         self._places = Places(tokenizer)
         self._inputs: dict[int, Tensor] = {}
@@ -84,7 +86,8 @@ class Guide:
 
     def _keep(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._inputs[layer] = inputs[0]
+            if self.watching:
+                self._inputs[layer] = inputs[0]
 
         return keep
 
@@ -154,7 +157,7 @@ class Places:
             yield from ((LINE, at, [(start, start + 1)]) for at in range(start + 1, end))
         yield from ((QUESTION, at, [question]) for at, question in self._questions(example))
         for at, (start, end) in self._calls(example, lines):
-            yield from ((OFFER, before, [(start, end)]) for before in (at, at - 1, at - 2))  # a turn's or call's begin
+            yield from ((OFFER, before, [(start, end)]) for before in (at, at - 1, at - 2))  # the call's beginning
             yield POINT, at, [(start, start + 1)]
 
     def _of_adventures(self, example: Example) -> Iterator[Told]:

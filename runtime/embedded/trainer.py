@@ -30,7 +30,7 @@ CURRICULUM_STEPS = 600  # conversations grow longer until then
 POOL = 600  # conversations drawn and sorted by length at a time
 MAX_TOKENS = 1792
 MOST_AGAIN = 2  # times that a conversation comes again while a token of it is wrong: late in a training one in seven is
-EASY = 0.25  # of the usual loss: what is below has next to none of the gradient, and is half of the work in the end
+EASY = 0.25  # of the usual loss: what is below has little of the gradient, and is nearly half of the work in the end
 USUAL_STEPS = 50  # that the usual loss is a mean over
 
 
@@ -125,8 +125,7 @@ class Trainer:
         """One step over several micro-batches; mean loss, share of right tokens. Of those that have become easy nothing
         is learned (after Jiang et al., arXiv 1910.00762, who choose by chance)."""
         learned_tokens = sum(sum(example.learn[1:]) for examples in batch for example in examples)
-        rate = learning_rate(self.step, self.recipe)
-        guidance = self.recipe.guidance / len(batch) if self.step < self.recipe.guided_steps else 0.0
+        self._guide.watching = self.step < self.recipe.guided_steps
         loss_sum, right_sum = 0.0, 0
         for examples in batch:
             ids, learned = collate(examples, self._pad_id)
@@ -136,8 +135,8 @@ class Trainer:
             loss = F.cross_entropy(logits, targets, reduction="sum")
             if loss.item() >= EASY * self._usual_loss * len(targets):
                 total = loss / learned_tokens
-                if guidance:
-                    total = total + guidance * self._guide.loss(examples, ids, learned)
+                if self._guide.watching:
+                    total = total + self.recipe.guidance / len(batch) * self._guide.loss(examples, ids, learned)
                 total.backward()  # type: ignore[no-untyped-call]
                 self._collect_gradients()
             loss_sum += loss.item()
@@ -149,6 +148,7 @@ class Trainer:
             self.tokens += ids.numel()
         self._usual_loss += (loss_sum / learned_tokens - self._usual_loss) / USUAL_STEPS
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        rate = learning_rate(self.step, self.recipe)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -203,7 +203,7 @@ class Trainer:
             for number, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"state.{index}.{number}.{key}": torch.as_tensor(value) for key, value in state.items()}
         counts: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "pool": self._pool}
-        counts["usual_loss"] = self._usual_loss
+        counts |= {"usual_loss": self._usual_loss}
         counts |= {"again": [astuple(each) for each in self._again], "missed": [astuple(each) for each in self._missed]}
         unfinished = folder / "state.tmp"
         unfinished.write_bytes(save(tensors, {"counts": json.dumps(counts | self._drawn_by())}))

@@ -54,43 +54,42 @@ def command_for(observation: str, treasure: str, home: str) -> str:
     match = _SEEN.search(observation)
     if match is None:
         raise ValueError(f"not an observation: {observation!r}")
-    return _decide(match, treasure, home)[0]
+    return _Seen(match).decide(treasure, home)[0]
 
 
-def _decide(seen: re.Match[str], treasure: str, home: str) -> tuple[str, Span]:
-    """The next command, and what in the observation it follows from."""
-    exits, here, have = (_items(seen, group) for group in (2, 3, 4))
-    ways = _ways(seen)
-    if treasure in have:
-        if seen[1].lower() == home:
-            return f"drop {treasure}", have[treasure]
-        return f"go {ways[home][0]}", ways[home][1]
-    for item in sorted(here, key=lambda item: item != treasure):
-        if item == treasure or item.endswith(" key"):
-            return f"take {item}", here[item]
-    for exit_, span in exits.items():
-        locked = _LOCKED.match(exit_)
-        if locked and locked[2] in have:
-            return f"unlock {locked[1]}", span
-    for exit_, span in exits.items():
-        if exit_.endswith(" new"):
-            return f"go {exit_.split()[0]}", span
-    way, span = ways.get("new") or ways["door"]
-    return f"go {way}", span
+class _Seen:
+    """An observation: its lists, and where in the text each thing stands."""
+
+    def __init__(self, match: re.Match[str]) -> None:
+        self.room = match[1].lower()
+        self.exits, self.here, self.have, leads = (_items(match, group) for group in (2, 3, 4, 5))
+        parts = ((lead.rpartition(" "), end) for lead, (_, end) in leads.items())
+        self.ways = {name: (way, (end - len(way), end)) for (name, _, way), end in parts}
+
+    def decide(self, treasure: str, home: str) -> tuple[str, Span]:
+        """The next command, and what it follows from."""
+        if treasure in self.have:
+            if self.room == home:
+                return f"drop {treasure}", self.have[treasure]
+            return f"go {self.ways[home][0]}", self.ways[home][1]
+        for item in sorted(self.here, key=lambda item: item != treasure):
+            if item == treasure or item.endswith(" key"):
+                return f"take {item}", self.here[item]
+        for exit_, span in self.exits.items():
+            locked = _LOCKED.match(exit_)
+            if locked and locked[2] in self.have:
+                return f"unlock {locked[1]}", span
+        for exit_, span in self.exits.items():
+            if exit_.endswith(" new"):
+                return f"go {exit_.split()[0]}", span
+        way, span = self.ways.get("new") or self.ways["door"]
+        return f"go {way}", span
 
 
-def _items(seen: re.Match[str], group: int) -> dict[str, Span]:
-    """The things of a list in an observation, and where they stand."""
-    return {
-        item[0]: (seen.start(group) + item.start(), seen.start(group) + item.end())
-        for item in _ITEM.finditer(seen[group])
-    }
-
-
-def _ways(seen: re.Match[str]) -> dict[str, tuple[str, Span]]:
-    """The known ways in an observation: which direction leads there, and where that stands."""
-    leads = ((lead.rpartition(" "), end) for lead, (_, end) in _items(seen, 5).items())
-    return {name: (way, (end - len(way), end)) for (name, _, way), end in leads}
+def _items(match: re.Match[str], group: int) -> dict[str, Span]:
+    """The things of a list, and where they stand."""
+    start = match.start(group)
+    return {item[0]: (start + item.start(), start + item.end()) for item in _ITEM.finditer(match[group])}
 
 
 def _play(observation: str, treasure: str, home: str) -> Teacher:
@@ -119,14 +118,14 @@ def moves(text: str) -> Iterator[Move]:
     goal = _GOAL.search(text)
     if goal is None:
         return
-    for seen in _SEEN.finditer(text, goal.end()):
-        command, reason = _decide(seen, *goal.groups())
-        start = text.find(f'"{command}"', seen.end()) + 1
-        if start == 0 or _SEEN.search(text, seen.end(), start):
+    for match in _SEEN.finditer(text, goal.end()):
+        seen = _Seen(match)
+        command, reason = seen.decide(*goal.groups())
+        start = text.find(f'"{command}"', match.end()) + 1
+        if start == 0 or _SEEN.search(text, match.end(), start):
             continue
-        end = start + len(command)
-        exits, here, have = (tuple(_items(seen, group).values()) for group in (2, 3, 4))
-        things = (*exits, *here, *have, *(span for _, span in _ways(seen).values()))
+        end, have = start + len(command), seen.have.values()
+        things = (*seen.exits.values(), *seen.here.values(), *have, *(span for _, span in seen.ways.values()))
         known = (goal.span(1), goal.span(2), *have)
         yield Move((start, end), (start + command.index(" ") + 1, end), reason, known, things)
 

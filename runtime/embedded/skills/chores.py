@@ -8,25 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import astuple
 from typing import Any
 
 from caesura.runtime.embedded.chat import Message
 from caesura.runtime.embedded.phrases import NAMES, THINGS
-from caesura.runtime.embedded.skills import adventures
-from caesura.runtime.embedded.skills.offers import HELD_OUT_NAMES, usual
+from caesura.runtime.embedded.skills.offers import usual
 from caesura.runtime.embedded.skills.several import compare_facts, fact_times
 from caesura.runtime.embedded.skills.single import MONTHS, arithmetic, fact, units
 from caesura.runtime.embedded.skills.task import Call, Task
 from caesura.runtime.embedded.skills.world import World
-from caesura.runtime.embedded.tasks import Split
 
 UNLEARNED = ("\ue000", "\ue001")
-HELD_OUT_WORDS = {
-    word.lower()
-    for words in (HELD_OUT_NAMES, *astuple(adventures.HELD_OUT), NAMES[Split.HELD_OUT], THINGS[Split.HELD_OUT])
-    for word in words
-}
 Conversation = tuple[list[Message], list[Mapping[str, Any]]]
 
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")

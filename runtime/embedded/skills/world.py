@@ -6,7 +6,7 @@ import json
 import random
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence, Set
 
 from caesura.runtime.embedded.skills.task import Call
 from caesura.runtime.embedded.tasks import Split, split_of
@@ -64,7 +64,7 @@ class World:
         odd_share: float = 0.0,
         fault_share: float = 0.0,
         pieces: Sequence[str] = (),
-        never: Collection[str] = (),
+        never: Set[str] = frozenset(),
     ) -> None:
         self.seed, self.split = seed, split
         self.pieces, self.never = pieces, never
@@ -91,8 +91,8 @@ class World:
         if self.split is Split.HELD_OUT or text in WEEKDAYS:
             return True
         words = [word.capitalize() for word in text.split()]  # as they were drawn
-        said = all(split_of_text(word) is Split.TRAIN for word in [text, *words])
-        return said and not any(word.lower() in self.never for word in words)
+        trained = all(split_of_text(word) is Split.TRAIN for word in [text, *words])
+        return trained and self.never.isdisjoint(text.lower().split())
 
     def draw(self, make: Callable[[], str]) -> str:
         """What ``make`` gives, of this world's split."""
