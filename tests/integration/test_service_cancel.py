@@ -108,9 +108,14 @@ def test_a_token_that_the_model_does_not_have_is_refused_and_disturbs_nobody(
             await handle.append([5, wrong])
         assert handle.num_tokens == 0
         await handle.append([5])
-        with pytest.raises(InvalidRequest, match="logit_bias: token id"):
-            async for _ in handle.generate(SamplingParams(logit_bias=((5, 1.0), (wrong, 1.0)))):
-                pytest.fail("nothing is generated")
+        refused = {
+            "logit_bias": SamplingParams(logit_bias=((5, 1.0), (wrong, 1.0))),
+            "stop_token_ids": SamplingParams(stop_token_ids=(5, wrong)),
+        }
+        for field, params in refused.items():
+            with pytest.raises(InvalidRequest, match=f"{field}: token id"):
+                async for _ in handle.generate(params):
+                    pytest.fail("nothing is generated")
         await running
         await bystander.close()
         await handle.close()
