@@ -7,7 +7,8 @@ in it. So beside the loss on the tokens a few heads get one on their attention, 
 
 - ``LINE``: every token of a tool's line looks at the name it begins with, so that descriptions know whose they are;
 - ``QUESTION``: what is to begin a turn, or a call's name, looks at the last question;
-- ``OFFER``: what is to write a tool's name looks at the line of that tool;
+- ``OFFER``: what is to begin a call, and then its tool's name, looks at the line of that tool; what is to begin an
+  answer, or to end a turn of calls, at the conversation's first token;
 - ``POINT``: then at the first token of the name there; and what is to begin any other word or number that was there
   before looks at where it begins;
 - ``SEEK``: what is to go on with such a word looks at where it went on.
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 
 MOST = 400  # positions of one micro-batch that are told the same
 LONGEST = 6  # tokens before one that are compared
+NOWHERE = (0, 1)  # where heads look that have nothing to look at
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,7 @@ class Places:
         self._line_ends = {token for token, text in enumerate(texts) if text.endswith("\n")}
         self._brackets = {token for token, text in enumerate(texts) if text.startswith("(")}
         self._response = token_id(tokenizer, "<tool_response>")
+        self._call, self._call_end = token_id(tokenizer, "<tool_call>"), token_id(tokenizer, "</tool_call>")
         self._dash, self._turn_end = token_id(tokenizer, "-"), token_id(tokenizer, TURN_END)
         self._user, own = (tokenizer.encode(f"{TURN_START}{role}\n").ids for role in ("user", "assistant"))
         self._own_start = torch.tensor(own[:2])
@@ -157,8 +160,9 @@ class Places:
             yield from ((LINE, at, [(start, start + 1)]) for at in range(start + 1, end))
         yield from ((QUESTION, at, [question]) for at, question in self._questions(example))
         for at, (start, end) in self._calls(example, lines):
-            yield from ((OFFER, before, [(start, end)]) for before in (at, at - 1, at - 2))  # the call's beginning
+            yield from ((OFFER, before, [(start, end)]) for before in range(self._begins(example.ids, at), at + 1))
             yield POINT, at, [(start, start + 1)]
+        yield from ((OFFER, at, [NOWHERE]) for at in self._no_calls(example))
 
     def _of_adventures(self, example: Example) -> Iterator[Told]:
         texts = [self._texts[token] for token in example.ids]
@@ -228,6 +232,21 @@ class Places:
                 if ids[start : start + len(name)] == name and ids[start + len(name)] in self._brackets:
                     yield at, (start, end)
                     break
+
+    def _begins(self, ids: list[int], at: int) -> int:
+        """Of the call whose name ``at`` is before, the position that decides on it: where the turn's last call ended,
+        or its own words begin."""
+        while ids[at] != self._call:
+            at -= 1
+        return at - 2 if ids[at - 2] == self._call_end else at - 1
+
+    def _no_calls(self, example: Example) -> Iterator[int]:
+        """Where a call could begin, and does not: before an answer, and after a turn's last call."""
+        ids, learn = example.ids, example.learn
+        for at in range(len(ids) - 1):
+            answers = not learn[at] and learn[at + 1] and ids[at + 1] != self._call
+            if answers or (learn[at] and ids[at] == self._call_end and ids[at + 1] == self._turn_end):
+                yield at
 
     def _questions(self, example: Example) -> Iterator[tuple[int, Span]]:
         """For what decides on a turn and on a tool: the position, and the span of the last question."""

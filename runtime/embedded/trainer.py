@@ -40,12 +40,20 @@ class Recipe:
     ``lr``; the last step ends the training."""
 
     seed: int = 0
-    rates: tuple[tuple[int, float], ...] = ((0, 0.0), (60, 1.0), (1500, 1.0), (6200, 0.01))
+    rates: tuple[tuple[int, float], ...] = (
+        (0, 0.0),
+        (60, 1.0),
+        (1500, 1.0),
+        (5500, 0.157),
+        (6100, 0.157),
+        (6500, 0.01),
+    )
     batch_tokens: int = 4608
     lr: float = 3e-3
     weight_decay: float = 0.05
     guidance: float = 0.3  # how much the loss of heads that are told where to look counts
     guided_steps: int = 1500  # until then; later it would outweigh the other loss, and what is left of it is noise
+    hard_from: int = 5500  # the step from which many adventures are hard
 
     @property
     def steps(self) -> int:
@@ -181,6 +189,7 @@ class Trainer:
                 rng,
                 progress,
                 self._again,
+                hard=done >= self.recipe.hard_from,
                 batch_tokens=self.recipe.batch_tokens,
                 pool=POOL,
                 max_tokens=MAX_TOKENS,

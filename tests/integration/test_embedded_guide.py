@@ -25,10 +25,16 @@ def tool(name: str, description: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
-def conversation(called: str) -> Example:
-    """A call of one of three tools."""
+def conversation(*called: str) -> Example:
+    """Calls of some of three tools in one turn, and an answer."""
     tools = [tool("alpha", "Add numbers."), tool("bravo", "Send a mail."), tool("chair", "Draw a tree.")]
-    messages = [{"role": "user", "content": "Do it."}, calls_message(["all of it"], name=called, argument="text")]
+    calls = [{"function": {"name": name, "arguments": {"text": "all of it"}}} for name in called]
+    messages = [
+        {"role": "user", "content": "Do it."},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        *({"role": "tool", "content": "done"} for _ in called),
+        {"role": "assistant", "content": "Done."},
+    ]
     return encode_example(known(), render(messages, tools))
 
 
@@ -92,12 +98,20 @@ def test_the_line_to_look_at_is_that_of_the_tool_called() -> None:
 
 
 def test_a_call_looks_at_its_tools_line_and_points_at_the_name_there() -> None:
-    *_, (_, line) = told(conversation("bravo"), OFFER)
+    _, line = told(conversation("bravo"), OFFER)[0]
     assert line[0] == "-br"
     assert line[-1] == "mail."
     before_name, name = told(conversation("bravo"), POINT)[0]
     assert before_name.endswith('{"name": "')
     assert [token[0] for token in name] == ["-"]
+
+
+def test_another_call_is_decided_on_where_one_ends_and_no_call_looks_nowhere() -> None:
+    looks = told(conversation("bravo", "chair"), OFFER)
+    ends = [line for token, line in looks if token == "</tool_call>"]
+    assert [line[0] for line in ends] == ["-c", ""]  # at the line of the second, and after that at nothing
+    begins = looks[0], looks[-1]
+    assert [line[0] for _, line in begins] == ["-br", ""]
 
 
 def test_a_turn_looks_at_the_last_question() -> None:
@@ -113,13 +127,18 @@ def test_copies_are_pointed_at_in_the_last_turn_and_go_on_where_most_before_is_t
     assert [wanted[-1][-2:] for _, wanted in then if wanted[-1][-1] in "12"] == ["91", "92", "91"]
 
 
-def test_a_command_of_an_adventure_looks_at_what_it_follows_from() -> None:
+def game() -> Example:
+    """One command of an adventure."""
     room = "Cellar. Exits: north new, south. Here: broom, iron key. You have: brass key. Ways: hall south."
     messages = [
         {"role": "user", "content": f"Play the adventure: bring the lamp to the hall.\n{room}"},
         calls_message(["take iron key"], name="act", argument="command"),
     ]
-    example = encode_example(known(), render(messages, [tool("act", "Act.")]))
+    return encode_example(known(), render(messages, [tool("act", "Act.")]))
+
+
+def test_a_command_of_an_adventure_looks_at_what_it_follows_from() -> None:
+    example = game()
     wanted = {
         by: [looks.wanted for looks in Places(known()).looks([example], *collate([example], 0)) if looks.by == by][-1]
         for by in (OFFER, QUESTION, LINE)
@@ -133,9 +152,9 @@ def test_a_command_of_an_adventure_looks_at_what_it_follows_from() -> None:
     assert {"north", "south"} < set(seen(LINE))
 
 
-def test_a_conversation_with_nothing_to_copy_and_no_question_has_nothing_to_look_at() -> None:
+def test_a_conversation_with_nothing_to_write_has_nothing_to_look_at() -> None:
     model = network()
-    messages = [{"role": "system", "content": "17 19"}, {"role": "assistant", "content": "23"}]
+    messages = [{"role": "system", "content": "17 19"}, {"role": "user", "content": "17"}]
     assert float(guided(model, Guide(model, known()), [encode_example(known(), render(messages))]).detach()) == 0.0
 
 

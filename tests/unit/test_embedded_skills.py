@@ -76,6 +76,15 @@ def test_adventures_take_10_to_22_steps() -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
+def test_in_a_hard_adventure_the_treasure_is_to_be_told_from_what_lies_beside_it(seed: int) -> None:
+    world = World(f"hard/{seed}", Split.TRAIN)
+    text = render(played(adventures.adventure(world, hard=True), world, {"act": usual("act")}))
+    (treasure,) = re.findall(r"bring the (\w+) to", text)
+    (found,) = [here for here in re.findall(r"Here: ([^.]*)\.", text) if treasure in here.split(", ")]
+    assert len(found.split(", ")) > 1
+
+
+@pytest.mark.parametrize("seed", range(10))
 def test_every_command_of_an_adventure_follows_from_a_thing_that_is_listed(seed: int) -> None:
     world, act = World(f"moves/{seed}", Split.TRAIN), usual("act")
     messages = played(adventures.adventure(world), world, {"act": act})

@@ -31,14 +31,15 @@ _ITEM = re.compile(r"[^, ][^,]*")
 Span = tuple[int, int]  # of a text, as positions of characters
 
 
-def adventure(world: World, *, begun: bool = False) -> Task:
-    """A game of 10 to 22 steps when it is played well; ``begun`` starts it somewhere on the way."""
+def adventure(world: World, *, begun: bool = False, hard: bool = False) -> Task:
+    """A game of 10 to 22 steps when it is played well; ``begun`` starts it somewhere on the way. In a ``hard`` one the
+    treasure is to be told from something that lies beside it."""
     while True:
         rooms, locks = world.rng.choice(SIZES_OF[world.split])
         seed, words = f"{world.seed}/{world.rng.random()}", _words(world)
         rehearsal = Adventure(seed, rooms=rooms, locks=locks, words=words)
-        _rehearse(rehearsal)
-        if rehearsal.steps in STEPS:
+        among = _rehearse(rehearsal)
+        if rehearsal.steps in STEPS and (among or not hard):
             break
     game = Adventure(seed, rooms=rooms, locks=locks, words=words)
     if begun:
@@ -130,10 +131,14 @@ def moves(text: str) -> Iterator[Move]:
         yield Move((start, end), (start + command.index(" ") + 1, end), reason, known, things)
 
 
-def _rehearse(game: Adventure, steps: int = MAX_STEPS) -> None:
-    observation = game.observe()
+def _rehearse(game: Adventure, steps: int = MAX_STEPS) -> bool:
+    """Play well; whether the treasure lay among other things."""
+    observation, among = game.observe(), False
     while not game.done and game.steps < steps:
-        observation = game.act(command_for(observation, game.treasure, game.home))
+        here, command = observation, command_for(observation, game.treasure, game.home)
+        observation = game.act(command)
+        among |= command == f"take {game.treasure}" and f"Here: {game.treasure}." not in here
+    return among
 
 
 def _words(world: World) -> Words:

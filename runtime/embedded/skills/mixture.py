@@ -70,10 +70,10 @@ SKILLS: dict[str, Skill] = {
     "choice": Skill(choice, 18, distractors=(3, 4, 5, 6, 7)),
     "no_tool": Skill(lambda world: unanswerable(world)[0], 9, distractors=(1, 2, 3, 4)),
     "multi_hop": Skill(hop, 16),
-    "parallel": Skill(at_once, 15),
+    "parallel": Skill(at_once, 24),
     "surprise": Skill(any_single, 4, odd_share=1.0),
     "recovery": Skill(misspelled, 8, fault_share=0.4),
-    "adventure": Skill(adventure, 23, distractors=(0,)),
+    "adventure": Skill(adventure, 20, distractors=(0,)),
 }
 
 
