@@ -78,7 +78,7 @@ class ContextHandle:
 
     async def generate(self, params: SamplingParams, tools: ToolCalling | None = None) -> AsyncIterator[TokenChunk]:
         """Generate from the end of the context; the last chunk has ``finish``. Leaving early aborts. Raises
-        InvalidRequest for a ``logit_bias`` on a token that the model does not have, or one of ``stop_token_ids``."""
+        InvalidRequest for a token in ``logit_bias`` or ``stop_token_ids`` that the model does not have."""
         self._check_ids([token for token, _ in params.logit_bias], "logit_bias: ")
         self._check_ids(params.stop_token_ids, "stop_token_ids: ")
         sampler, tool_format = await self._prepare(params, tools)

@@ -44,7 +44,7 @@ class Recipe:
         (0, 0.0),
         (60, 1.0),
         (1500, 1.0),
-        (5500, 0.157),
+        (5500, 0.157),  # held while hard adventures are learned
         (6100, 0.157),
         (6500, 0.01),
     )

@@ -127,18 +127,13 @@ def test_copies_are_pointed_at_in_the_last_turn_and_go_on_where_most_before_is_t
     assert [wanted[-1][-2:] for _, wanted in then if wanted[-1][-1] in "12"] == ["91", "92", "91"]
 
 
-def game() -> Example:
-    """One command of an adventure."""
+def test_a_command_of_an_adventure_looks_at_what_it_follows_from() -> None:
     room = "Cellar. Exits: north new, south. Here: broom, iron key. You have: brass key. Ways: hall south."
     messages = [
         {"role": "user", "content": f"Play the adventure: bring the lamp to the hall.\n{room}"},
         calls_message(["take iron key"], name="act", argument="command"),
     ]
-    return encode_example(known(), render(messages, [tool("act", "Act.")]))
-
-
-def test_a_command_of_an_adventure_looks_at_what_it_follows_from() -> None:
-    example = game()
+    example = encode_example(known(), render(messages, [tool("act", "Act.")]))
     wanted = {
         by: [looks.wanted for looks in Places(known()).looks([example], *collate([example], 0)) if looks.by == by][-1]
         for by in (OFFER, QUESTION, LINE)

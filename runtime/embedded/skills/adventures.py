@@ -132,12 +132,12 @@ def moves(text: str) -> Iterator[Move]:
 
 
 def _rehearse(game: Adventure, steps: int = MAX_STEPS) -> bool:
-    """Play well; whether the treasure lay among other things."""
+    """Play well; whether the treasure was taken from among other things."""
     observation, among = game.observe(), False
     while not game.done and game.steps < steps:
-        here, command = observation, command_for(observation, game.treasure, game.home)
+        command = command_for(observation, game.treasure, game.home)
+        among |= command == f"take {game.treasure}" and f"Here: {game.treasure}." not in observation
         observation = game.act(command)
-        among |= command == f"take {game.treasure}" and f"Here: {game.treasure}." not in here
     return among
 
 
