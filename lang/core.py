@@ -244,9 +244,12 @@ class Core:
         self.add_segment(Segment(turn.closing, "close", role))
 
     async def answer_calls(self, message: dict[str, Any], results: Sequence[tuple[ToolCall, ToolResult]]) -> None:
-        """End the assistant's turn with its calls (``message``), append the results and open its next turn."""
+        """End the assistant's turn with its calls (``message``: what the last segment says), append the results and
+        open its next turn."""
         turn = self.values.turn
         assert turn is not None
+        before = "".join(segment.text for segment in self.log[turn.start : -1])
+        message = {**message, "content": before + message["content"]}
         pairs = [(call.tool, result.text) for call, result in results]
         pieces = await self.chat.tool_results(pairs, tools=self.tool_specs)
         self.values.messages.append(message)

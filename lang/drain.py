@@ -74,9 +74,11 @@ class Drain:
     def _announce(self, node: ir.Expr) -> None:
         """Note which variable a node will set, so that a read waits for the latest value, not an older one."""
         name = getattr(node, "name", None)
-        if isinstance(name, str):
-            self._writers.setdefault(name, []).append(self._num_added)
-        elif isinstance(node, (ir.ProgramCall, ir.JoinFrom, ir.RollbackTo)):  # these may set any
+        names = list(node.thinking().values()) if isinstance(node, ir.Reasoning) else [name]
+        for name in names:
+            if isinstance(name, str):
+                self._writers.setdefault(name, []).append(self._num_added)
+        if isinstance(node, (ir.ProgramCall, ir.JoinFrom, ir.RollbackTo)):  # these may set any
             self._writers_of_any.append(self._num_added)
         if isinstance(node, ir.JoinFrom):
             for child in node.children:

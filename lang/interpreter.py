@@ -118,13 +118,12 @@ async def _role_end(state: ProgramState, node: ir.RoleEnd, _: contextvars.Contex
 async def _reasoning(state: ProgramState, node: ir.Reasoning, context: contextvars.Context) -> None:
     await execute(state, node.body, context)
     core = state.core
-    for inner in ir.walk(node.body):
-        if isinstance(inner, ir.Gen) and inner.name is not None:
-            value = core.values.variables.get(inner.name)
-            if isinstance(value, str):
-                thinking, answer = split_reasoning(value, node.model_type)
-                core.set(inner.name + "_reasoning_content", thinking)
-                core.set(inner.name, answer)
+    for name, thinking_name in node.thinking().items():
+        value = core.values.variables.get(name)
+        if isinstance(value, str):
+            thinking, answer = split_reasoning(value, node.model_type)
+            core.set(thinking_name, thinking)
+            core.set(name, answer)
 
 
 async def _media(state: ProgramState, node: ir.Media, _: contextvars.Context) -> None:

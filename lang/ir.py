@@ -172,6 +172,11 @@ class Reasoning(Expr):
     body: Expr
     model_type: str
 
+    def thinking(self) -> dict[str, str]:
+        """By the variables of the generations inside, those of their thinking."""
+        gens = (inner for inner in walk(self.body) if isinstance(inner, Gen))
+        return {gen.name: f"{gen.name}_reasoning_content" for gen in gens if gen.name is not None}
+
     def label(self) -> str:
         return f"separate_reasoning({self.model_type!r})"
 

@@ -139,10 +139,7 @@ class HTTPSession:
         length, self._num_tokens = self._num_tokens, None
         answer = await self._client.post(f"{self._path}/{verb}", body, computes=computes)
         self._num_tokens = answer.get("num_tokens", length)
-        if answer.get("reason") == "abort":
-            from caesura.runtime.errors import ContextClosed
-
-            raise ContextClosed("the request was aborted")
+        _check_aborted(answer)
         return answer
 
     async def append(self, pieces: Sequence[Piece | Tokens]) -> None:
@@ -199,6 +196,7 @@ class HTTPSession:
         finish = None
         if finished is not None:
             self._num_tokens = finished["num_tokens"]
+            _check_aborted(finished)
             finish = _finish(finished, all_ids)
         return GenChunk(told["text"], tuple(told.get("token_ids", ())), logprobs, finish)
 
@@ -292,6 +290,13 @@ class HTTPSession:
 
         answer = await self._client.request("GET", f"{self._path}/decisions", None, retry_s=0.0)
         return msgspec.convert(answer["decisions"], list[PauseDecision], strict=False)
+
+
+def _check_aborted(answer: Mapping[str, Any]) -> None:
+    if answer.get("reason") == "abort":
+        from caesura.runtime.errors import ContextClosed
+
+        raise ContextClosed("the request was aborted")
 
 
 def _generate_body(request: GenRequest) -> dict[str, Any]:

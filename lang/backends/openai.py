@@ -51,7 +51,6 @@ _REASONS: dict[str, FinishReason] = {
     "length": "length",
     "tool_calls": "tool_calls",
     "function_call": "tool_calls",
-    "abort": "abort",
 }
 
 _NO_ECHO = (ValueError, NotServed)  # the answers to what an endpoint does not do; InvalidRequest is a ValueError
@@ -309,6 +308,8 @@ class OpenAISession(TextSession):
         reason = choice.get("finish_reason")
         if reason == "content_filter":
             raise RemoteError(f"the content filter of {self._backend.name} ended the answer")
+        if reason == "abort":
+            raise RemoteError(f"{self._backend.name} aborted the answer; run the program again")
         if reason is None:
             raise RemoteError(f"{self._backend.name} ended an answer without saying why")
         known = _REASONS.get(str(reason), "stop")

@@ -13,7 +13,7 @@ from caesura.lang.backends.http_text import calls_in_text
 from caesura.lang.errors import StateError, UnsupportedByBackend
 
 END = "<|end|>\n"
-_MARK = re.compile(r"<\|tools\|>(?P<tools>.*)\n|<\|(?P<end>end)\|>\n|<\|(?P<role>\w+)(?: (?P<name>[^|]*))?\|>")
+_MARK = re.compile(r"<\|tools\|>(?P<tools>.*)\n|<\|(?P<end>end)\|>\n|<\|(?P<role>\w+)\|>")
 
 
 class MessageChat:
@@ -33,17 +33,16 @@ class MessageChat:
         self, results: Sequence[tuple[str, str]], *, tools: Sequence[ToolSpec] | None = None
     ) -> Sequence[Piece]:
         pieces = [Piece(END, special=True)]
-        for name, content in results:
-            pieces += [Piece(f"<|tool {name}|>", special=True), Piece(content), Piece(END, special=True)]
+        for _, content in results:  # a name may be the model's own words, and calls are told apart by their ids
+            pieces += [Piece("<|tool|>", special=True), Piece(content), Piece(END, special=True)]
         return [*pieces, Piece("<|assistant|>", special=True)]
 
 
 @dataclass(slots=True)
 class Turn:
-    """One turn as it was written. ``name`` is a tool's."""
+    """One turn as it was written."""
 
     role: str
-    name: str = ""
     content: str = ""
 
 
@@ -73,7 +72,7 @@ def read_pieces(pieces: Sequence[Piece]) -> Conversation:
             elif mark["end"]:
                 found.is_open = False
             else:
-                found.turns.append(Turn(mark["role"], mark["name"] or ""))
+                found.turns.append(Turn(mark["role"]))
                 found.is_open = True
     return found
 

@@ -1,9 +1,10 @@
-"""What is asked of an OpenAI-compatible endpoint: only what differs from the defaults, in its server's dialect."""
+"""What is asked of an OpenAI-compatible endpoint, in its server's dialect: what differs from the defaults, and all that
+the server would else take from the model's ``generation_config.json``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from caesura.lang.typed import plain_schema
 
 Dialect = Literal["openai", "sglang", "vllm"]
 WRAPPING_TOKENS = 32
+MODEL_SETS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # on servers that are not OpenAI's
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ def request_body(
         "stop": (list(request.stop), []),
         "logit_bias": ({str(token_id): value for token_id, value in request.logit_bias}, {}),
     }
-    body |= {name: value for name, (value, default) in changed.items() if value != default}
+    body |= _told(changed, dialect)
     body |= _beyond(request, dialect)
     if request.logprobs is not None:
         body |= {"logprobs": True, "top_logprobs": request.logprobs} if chat else {"logprobs": request.logprobs}
@@ -76,7 +78,7 @@ def _beyond(request: GenRequest, dialect: Dialect) -> dict[str, Any]:
         "stop_regex": (list(request.stop_regex), []),
         "ignore_eos": (request.ignore_eos, False),
     }
-    given = {name: value for name, (value, default) in wanted.items() if value != default}
+    given = _told(wanted, dialect)
     unknown = set(given) if dialect == "openai" else {"stop_regex"} & set(given) if dialect == "vllm" else set()
     if unknown:
         raise UnsupportedByBackend(
@@ -84,6 +86,12 @@ def _beyond(request: GenRequest, dialect: Dialect) -> dict[str, Any]:
             "not know; leave it out, or give OpenAIBackend the dialect of the server"
         )
     return given
+
+
+def _told(wanted: Mapping[str, tuple[Any, Any]], dialect: Dialect) -> dict[str, Any]:
+    """Of values and their defaults, the values to send."""
+    always = () if dialect == "openai" else MODEL_SETS
+    return {name: value for name, (value, default) in wanted.items() if value != default or name in always}
 
 
 def _held(constraint: Constraint, dialect: Dialect) -> tuple[dict[str, Any], Wrapped | None]:

@@ -287,9 +287,10 @@ class _Seen:
 
     def _is_piece(self, text: str, num_ids: int, count: int) -> bool:
         """Whether an answer goes on where the last one ended, instead of repeating it. A stop string that was already
-        on its way is cut off at the end, so a repeated text may also be shorter."""
+        on its way is cut off at the end, so a repeated text may also be shorter, and so may its one token."""
         repeats = text.startswith(self._text) or self._text.startswith(text)
-        return not repeats or (self._num_ids > 1 and num_ids < count == self._num_ids + num_ids)
+        told_apart = self._num_ids > 1 or (self._num_ids == 1 and not self.meta.get("finish_reason"))
+        return not repeats or (told_apart and num_ids < count == self._num_ids + num_ids)
 
 
 def _sampling(request: GenRequest) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class ContextKeys:
 
 
 class Tape:
-    """Recorded answers, and the file that new ones are appended to (none for a replay)."""
+    """Recorded answers, and the file that new ones are appended to (none for a replay, nor once it is closed)."""
 
     def __init__(self, entries: list[dict[str, Any]], fd: int | None, path: Path, *, is_torn: bool = False) -> None:
         self.path = path
@@ -118,26 +118,29 @@ class Tape:
             raise NoRecording(f"{where}: damaged, or of another version: {wrong}") from None
 
     def write(self, asked: str, what: str, value: Any) -> None:
-        """Append an answer."""
+        """Append an answer. Raises NoRecording where that fails, and when the file was closed."""
         entry = {"key": asked, "what": what, "at": round(time.time(), 6), "value": value}
-        if self._fd is not None:
-            line = json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
-            try:
-                _append(self._fd, line)
-            except OSError as error:
-                raise self._unwritten(what, error) from None
+        line = json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        try:
+            _append(self._open_fd(what), line)
+        except OSError as error:
+            raise self._unwritten(what, error) from None
         if asked.startswith(ALWAYS):
             self._answers[asked].append(entry)
 
     async def sync(self, what: str) -> None:
         """Put everything written on the disk: for ``what`` must not be done a second time."""
-        if self._fd is None:
-            return
         try:
-            await asyncio.to_thread(os.fsync, self._fd)
+            await asyncio.to_thread(os.fsync, self._open_fd(what))
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot sync
                 raise self._unwritten(what, error) from None
+
+    def _open_fd(self, what: str) -> int:
+        if self._fd is None:
+            told = "wait for the program, with state.sync(), before the backend is closed"
+            raise NoRecording(f"{self.path} is closed: {told}; what it lacks: {what}")
+        return self._fd
 
     def _unwritten(self, what: str, error: OSError) -> NoRecording:
         return NoRecording(f"{self.path} cannot be written: {error.strerror}; what it lacks: {what}")

@@ -66,10 +66,10 @@ def read_pieces(told: Sequence[Any]) -> list[Piece]:
     return [Piece(**piece) for piece in told]
 
 
-def read_turn(told: Sequence[Any]) -> tuple[list[Piece], list[Piece]]:
-    """A turn's opening and closing."""
-    opening, closing = told
-    return read_pieces(opening), read_pieces(closing)
+def read_turn(told: Sequence[Any]) -> tuple[list[Piece], list[Piece], tuple[str, ...]]:
+    """A turn's opening and closing, and its stop strings."""
+    opening, closing, stop = told
+    return read_pieces(opening), read_pieces(closing), tuple(map(str, stop))
 
 
 def read_chunks(told: Sequence[Any]) -> list[GenChunk]:

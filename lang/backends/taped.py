@@ -89,8 +89,7 @@ class TapedBackend:
         self.name = f"{kind}({about['name']})"
         self.capabilities = live.capabilities if live is not None else tape.take("backend:", read_capabilities)
         chat = None if live is None else live.chat
-        stop = tuple(about["stop"]) if chat is None else chat.stop
-        self.chat: ChatFormat | None = _TapedChat(tape, chat, stop) if about["chat"] else None
+        self.chat: ChatFormat | None = _TapedChat(tape, chat) if about["chat"] else None
 
     def _about(self) -> dict[str, Any]:
         """The tape's first line; written when the tape is empty."""
@@ -98,10 +97,9 @@ class TapedBackend:
         live = self.live
         if about is None and live is not None:
             able = {**asdict(live.capabilities), "constraints": sorted(live.capabilities.constraints)}
-            stop = list(live.chat.stop) if live.chat is not None else []
-            about = {"name": live.name, "chat": live.chat is not None, "stop": stop, "able": able}
+            about = {"name": live.name, "chat": live.chat is not None, "able": able}
             self.tape.write("backend:", live.name, about)
-        if not isinstance(about, dict) or {"name", "chat", "stop", "able"} - set(about):
+        if not isinstance(about, dict) or {"name", "chat", "able"} - set(about):
             raise NoRecording(f"{self.tape.path} is no recording: it does not begin with a backend")
         if live is not None and about["chat"] != (live.chat is not None):
             raise ReplayError(f"the recording was made with {about['name']}, and does not fit {live.name}")
@@ -161,22 +159,28 @@ class TapedBackend:
 
 
 class _TapedChat:
-    def __init__(self, tape: Tape, live: ChatFormat | None, stop: tuple[str, ...]) -> None:
+    """A chat format whose turns are recorded, each with the stop strings that hold in it: a format that is looked up at
+    the first turn has none before."""
+
+    def __init__(self, tape: Tape, live: ChatFormat | None) -> None:
         self._tape = tape
         self._live = live
-        self.stop = stop
+        self.stop: tuple[str, ...] = ()
 
     async def turn(
         self, role: str, *, first: bool, tools: Sequence[ToolSpec] | None = None
     ) -> tuple[Sequence[Piece], Sequence[Piece]]:
         asked, what = key("turn", role, first, tools), f"turn of {role}"
-        sides: tuple[Sequence[Piece], Sequence[Piece]] | None = self._tape.take(asked, read_turn)
-        if sides is None:
+        told: tuple[Sequence[Piece], Sequence[Piece], tuple[str, ...]] | None = self._tape.take(asked, read_turn)
+        if told is None:
             if self._live is None:
                 raise self._tape.missing(what)
-            sides = await self._live.turn(role, first=first, tools=tools)
-            self._tape.write(asked, what, [[asdict(piece) for piece in side] for side in sides])
-        return sides
+            opening, closing = await self._live.turn(role, first=first, tools=tools)
+            told = opening, closing, tuple(self._live.stop)
+            sides = [[asdict(piece) for piece in side] for side in (opening, closing)]
+            self._tape.write(asked, what, [*sides, list(told[2])])
+        *_, self.stop = told
+        return told[:2]
 
     async def tool_results(
         self, results: Sequence[tuple[str, str]], *, tools: Sequence[ToolSpec] | None = None

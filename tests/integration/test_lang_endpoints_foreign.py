@@ -238,10 +238,11 @@ def test_a_stock_sglang_server_has_no_first_logprob_and_may_stream_pieces() -> N
         if sampling["max_new_tokens"] == 0:
             return 200, {"text": "", "meta_info": {"prompt_tokens": 3, "finish_reason": {"type": "length"}}}
         if body.get("stream"):
-            done = {"finish_reason": {"type": "stop", "matched": 9}, "completion_tokens": 4, "prompt_tokens": 3}
+            done = {"finish_reason": {"type": "stop", "matched": 9}, "completion_tokens": 5, "prompt_tokens": 3}
             return 200, [
                 {"text": "one", "output_ids": [1], "meta_info": {"finish_reason": None, "completion_tokens": 1}},
-                {"text": " two", "output_ids": [2, 3], "meta_info": {"finish_reason": None, "completion_tokens": 3}},
+                {"text": "one", "output_ids": [1], "meta_info": {"finish_reason": None, "completion_tokens": 2}},
+                {"text": " two", "output_ids": [2, 3], "meta_info": {"finish_reason": None, "completion_tokens": 4}},
                 {"text": " one", "output_ids": [4], "meta_info": done},
             ]
         return 200, {"text": "", "meta_info": {"finish_reason": {"type": "abort", "message": "too busy"}}}
@@ -258,7 +259,7 @@ def test_a_stock_sglang_server_has_no_first_logprob_and_may_stream_pieces() -> N
     with live(endpoint) as server, SGLangBackend(server.url) as backend:
         assert choose.run(backend=backend)["x"] == " x"
         state = talk.run(backend=backend, stream=True)
-        assert state["x"] == "one two one"
+        assert state["x"] == "oneone two one"
         assert state.get_meta_info("x")["finish_reason"] == {"type": "stop", "matched": 9}
         error = talk.run(backend=backend).error()
         assert error is not None and "too busy" in str(error)

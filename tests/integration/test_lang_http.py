@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from caesura.lang import (
     DeadlineExceeded,
@@ -212,6 +213,21 @@ def test_an_interrupted_answer_is_rolled_back_in_the_same_context(remote: HTTPBa
 
     state = program.run(backend=remote, stream=True)
     assert state.text() == "Numbers: 1 2 3" + state["short"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_was_aborted_is_none(server: Live, remote: HTTPBackend, stream: bool) -> None:
+    @function
+    def program(s: ProgramState) -> None:
+        s += "Numbers: 1 2 3" + gen("long", max_tokens=1500, ignore_eos=True)
+
+    state = program.run(backend=remote, stream=stream)
+    end = time.monotonic() + 20
+    while not httpx.post(f"{server.url}/abort_request", json={"abort_all": True}).json()["aborted"]:
+        assert time.monotonic() < end
+    error = state.error()
+    assert error is not None and "the request was aborted" in str(error)
+    assert "long" not in state.variables
 
 
 class Doorkeeper:

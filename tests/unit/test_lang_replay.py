@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -30,6 +31,7 @@ from caesura.lang import (
     unconditional_likelihood_normalized,
     user,
 )
+from caesura.lang.backends.scripted import PlainChat
 from caesura.lang.backends.tape import ContextKeys, key
 from caesura.lang.errors import NoRecording
 
@@ -115,6 +117,55 @@ def test_a_strict_replay_is_told_of_answers_that_were_not_asked_for(tmp_path):
         shorter.run(backend=backend).sync()
     with replay(path, strict=True) as backend:
         program.run(backend=backend).sync()
+
+
+class LateChat(PlainChat):
+    """A format that knows its stop strings once it has written a turn."""
+
+    async def turn(self, role, *, first, tools=None):
+        self.stop = ("\nUSER:",)
+        return await super().turn(role, first=first, tools=tools)
+
+
+def test_stop_strings_that_a_format_learns_of_are_recorded_with_its_turns(tmp_path):
+    path = tmp_path / "run.jsonl"
+
+    @function
+    def talk(s):
+        s += user("q") + assistant(gen("x"))
+
+    backend = ScriptedBackend(["yes\nUSER: no"], chat=LateChat())
+    with durable(backend, path) as taped:
+        assert talk.run(backend=taped)["x"] == "yes"
+    assert backend.requests[0].request.stop == ("\nUSER:",)
+    with durable(ScriptedBackend(chat=LateChat()), path) as taped:
+        assert talk.run(backend=taped)["x"] == "yes"
+    with replay(path, strict=True) as taped:
+        assert talk.run(backend=taped)["x"] == "yes"
+
+
+def test_a_run_that_outlives_its_recording_fails(tmp_path):
+    ran.clear()
+    going, closed = threading.Event(), threading.Event()
+
+    @tool
+    def slow() -> str:
+        """Take until the file is closed."""
+        going.set()
+        assert closed.wait(20)
+        return "done"
+
+    @function
+    def pay(s):
+        s += call_tool("x", slow)
+
+    with durable(ScriptedBackend(), tmp_path / "run.jsonl") as taped:
+        state = pay.run(backend=taped)
+        assert going.wait(20)
+    closed.set()
+    error = state.error()
+    assert isinstance(error, NoRecording)
+    assert "run.jsonl is closed: wait for the program" in str(error) and "what it lacks: call slow" in str(error)
 
 
 def test_no_recording(tmp_path):

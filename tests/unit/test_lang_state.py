@@ -379,6 +379,20 @@ def test_separate_reasoning():
         separate_reasoning(gen("a"), model_type="nope")
 
 
+def test_thinking_is_that_of_the_latest_answer():
+    thought = []
+
+    @function
+    def program(s):
+        for _ in range(2):
+            s += separate_reasoning(gen("a"), model_type="qwen3")
+            thought.append(s["a_reasoning_content"])
+
+    replies = [f"<think>\n{number}\n</think>\n\nyes" for number in ("one", "two")]
+    program.run(backend=ScriptedBackend(replies, latency_s=0.05)).sync()
+    assert thought == ["one", "two"]
+
+
 def test_states_show_themselves_in_notebooks(backend):
     @function
     def program(s):

@@ -116,6 +116,19 @@ def test_a_snapshot_survives_the_declaration_of_tools():
     assert backend.requests[-1].prompt.startswith("<|tools|>")
 
 
+def test_what_the_program_says_before_a_call_is_part_of_the_message():
+    backend = ScriptedBackend(["think", ScriptedReply("Hm.", [("search", {"query": "cats"})]), "done"])
+
+    @function
+    def program(s):
+        s += user("q") + assistant("Plan: " + gen("plan") + "\n" + gen("a", tools=[search]))
+
+    _, calling, result, answer = program.run(backend=backend).messages()
+    assert calling["content"] == "Plan: think\nHm."
+    assert [call["function"]["name"] for call in calling["tool_calls"]] == ["search"]
+    assert (result["role"], answer["content"]) == ("tool", "done")
+
+
 def test_bad_calls_are_observations_for_the_model():
     state, backend = asked(
         [
