@@ -85,7 +85,8 @@ class Telemetry:
             self._steps.add(plan.num_query_tokens)
         for piece in plan.slices:
             state = contexts.get(piece.context_id)
-            if state is None:
+            late = piece.context_id not in result.tokens and piece.context_id not in result.finished
+            if state is None or (piece.samples and late):  # it ended while this step was under way
                 continue
             request = self._begun(state, piece, plan.now)
             if piece.samples:

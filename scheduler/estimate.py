@@ -125,6 +125,9 @@ class Oracle(PerCall):
         return max(0.0, true_s - elapsed)
 
 
+Moment = tuple[float, int]  # of giving up: the time held until then, summed over the calls, and how many have ended
+
+
 class History:
     """The latest durations of one tool, sorted, with what can be asked of them in O(log n).
 
@@ -136,7 +139,7 @@ class History:
         self._latest: list[float] = []  # sorted
         self._sorted: list[float] = []  # the same as of the last look
         self._sums: list[float] = [0.0]  # of its first i durations
-        self._best: dict[int, int] = {}  # at how many outlasted: the duration to hold to, as an index
+        self._moments: dict[int, list[Moment]] = {}  # by how many are outlasted: when holding may be given up
         self._new = 0
         self.errors: tuple[float, float] | None = None  # running ones of the tool's hints and of its history
 
@@ -160,7 +163,7 @@ class History:
     def _look(self) -> None:
         if self._new > len(self._sorted) // STALE_SHARE:
             self._sorted, self._new = self._latest[:], 0
-            self._sums, self._best = list(accumulate(self._sorted, initial=0.0)), {}
+            self._sums, self._moments = list(accumulate(self._sorted, initial=0.0)), {}
 
     def remaining_s(self, elapsed: float) -> float | None:
         """E[R | elapsed]; None when nothing seen lasted longer."""
@@ -175,17 +178,24 @@ class History:
         passed, count = bisect_right(self._sorted, elapsed), len(self._sorted)
         if passed == count:
             return None
-        last = self._best.get(passed)
-        if last is None:
-            candidates = [*range(passed, count - 1, 1 + (count - passed) // MOMENTS), count - 1]
-            last = self._best[passed] = min(candidates, key=lambda index: self._price(passed, index, elapsed))
-        return self._price(passed, last, elapsed)
+        moments = self._moments.get(passed)
+        if moments is None:
+            moments = self._moments[passed] = self._find_moments(passed)
+        return min((held - (count - passed) * elapsed) / ended for held, ended in moments)
 
-    def _price(self, passed: int, last: int, elapsed: float) -> float:
-        """Holding to the ``last``-th duration: those that end by then take their time, the others all of it."""
-        sums, count = self._sums, len(self._sorted)
-        held = sums[last + 1] - sums[passed] + (count - last - 1) * self._sorted[last] - (count - passed) * elapsed
-        return held / (last + 1 - passed)
+    def _find_moments(self, passed: int) -> list[Moment]:
+        """When to give up, if ``passed`` durations are outlasted; which moment is best depends on the time elapsed.
+        Left out are those dearer than another one from the last duration outlasted to the next."""
+        durations, sums, count = self._sorted, self._sums, len(self._sorted)
+        moments = [  # durations that end by then are held for, the others until then
+            (sums[last + 1] - sums[passed] + (count - last - 1) * durations[last], last + 1 - passed)
+            for last in [*range(passed, count - 1, 1 + (count - passed) // MOMENTS), count - 1]
+        ]
+        ends = (durations[passed - 1] if passed else 0.0, durations[passed])
+        prices = [[(held - (count - passed) * end) / ended for end in ends] for held, ended in moments]
+        best = [min(prices, key=lambda price: price[end]) for end in (0, 1)]
+        dear = [any(price[0] > one[0] and price[1] > one[1] for one in best) for price in prices]
+        return [moment for moment, is_dear in zip(moments, dear, strict=True) if not is_dear]
 
 
 class Histories:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from caesura.runtime.executors.sim import SimExecutor, expected_token
 from caesura.runtime.generation import TokenChunk
 from caesura.runtime.sim import generation
+from caesura.runtime.telemetry import Telemetry
 from caesura.scheduler.context import Call
 from caesura.scheduler.policies import POLICIES
 from caesura.scheduler.types import TOKEN_TO_COME, ContextId, Phase
@@ -125,6 +127,22 @@ def test_an_abort_takes_back_the_token_to_come() -> None:
     got = [token for chunk in again for token in chunk.token_ids]
     world.expect(context, [*kept, 7], got)
     assert len(got) == 2
+    world.engine.close(context)
+    world.settle()
+
+
+def test_what_ends_while_the_next_step_is_under_way_is_counted_once() -> None:
+    world = make_world()
+    telemetry = Telemetry(world.engine)
+    last = expected_token([1, 2, 3], VOCAB)
+    context, chunks = world.engine.open(), []
+    world.engine.append(context, [1, 2, 3])
+    asked = generation(world.engine, context, 9, chunks.append)
+    world.engine.generate(context, replace(asked, params=replace(asked.params, stop_token_ids=(last,))))
+    world.sim.run()
+    assert chunks[-1].finish.reason == "stop"
+    account = telemetry.account(world.engine)
+    assert account["requests"] == sum(account["first_token_s"]["counts"]) == 1
     world.engine.close(context)
     world.settle()
 

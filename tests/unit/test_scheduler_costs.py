@@ -9,9 +9,11 @@ from caesura.scheduler.context import Call, Context, IllegalTransition, Pause, P
 from caesura.scheduler.estimate import (
     GONE_S,
     KEPT_TOOLS,
+    MOMENTS,
     Conditional,
     Elapsed,
     Hint,
+    History,
     Oracle,
     Profiled,
     Reported,
@@ -27,6 +29,8 @@ from caesura.scheduler.waste import (
     swap_hidden_token_s,
     triangular_token_s,
 )
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 # 10 ms a step, 1 ms a token, no attention term; copies 1 ms + 0.1 ms a token; chunks of 100
 PROFILE = CostProfile(0.010, 0.001, 0.0, 0.001, 0.0001, 100)
@@ -165,6 +169,31 @@ def test_the_price_of_holding_gives_up_at_the_best_moment() -> None:
     assert estimator.hold_s(pause, 1.0) == pytest.approx(59.0)
     assert estimator.hold_s(pause, 70.0) == 70.0
     assert Elapsed().hold_s(pause, 3.0) == 3.0
+
+
+@given(
+    st.lists(st.integers(1, 4000).map(lambda cents: cents / 100), min_size=1, max_size=120),
+    st.lists(st.floats(0, 45), min_size=1, max_size=8),
+)
+@example([8.0, 9.0, 9.5], [7.9, 0.0])
+@example([8.0, 9.0, 9.5], [0.0, 7.9])
+def test_the_price_of_holding_is_the_same_whoever_asked_before(durations: list[float], asked: list[float]) -> None:
+    seen = History()
+    for duration_s in durations:
+        seen.add(duration_s)
+    seen.hold_s(0.0)
+    alone = History()
+    for duration_s in durations:
+        alone.add(duration_s)
+    for elapsed in asked:
+        price = seen.hold_s(elapsed)
+        alone._moments.clear()
+        assert price == alone.hold_s(elapsed)
+        if price is not None and len(seen._sorted) <= MOMENTS:
+            left = [duration for duration in seen._sorted if duration > elapsed]
+            held = {end: sum(min(duration, end) - elapsed for duration in left) for end in left}
+            ended = {end: sum(duration <= end for duration in left) for end in left}
+            assert price == pytest.approx(min(held[end] / ended[end] for end in left), rel=1e-6, abs=1e-9)
 
 
 def test_a_tool_past_its_deadline_is_gone() -> None:
