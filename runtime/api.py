@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from caesura.runtime.errors import InvalidRequest
+from caesura.runtime.errors import EngineStopped, InvalidRequest
 from caesura.runtime.executors.base import SampledToken
 from caesura.runtime.generation import TokenChunk, ToolCalling
 from caesura.runtime.sampling import SamplingParams
@@ -104,6 +104,10 @@ class Service(Protocol):
     @property
     def ready(self) -> bool:
         """The engine takes requests."""
+
+    @property
+    def lost(self) -> EngineStopped | None:
+        """Why no engine will ever take requests again; None while one does or may, and once the service is closed."""
 
     @property
     def life(self) -> int:

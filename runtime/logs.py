@@ -38,7 +38,7 @@ def style() -> LogStyle:
     return _style
 
 
-def note(log: logging.Logger, level: int, event: str, *, exc_info: bool = False, **fields: Any) -> None:
+def note(log: logging.Logger, level: int, event: str, *, exc_info: bool | BaseException = False, **fields: Any) -> None:
     """Write an event. Fields that are None are left out; text in them must be ours."""
     if log.isEnabledFor(level):
         found = {name: value for name, value in fields.items() if value is not None}

@@ -73,6 +73,11 @@ class EngineService:
         return self._thread.is_alive() and not self._stopping and self._stopped_because is None
 
     @property
+    def lost(self) -> EngineStopped | None:
+        """Why the engine has failed for good."""
+        return None if self._stopping or self._stopped_because is None else self.stopped()
+
+    @property
     def life(self) -> int:
         """Counts engines: this one is never replaced."""
         return 0

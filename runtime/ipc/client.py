@@ -74,6 +74,11 @@ class EngineClient:
         return self._connection.state is State.READY
 
     @property
+    def lost(self) -> EngineStopped | None:
+        """Why the engine is not restarted any more."""
+        return self._connection.given_up
+
+    @property
     def life(self) -> int:
         """Counts engine processes: what was said to an earlier one, or learned of it, holds no more."""
         return self._connection.life

@@ -91,6 +91,12 @@ class Connection:
         return self._state
 
     @property
+    def given_up(self) -> EngineStopped | None:
+        """Why no other engine process will be started; None for one that was told to end."""
+        with self._lock:
+            return self._reason if self._state is State.STOPPED and self._drain_until is None else None
+
+    @property
     def life(self) -> int:
         """Counts engine processes: the contexts of an earlier one are lost."""
         return self._life

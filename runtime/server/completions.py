@@ -78,11 +78,11 @@ class _Logprobs:
     top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
     text_offset: list[int] = field(default_factory=list)
 
-    def add(self, text: str, logprob: float | None, top: dict[str, float] | None, offset: int) -> int:
-        """One token; returns where the next one begins."""
+    def add(self, text: str, logprob: float | None, top: dict[str, float], offset: int) -> int:
+        """One token, which is always among the likeliest; returns where the next one begins."""
         self.tokens.append(text)
         self.token_logprobs.append(logprob)
-        self.top_logprobs.append(top)
+        self.top_logprobs.append(None if logprob is None else {**top, text: logprob})
         self.text_offset.append(offset)
         return offset + len(text)
 
@@ -215,9 +215,8 @@ class Completions:
         out, offset = _Logprobs(), 0
         tops = scores.tops or [()] * len(prompt)
         for token_id, value, likeliest in zip(prompt, scores.values, tops, strict=True):
-            text = self._text(token_id)
             top = {self._text(other): logprob for other, logprob in likeliest}
-            offset = out.add(text, value, None if value is None else {**top, text: value}, offset)
+            offset = out.add(self._text(token_id), value, top, offset)
         return out
 
     def _text(self, token_id: int) -> str:

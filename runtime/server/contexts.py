@@ -280,8 +280,6 @@ class Contexts:
         body = await read(request, ProgressRequest)
         await self._contexts.expire()
         context = self._present(request)
-        if not context.handle.is_open:
-            raise ApiError(410, "the context has ended, by its deadline or with its engine", code="context_gone")
         self._contexts.touch(context)
         context.handle.report(body.fraction, body.call)
         return reply(self._described(context))
@@ -313,6 +311,8 @@ class Contexts:
         context = self._contexts.get(principal_of(request).key_id, request.path_params["context_id"])
         if context is None:
             raise ApiError(404, "there is no context of this id", code="context_not_found")
+        if not context.handle.is_open:
+            raise ApiError(410, "the context has ended, by its deadline or with its engine", code="context_gone")
         return context
 
     def _at_work(self, request: Request) -> Work:

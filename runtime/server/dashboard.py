@@ -29,7 +29,7 @@ from caesura.runtime.history import (
 from caesura.runtime.server.errors import ApiError
 from caesura.runtime.server.http import reply
 from caesura.runtime.server.info import package_version
-from caesura.runtime.server.state import ServerState
+from caesura.runtime.server.state import ServerState, engine_answers
 from caesura.runtime.snapshot import EngineSnapshot
 from starlette.requests import Request
 from starlette.responses import Response
@@ -54,7 +54,7 @@ class Feed:
 
     async def picture(self, life: str, since: int) -> EngineSnapshot:
         """The engine as of now, with what happened after event ``since`` of the life ``life``: all of it for another
-        one. Raises EngineStopped, TimeoutError when the engine does not answer."""
+        one. Raises EngineStopped when the engine does not answer."""
         async with self._lock:
             if self._picture is None or time.monotonic() - self._read_at >= REFRESH_S:
                 self._picture = await self._refresh(self._picture)
@@ -69,7 +69,7 @@ class Feed:
         )
 
     async def _refresh(self, before: EngineSnapshot | None) -> EngineSnapshot:
-        async with asyncio.timeout(SNAPSHOT_DEADLINE_S):
+        async with engine_answers(SNAPSHOT_DEADLINE_S):
             picture = await self._service.read_snapshot(before.cursor if before is not None else 0)
             if before is not None and picture.life != before.life:
                 picture = await self._service.read_snapshot(0)

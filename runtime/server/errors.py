@@ -16,6 +16,7 @@ from caesura.runtime.errors import (
     Overloaded,
 )
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 MAX_MESSAGE_CHARS = 1000
@@ -81,6 +82,8 @@ def as_api_error(error: BaseException) -> ApiError:
     match error:
         case ApiError():
             return error
+        case ClientDisconnect():
+            return ApiError(499, "the client closed the connection")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
         case GrammarError():

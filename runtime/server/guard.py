@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import re
 import secrets
@@ -25,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = logging.getLogger("caesura.server")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::([0-9]{1,5}))?")
-PRINCIPAL, REQUEST_ID = "caesura.principal", "caesura.request_id"
+PRINCIPAL, REQUEST_ID, REFUSE = "caesura.principal", "caesura.request_id", "caesura.refuse"
 SHED_INTERVAL_S = 5.0
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REFUSALS = {401: "no_key", 403: "forbidden", 408: "too_slow", 413: "too_large", 429: "overload", 503: "unavailable"}
@@ -49,6 +50,7 @@ class Outermost:
             return
         request_id = _request_id(scope)
         scope[REQUEST_ID] = request_id
+        scope[REFUSE] = functools.partial(self._refusal, request_id)
         started, status = time.perf_counter(), 0
 
         async def sending(message: Message) -> None:
@@ -62,18 +64,19 @@ class Outermost:
         try:
             await self._app(scope, receive, sending)
         except Exception as error:
-            refusal = as_api_error(error)
-            self._refused(refusal)
-            if refusal.status >= 500 and refusal.status != 503:
-                note(log, logging.ERROR, "request_failed", exc_info=True, request_id=request_id)
+            refusal = self._refusal(request_id, error)
             if status:  # the answer has begun: all that is left is to cut it off
                 raise
             await refusal.response()(scope, receive, sending)
         finally:
             _note_request(scope, request_id, status, time.perf_counter() - started)
 
-    def _refused(self, refusal: ApiError) -> None:
-        """Count a refusal. Requests shed for want of room are told of once in a while, with their number."""
+    def _refusal(self, request_id: str, error: BaseException) -> ApiError:
+        """What the client is told of an error; counted and noted. Requests shed for want of room are told of once in a
+        while, with their number."""
+        refusal = as_api_error(error)
+        if refusal.status >= 500 and refusal.status != 503:
+            note(log, logging.ERROR, "request_failed", exc_info=error, request_id=request_id)
         if refusal.status in _REFUSALS:
             self._counts.refused[refusal.code or _REFUSALS[refusal.status]] += 1
         if refusal.status == 429:
@@ -82,6 +85,7 @@ class Outermost:
             if now - self._shed_noted_at >= SHED_INTERVAL_S:
                 note(log, logging.WARNING, "shed", reason=refusal.code, requests=self._num_shed)
                 self._shed_noted_at, self._num_shed = now, 0
+        return refusal
 
 
 class HostGuard:
@@ -180,6 +184,12 @@ class BodyLimit:
 
     def _refusal(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self._max_bytes} bytes", code="body_too_large")
+
+
+def refuse(scope: Scope, error: BaseException) -> ApiError:
+    """What the client is told of an error after its answer has begun; counted and noted like any other."""
+    found: ApiError = scope[REFUSE](error)
+    return found
 
 
 def _header(scope: Scope, name: bytes) -> Iterator[bytes]:

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Awaitable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
-from caesura.runtime.server.errors import ApiError, as_api_error
-from caesura.runtime.server.guard import PRINCIPAL
+from caesura.runtime.server.errors import ApiError
+from caesura.runtime.server.guard import PRINCIPAL, refuse
 from caesura.runtime.server.keys import ANYONE, Principal
 from caesura.runtime.server.limits import decode
 from starlette.requests import Request
@@ -78,8 +78,11 @@ async def stream(
     return _EventStream(first, events, gone, send_deadline_s, named)
 
 
-class _SlowClient(Exception):
+class _SlowClient(ApiError):
     """The client does not read its answer."""
+
+    def __init__(self, deadline_s: float) -> None:
+        super().__init__(CLIENT_CLOSED, f"the client took nothing for {deadline_s:g} s")
 
 
 class _EventStream(Response):
@@ -105,7 +108,7 @@ class _EventStream(Response):
         self._named = named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(self._send_all(send))
+        work = asyncio.ensure_future(self._send_all(scope, send))
         both: set[asyncio.Future[Any]] = {work, self._gone}
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -115,7 +118,7 @@ class _EventStream(Response):
             await _cancel(work, self._first, self._gone)
             await self._events.aclose()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             data = await self._first
@@ -125,7 +128,7 @@ class _EventStream(Response):
         except _SlowClient:
             raise
         except Exception as error:
-            data = event(as_api_error(error).body(), "error" if self._named else None)
+            data = event(refuse(scope, error).body(), "error" if self._named else None)
             await self._send(send, data)
         await self._send(send, b"", more=False)
 
@@ -135,7 +138,7 @@ class _EventStream(Response):
             async with asyncio.timeout(self._send_deadline_s):
                 await send({"type": "http.response.body", "body": data, "more_body": more})
         except TimeoutError:
-            raise _SlowClient(f"the client took nothing for {self._send_deadline_s:g} s") from None
+            raise _SlowClient(self._send_deadline_s) from None
 
 
 async def _next(events: AsyncGenerator[bytes, None]) -> bytes | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from caesura.runtime.errors import EngineStopped
 from caesura.runtime.server.errors import ApiError
 from caesura.runtime.server.http import reply
-from caesura.runtime.server.state import ServerState
+from caesura.runtime.server.state import ServerState, engine_answers
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -44,8 +43,8 @@ class Info:
         return reply({"status": "ready"})
 
     async def stats(self) -> dict[str, Any]:
-        """The engine's account. Raises EngineStopped or TimeoutError when it does not answer."""
-        async with asyncio.timeout(STATS_DEADLINE_S):
+        """The engine's account. Raises EngineStopped when it does not answer."""
+        async with engine_answers(STATS_DEADLINE_S):
             return await self._state.service.read_stats()
 
     async def version(self, _: Request) -> Response:
@@ -64,7 +63,8 @@ class Info:
 
     async def _card(self) -> dict[str, Any]:
         try:
-            limit = await self._state.max_context_tokens()
+            async with engine_answers(STATS_DEADLINE_S):
+                limit: int | None = await self._state.max_context_tokens()
         except Exception:  # whatever ails the engine: what is served is told without it
             limit = None
         return {

@@ -92,7 +92,7 @@ class Metrics:
         """All metrics. Without an engine, those of this server alone."""
         try:
             self._collector.stats = await self._info.stats()
-        except (EngineStopped, TimeoutError):
+        except EngineStopped:
             self._collector.stats = {}
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 

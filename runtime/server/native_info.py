@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ from caesura.runtime.server import limits
 from caesura.runtime.server.errors import ApiError
 from caesura.runtime.server.http import principal_of, read, reply, until_disconnect
 from caesura.runtime.server.info import Info, package_version
-from caesura.runtime.server.state import ServerState
+from caesura.runtime.server.state import ServerState, engine_answers
 from caesura.runtime.server.textgen import begun, checked_ids, encode_text
 from caesura.runtime.text.reasoning import detect_marks, marks_name
 from msgspec import Meta
@@ -113,7 +112,7 @@ class NativeInfo:
         work = self._state.work(request, rid=None, cache_salt="health")
 
         async def check() -> None:
-            async with asyncio.timeout(HEALTH_DEADLINE_S), work:
+            async with engine_answers(HEALTH_DEADLINE_S), work:
                 handle = await work.open(HEALTH_DEADLINE_S)
                 await handle.append(begun(self._service.tokenizer, []))
                 params = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)

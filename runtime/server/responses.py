@@ -14,7 +14,8 @@ from caesura.runtime.server import limits
 from caesura.runtime.server.answer import AnswerReader, Delta, Ended, usage
 from caesura.runtime.server.chat_protocol import ChatRequest, Message
 from caesura.runtime.server.chat_work import Before, ChatWork
-from caesura.runtime.server.errors import ApiError, as_api_error
+from caesura.runtime.server.errors import ApiError
+from caesura.runtime.server.guard import refuse
 from caesura.runtime.server.http import (
     DONE,
     START_WAIT_S,
@@ -34,6 +35,7 @@ from caesura.runtime.server.state import ServerState
 from caesura.runtime.server.work import Work
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Responses:
         work = self._state.work(request, rid=None, cache_salt=body.cache_salt)
         builder = ResponseBuilder(f"resp_{work.request_id}", self._state.model_name, body.echo())
         if body.stream:
-            events = self._stream(asked, work, builder)
+            events = self._stream(request.scope, asked, work, builder)
             return await stream(request, events, send_deadline_s=self._state.config.send_deadline_s, named=True)
         return reply(await until_disconnect(request, self._whole(asked, work, builder)))
 
@@ -137,7 +139,9 @@ class Responses:
                 pass
         return builder.response()
 
-    async def _stream(self, asked: _Asked, work: Work, builder: ResponseBuilder) -> AsyncGenerator[bytes, None]:
+    async def _stream(
+        self, scope: Scope, asked: _Asked, work: Work, builder: ResponseBuilder
+    ) -> AsyncGenerator[bytes, None]:
         """Events as they come, numbered. What fails soon, and before anything was told, is an ordinary error."""
         numbers = itertools.count()
 
@@ -159,7 +163,7 @@ class Responses:
                         yield told(found)
                         found = await anext(events, None)
                 except Exception as error:
-                    for one in builder.fail(as_api_error(error)):
+                    for one in builder.fail(refuse(scope, error)):
                         yield told(one)
             finally:
                 first.cancel()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from caesura.runtime.api import Service
+from caesura.runtime.errors import DeadlineExceeded, EngineStopped
 from caesura.runtime.server.config import ServerConfig
 from caesura.runtime.server.http import principal_of
 from caesura.runtime.server.kept import KeptContexts, namespace_of
@@ -24,8 +26,18 @@ from starlette.requests import Request
 T = TypeVar("T")
 TEXT_DEADLINE_S = 20.0
 TEXT_THREADS = 2
-STATS_DEADLINE_S = 5.0
 SWEEP_S = 15.0
+
+
+@contextlib.asynccontextmanager
+async def engine_answers(deadline_s: float) -> AsyncGenerator[None, None]:
+    """What is asked of the engine here is answered in time. Raises EngineStopped when it is not: one that takes so long
+    between two steps is as good as none."""
+    try:
+        async with asyncio.timeout(deadline_s):
+            yield
+    except (TimeoutError, DeadlineExceeded):
+        raise EngineStopped(f"the engine does not answer within {deadline_s:g} s") from None
 
 
 class ServerState:
@@ -70,11 +82,10 @@ class ServerState:
         self._held = None
 
     async def max_context_tokens(self) -> int:
-        """The longest context the engine takes; each engine is asked once. Raises EngineStopped, TimeoutError."""
+        """The longest context the engine takes; each engine is asked once. Raises EngineStopped."""
         life = self.service.life
         if self._max_context_tokens is None or self._max_context_tokens[1] != life:
-            async with asyncio.timeout(STATS_DEADLINE_S):
-                self._max_context_tokens = int((await self.service.read_stats())["max_context_tokens"]), life
+            self._max_context_tokens = int((await self.service.read_stats())["max_context_tokens"]), life
         return self._max_context_tokens[0]
 
     def work(self, request: Request, *, rid: str | None, cache_salt: str | None) -> Work:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapp
 from typing import Any, Self, TypeVar, cast
 
 from caesura.runtime.api import Handle, Service
-from caesura.runtime.errors import ContextClosed
+from caesura.runtime.errors import ContextClosed, DeadlineExceeded, EngineStopped
 from caesura.runtime.generation import TokenChunk, ToolCalling
 from caesura.runtime.sampling import SamplingParams
 from caesura.runtime.server.errors import ApiError
@@ -17,6 +17,7 @@ from caesura.runtime.server.http import settled
 from caesura.runtime.server.tally import RequestTally
 
 T = TypeVar("T")
+_CUT_OFF = (ContextClosed, DeadlineExceeded, EngineStopped)  # how a generation ends that was going on
 
 
 class Aborted(ApiError):
@@ -41,7 +42,7 @@ class Work:
         self.service = service
         self.namespace = namespace
         self.request_id = request_id
-        self.aborted = False
+        self._ended_by: ApiError | None = None  # what somebody else ended it with, an abort or another
         self._interruptible: set[asyncio.Task[Any]] = set()  # that wait for contexts which outlive the request
         self._board = board
         self._place = (key_id, request_id)
@@ -75,8 +76,7 @@ class Work:
 
     async def open(self, deadline_s: float | None = None) -> Handle:
         """A context of this request."""
-        if self.aborted:
-            raise Aborted
+        self._check()
         handle = await _even_if_cancelled(self.service.open(self.namespace, deadline_s), _close_one)
         return (await self._unless_late([handle]))[0]
 
@@ -88,11 +88,19 @@ class Work:
 
     async def _unless_late(self, handles: Sequence[Handle]) -> list[Handle]:
         """Take over what was made, unless an abort came meanwhile."""
-        if self.aborted:
+        if self._ended_by is not None:
             with contextlib.suppress(Exception):  # an engine that died has closed them
                 await _close_many(handles)
-            raise Aborted
+        self._check()
         return [self.adopt(handle) for handle in handles]
+
+    @property
+    def aborted(self) -> bool:
+        return isinstance(self._ended_by, Aborted)
+
+    def _check(self) -> None:
+        if self._ended_by is not None:
+            raise self._ended_by
 
     def was_aborted(self, error: Exception) -> bool:
         """Whether this is how an abort shows, which closes the request's contexts under whatever uses them."""
@@ -110,14 +118,13 @@ class Work:
     async def generate(
         self, handle: Handle, params: SamplingParams, tools: ToolCalling | None = None
     ) -> AsyncGenerator[TokenChunk, None]:
-        """The handle's chunks. Raises Aborted after an abort."""
+        """The handle's chunks. Raises Aborted after an abort, and what else the request was ended with."""
         chunks = cast("AsyncGenerator[TokenChunk, None]", handle.generate(params, tools))
         if handle not in self._handles:  # a context that outlives the request is not closed by an abort
             chunks = self._until_aborted(chunks)
         counted = params.max_new_tokens == 0  # computing a prompt is no generation
         try:
-            if self.aborted:
-                raise Aborted
+            self._check()
             async with contextlib.aclosing(chunks):
                 async for chunk in chunks:
                     self._tally.chunk(chunk)
@@ -127,11 +134,11 @@ class Work:
                             self._tally.finish(chunk.finish.reason)
                         counted = True
                     yield chunk
-        except (GeneratorExit, asyncio.CancelledError, ContextClosed, Aborted) as error:
+        except (GeneratorExit, asyncio.CancelledError, ApiError, *_CUT_OFF) as error:
             if not counted:
                 self._tally.finish("abort")
-            if self.aborted and isinstance(error, ContextClosed):
-                raise Aborted from None
+            if self._ended_by is not None and isinstance(error, ContextClosed):
+                raise self._ended_by from None
             raise
 
     def _prompt(self, handle: Handle) -> int:
@@ -141,14 +148,13 @@ class Work:
         """Do work on a context that outlives the request. An abort cancels it and raises Aborted."""
         task = asyncio.current_task()
         assert task is not None
-        if self.aborted:
-            raise Aborted
+        self._check()
         self._interruptible.add(task)
         try:
             return await work()
         except asyncio.CancelledError:
-            if self.aborted and task.uncancel() == 0:  # nobody else has cancelled it as well
-                raise Aborted from None
+            if self._ended_by is not None and task.uncancel() == 0:  # nobody else has cancelled it as well
+                raise self._ended_by from None
             raise
         finally:
             self._interruptible.discard(task)
@@ -158,11 +164,11 @@ class Work:
             while (chunk := await self.unless_aborted(lambda: anext(chunks, None))) is not None:
                 yield chunk
 
-    async def abort(self) -> None:
-        """End what the request does, in whatever state it is."""
-        if self.aborted:
+    async def abort(self, told: ApiError | None = None) -> None:
+        """End what the request does, in whatever state it is. Its client is ``told``, or else that it was aborted."""
+        if self._ended_by is not None:
             return
-        self.aborted = True
+        self._ended_by = told or Aborted()
         for task in self._interruptible:
             task.cancel()
         for handle in self._handles:
@@ -203,11 +209,11 @@ class WorkBoard:
             del self._at_work[place]
         self._num_requests -= 1
 
-    async def abort_everything(self) -> int:
-        """Abort all keys' requests. Returns how many."""
+    async def abort_everything(self, told: ApiError | None = None) -> int:
+        """Abort all keys' requests, see `Work.abort`. Returns how many."""
         found = list(self._at_work.values())
         for work in found:
-            await work.abort()
+            await work.abort(told)
         return len(found)
 
     async def abort(self, key_id: str, request_id: str | None) -> int:

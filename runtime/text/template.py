@@ -26,7 +26,7 @@ MAX_MESSAGES = 4096
 MAX_TOOLS = 128
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "ipython", "function"})
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize"})
-_CACHE_ENTRIES = 128
+_CACHE_ENTRIES, _CACHE_CHARS = 128, 4 << 20  # the latter of keys, which have the tools in them, as the values do
 _CALL_ID = "call{:05d}"  # nine alphanumerics: some templates insist on that
 _T = TypeVar("_T")
 
@@ -60,6 +60,7 @@ class ChatTemplate:
         self._deadline_s = deadline_s
         self._template = with_deadline(lambda: make_environment().from_string(source), deadline_s)
         self._cache: OrderedDict[str, Any] = OrderedDict()
+        self._cached_chars = 0
         self._lock = threading.Lock()
 
     def render(
@@ -162,9 +163,11 @@ class ChatTemplate:
                 return found
         value = make()
         with self._lock:
+            self._cached_chars += 0 if key in self._cache else len(key)
             self._cache[key] = value
-            while len(self._cache) > _CACHE_ENTRIES:
-                self._cache.popitem(last=False)
+            while len(self._cache) > _CACHE_ENTRIES or self._cached_chars > _CACHE_CHARS:
+                oldest, _ = self._cache.popitem(last=False)
+                self._cached_chars -= len(oldest)
         return value
 
     # turns

@@ -12,13 +12,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from caesura.runtime.config import EngineConfig
+from caesura.runtime.errors import EngineStopped
 from caesura.runtime.handle import ContextHandle
+from caesura.runtime.ipc.client import EngineClient
+from caesura.runtime.ipc.connection import Supervision
+from caesura.runtime.server import ServerConfig, serve
 from caesura.runtime.server.http import settled
 from caesura.runtime.server.work import merged
 from fastapi import FastAPI
@@ -230,18 +236,19 @@ from caesura.runtime.server import ServerConfig, serve
 logging.basicConfig(level=logging.WARNING)
 if __name__ == "__main__":
     engine = EngineConfig(num_threads=1, kv_tokens=8192)
-    serve(ServerConfig(engine, port=int(sys.argv[1]), in_process=sys.argv[2] == "in", drain_s=20))
+    drain_s = float(sys.argv[3])
+    serve(ServerConfig(engine, port=int(sys.argv[1]), in_process=sys.argv[2] == "in", drain_s=drain_s))
 """
 
 
 @contextmanager
-def server(where: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def server(where: str, drain_s: float = 20.0) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A server process that is ready, and its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(port), where], env=environment)
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(port), where, str(drain_s)], env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(process, url)
@@ -319,6 +326,7 @@ def test_a_server_process_from_disconnects_to_a_killed_engine_to_sigterm() -> No
         body = {**ask, "messages": [QUESTION, *answered(message)]}  # the tokens outlived the engine
         assert "1911492" in client.post(path, json=body).json()["choices"][0]["message"]["content"]
         assert 'how="rebuilt"} 1.0' in client.get("/metrics").text
+        assert client.get(f"/v1/contexts/{name}/decisions").status_code == 410
         assert client.post(f"/v1/contexts/{name}/append", json={"pieces": [{"text": "b"}]}).status_code == 410
 
         engines = children(process.pid)
@@ -352,3 +360,55 @@ def test_the_second_signal_stops_at_once() -> None:
         process.wait(10)
         assert time.monotonic() - started < 8
         thread.join(10)
+
+
+def test_whoever_waits_when_the_drain_ends_is_told() -> None:
+    endless = {"text": ["a"] * 64, "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
+    asks = {
+        "/generate": endless,
+        "/v1/chat/completions": {**LONG, "max_tokens": 1900, "stream": True},
+        "/v1/responses": {"input": "a", "stream": True, "max_output_tokens": 1900, "ignore_eos": True},
+    }
+    answers: dict[str, httpx.Response] = {}
+    with server("in", drain_s=1.0) as (process, url), httpx.Client(trust_env=False, timeout=60) as client:
+
+        def ask(path: str) -> None:
+            answers[path] = httpx.post(url + path, json=asks[path], timeout=30, trust_env=False)
+
+        threads = [threading.Thread(target=ask, args=(path,)) for path in asks]
+        for thread in threads:
+            thread.start()
+        for _ in range(600):
+            if client.get(f"{url}/server_info").json()["requests"] == len(asks):
+                break
+            time.sleep(0.02)
+        time.sleep(0.6)  # the streams have begun
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(20)
+        assert process.wait(20) in (0, -signal.SIGTERM)
+    assert {path: answer.status_code for path, answer in answers.items()} == dict(
+        zip(asks, (503, 200, 200), strict=True)
+    )
+    assert all("the server is shutting down" in answer.text for answer in answers.values()), answers
+    assert all("x-request-id" in answer.headers for answer in answers.values())
+
+
+def test_a_server_whose_engine_is_lost_for_good_ends_and_says_so() -> None:
+    service = EngineClient.start(EngineConfig(num_threads=1, kv_tokens=1024), Supervision(max_restarts=0))
+    with socket.socket() as listener, ThreadPoolExecutor(1) as pool:
+        listener.bind(("127.0.0.1", 0))
+        config = ServerConfig(port=listener.getsockname()[1])
+        serving = pool.submit(serve, config, start_service=lambda _: service, sockets=[listener])
+        url = f"http://127.0.0.1:{config.port}"
+        for _ in range(600):
+            try:
+                assert httpx.get(f"{url}/ready", trust_env=False).status_code == 200
+                break
+            except httpx.HTTPError:
+                time.sleep(0.02)
+        pid = service.engine_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(EngineStopped, match=r"given up.*SIGKILL"):
+            serving.result(20)

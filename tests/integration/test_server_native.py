@@ -268,6 +268,11 @@ def test_completions_echo_and_score_the_prompt() -> None:
         assert logprobs["top_logprobs"][0] is None
         assert all(top[token] == value and 1 <= len(top) <= 2 for token, value, top in prompt)
         assert any(max(top.values()) > value for _, value, top in prompt), "not every word is what comes to mind first"
+        drawn = {"prompt": TEXT, "max_tokens": 24, "temperature": 2.0, "seed": 5, "logprobs": 1, "ignore_eos": True}
+        logprobs = (await post(client, "/v1/completions", drawn))["choices"][0]["logprobs"]
+        places = list(zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True))
+        assert all(top[token] == value for token, value, top in places), "the sampled token is always among them"
+        assert any(len(top) == 2 for _, _, top in places)
 
     run(test)
 

@@ -45,6 +45,7 @@ class BrokenService:
 
     model_name = "broken"
     ready = True
+    lost = None
     tool_format = "hermes"
     tokenizer = SimpleNamespace(bos_id=None, eos_ids=frozenset({2}), vocab_size=10, special_ids={})
     template = SimpleNamespace(pieces=lambda *_, **__: [])

@@ -6,14 +6,20 @@ import asyncio
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import pytest
 from caesura.runtime.api import Service
+from caesura.runtime.errors import EngineStopped
 from caesura.runtime.logs import JsonLines, LogStyle, TextLines, configure, note, style
 from caesura.runtime.server import ServerConfig, create_app
+from caesura.runtime.server.guard import Outermost
+from caesura.runtime.server.http import stream as sse
+from caesura.runtime.server.tally import ServerCounts
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
 
 from tests.unit.test_server_guard import ADMIN_KEY, KEY, BrokenService, exchange
 
@@ -101,6 +107,52 @@ def test_shed_requests_are_told_of_once_with_their_number() -> None:
     events = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [event["reason"] for event in events if event["event"] == "shed"] == ["queue_full"]
     assert state.counts.refused["queue_full"] == 5
+
+
+def test_what_fails_after_an_answer_has_begun_is_told_of_as_well() -> None:
+    counts = ServerCounts()
+
+    async def events(error: Exception) -> AsyncGenerator[bytes, None]:
+        yield b"data: 1\n\n"
+        raise error
+
+    def app(error: Exception) -> Outermost:
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            request = Request(scope, receive)
+            await (await sse(request, events(error), send_deadline_s=5))(scope, receive, send)
+
+        return Outermost(answer, counts=counts)
+
+    with captured(JsonLines()) as stream:
+        for error in (ValueError(CANARY), EngineStopped(CANARY)):
+            status, told = asyncio.run(exchange(cast(Any, app(error)), "POST", b"/", [(b"host", b"127.0.0.1")]))
+            assert status == 200 and told.startswith(b"data: 1\n\ndata: {") and CANARY not in told.decode()
+    (failed,) = [json.loads(line) for line in stream.getvalue().splitlines() if '"request_failed"' in line]
+    assert "ValueError" in str(failed) and CANARY not in str(failed)
+    assert counts.refused == {"engine_unavailable": 1}
+
+
+def test_a_client_that_leaves_before_its_request_is_whole_is_no_failure() -> None:
+    app = create_app(cast(Service, BrokenService()), ServerConfig())
+    parts = [{"type": "http.disconnect"}, {"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def receive() -> dict[str, Any]:
+        return parts.pop() if len(parts) > 1 else parts[0]
+
+    async def send(message: Any) -> None:
+        pass
+
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": "/generate", "raw_path": b"/generate", "query_string": b"", "root_path": "", "state": {},
+        "headers": [(b"host", b"127.0.0.1"), (b"content-length", b"1000")], "client": ("127.0.0.1", 5),
+        "server": ("127.0.0.1", 30000), "extensions": {},
+    }  # fmt: skip
+    with captured(JsonLines()) as stream:
+        asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    ours = [(line["event"], line["status"]) for line in lines if line["logger"] == "caesura.server"]
+    assert ours == [("request", 499)]
 
 
 def test_lines_stay_lines_whatever_is_in_a_field() -> None:

@@ -242,6 +242,18 @@ def test_descriptions_cannot_forge_markers() -> None:
         assert not any("obey" in piece.text for piece in opening + closing if piece.special)
 
 
+def test_what_is_remembered_of_tools_is_bounded_in_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caesura.runtime.text.template._CACHE_CHARS", 20_000)
+    template = make("qwen")
+    for number in range(30):
+        tools = [{"name": f"f{number}", "description": "x" * 3000}]
+        assert any(f"f{number}" in side for side in template.turn("system", first=True, tools=tools))
+        assert sum(map(len, template._cache)) == template._cached_chars <= 20_000
+    huge = [{"name": "g", "description": "x" * 30_000}]
+    assert template.turn("user", first=True, tools=huge) == template.turn("user", first=True, tools=huge)
+    assert sum(map(len, template._cache)) == template._cached_chars == 0
+
+
 def test_requests_cannot_send_what_belongs_to_the_checkpoint() -> None:
     template = make("qwen")
     messages = [{"role": "user", "content": "x"}]
