@@ -8,6 +8,7 @@ service refuses some calls. Nothing of that stops the others or hides among them
 
 import time
 from collections import Counter
+from typing import Annotated
 
 import typer
 from caesura.lang import Engine, ProgramState, assistant, connect, function, gen, tool, user
@@ -32,7 +33,7 @@ def solve(s, question: str):
     s += assistant(gen("answer", tools=[calculator], max_tokens=96, temperature=0))
 
 
-def main(rows: int = 200, seed: int = 1, url: str = "", model: str = ""):
+def main(rows: Annotated[int, typer.Option(min=1)] = 200, seed: int = 1, url: str = "", model: str = ""):
     """Answer ROWS questions; --url names a server, --model a checkpoint, otherwise the embedded model answers."""
     tasks = make_tasks(seed, rows, Split.HELD_OUT)
     batch: list[dict] = [{"question": task.question} for task in tasks]

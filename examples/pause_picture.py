@@ -148,8 +148,12 @@ def picture(policies: list[str]) -> str:
 
 def main(policies: str = "discard,min_waste", out: Path = Path("out/pause.svg")):
     """Draw the scene under some policies (`caesura run --help` lists them)."""
+    try:
+        drawn = picture([name.strip() for name in policies.split(",")])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(picture([name.strip() for name in policies.split(",")]))
+    out.write_text(drawn)
     print(f"drawn: {out}")
 
 

@@ -44,12 +44,12 @@ def main(seed: int = 1, items: int = 96, candidates: int = 64, top: int = 10, ur
     """Rank candidates; --url names a server, --model a checkpoint, otherwise the embedded model answers."""
     history, offer, liked = shopper(seed, items, candidates)
     with connect(url) if url else Engine(model or None) as backend:
-        before = get_server_info(backend)["tokens_computed"]
+        before = get_server_info(backend).get("tokens_computed")  # other servers do not say
         started = time.perf_counter()
         state = rank.run(history, offer, backend=backend)
         ranking = state.ret_value
         seconds = time.perf_counter() - started
-        computed = get_server_info(backend)["tokens_computed"] - before
+        computed = None if before is None else get_server_info(backend)["tokens_computed"] - before
     bought = Counter(item.split("-")[0] for item in history)
     print("bought so far: " + ", ".join(f"{count} {kind}" for kind, count in bought.most_common()))
     table = Table("", "item", "score", "", box=None, header_style="dim")
@@ -61,12 +61,11 @@ def main(seed: int = 1, items: int = 96, candidates: int = 64, top: int = 10, ur
     print(table)
     hits = sum(item.split("-")[0] in liked for _, item in ranking[:top])
     print(f"{hits} of the first {top} are of a kind the user likes; {top / 4:.1f} would be by chance")
-    own = sum(len(tokens) for tokens in state.get_meta_info("best")["input_token_logprobs"])
-    alone = candidates * (computed - own) + own  # what is not the candidates' own is the history
-    print(
-        f"[dim]{candidates} candidates in {seconds * 1000:.0f} ms: {computed:,} tokens computed, {alone:,} if each had"
-    )
-    print("[dim]come with its own history")
+    print(f"[dim]{candidates} candidates in {seconds * 1000:.0f} ms")
+    if computed is not None:
+        own = sum(len(tokens) for tokens in state.get_meta_info("best")["input_token_logprobs"])
+        alone = candidates * (computed - own) + own  # what is not the candidates' own is the history
+        print(f"[dim]{computed:,} tokens computed, {alone:,} if each had come with its own history")
     return state
 
 

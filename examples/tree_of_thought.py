@@ -42,7 +42,8 @@ class Thought:
 
     def steps(self) -> list[str]:
         """Every call that can be made of the numbers known."""
-        return [f"{a} {sign} {b}" for a, b in permutations(self.numbers, 2) for sign in "+-*/"]
+        steps = (f"{a} {sign} {b}" for a, b in permutations(self.numbers, 2) for sign in "+-*/")
+        return list(dict.fromkeys(steps))  # a number may be known twice
 
     def answers(self) -> list["Thought"]:
         """The ends of all ways that came to one."""
@@ -95,6 +96,8 @@ def draw(thought: Thought, tree: Tree) -> Tree:
 
 def main(question: str = QUESTION, beam: int = 4, url: str = "", model: str = ""):
     """Search; --url names a server, --model a checkpoint, otherwise the embedded model answers."""
+    if len(re.findall(r"\d+", question)) < 2:
+        raise typer.BadParameter(f"{question!r} must have two numbers or more", param_hint="--question")
     with connect(url) if url else Engine(model or None) as backend:
         state = search.run(question, beam, backend=backend)
         root = state.ret_value

@@ -116,7 +116,9 @@ def chat(
     model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; embedded by default.")] = None,
     url: Url = None,
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
-    no_tools: Annotated[bool, typer.Option("--no-tools", help="Without the calculator.")] = False,
+    no_tools: Annotated[
+        bool, typer.Option("--no-tools", help="Without the calculator that the embedded model has.")
+    ] = False,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
     as_json: Json = False,
 ) -> None:

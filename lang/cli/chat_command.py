@@ -49,7 +49,8 @@ class Conversation:
             try:
                 await s.get_async(name)
             except UnknownVariable:  # interrupted: as if it had not been asked
-                s.rollback(before)
+                if before.saved is not None:
+                    s.rollback(before)
 
     def ask(self, question: str) -> str:
         """Put a question; returns the name of its answer."""
@@ -93,7 +94,6 @@ def chat_command(
     with start_backend(model, None, url) as backend:
         embedded = get_server_info(backend)["model"] == "embedded"
         results: list[str] = []
-        # The embedded model is trained on a calculator; other models are offered it only if they have a tool format.
         tools = [_calculator(results)] if with_tools and embedded else []
         heat = temperature if temperature is not None else (0.0 if embedded else 0.7)
         begin = partial(Conversation, backend, system_text=system_text, tools=tools, temperature=heat)
@@ -105,7 +105,7 @@ def chat_command(
         try:
             for question in questions(console, prompt=terminal):
                 for told in ("the window is full: the conversation begins anew", "left out: {}"):
-                    printer = Printer(console, backend, tools, results)
+                    printer = Printer(console, backend, tools, results, can_go_on=terminal)
                     too_long = _answer(talk, question, printer)
                     if too_long is None:
                         break
@@ -152,6 +152,8 @@ def _answer(talk: Conversation, question: str, printer: Printer) -> ContextTooLo
         for text, last in talk.pieces(name):
             printer.take(text, last)
     except KeyboardInterrupt:
+        if not printer.can_go_on:
+            raise
         talk.interrupt()
         printer.note("(stopped)")
     except UnknownVariable:
@@ -165,9 +167,13 @@ def _answer(talk: Conversation, question: str, printer: Printer) -> ContextTooLo
 
 
 class Printer:
-    """Prints an answer as it comes: calls as one line each, everything else as text."""
+    """Prints an answer as it comes: calls as one line each, everything else as text. ``can_go_on``: who reads it can
+    stop it, and ask something else."""
 
-    def __init__(self, console: Console, backend: Any, tools: list[Tool], results: list[str]) -> None:
+    def __init__(
+        self, console: Console, backend: Any, tools: list[Tool], results: list[str], *, can_go_on: bool
+    ) -> None:
+        self.can_go_on = can_go_on
         self._console = console
         self._format = _tool_format(backend)
         self._names = [tool.name for tool in tools]

@@ -140,10 +140,13 @@ def guarded(command: Callable[P, T]) -> Callable[P, T]:
 
 def as_cli_error(error: Exception) -> CliError:
     """The exit code and the next command for an error of the engine or the language."""
-    from caesura.lang.errors import DefinitionError, NoRecording, ReplayError
+    from caesura.lang.errors import DefinitionError, NoRecording, ProgramError, ReplayError, ServerUnavailable
     from caesura.runtime.errors import EngineStopped, InvalidRequest, ModelError
 
     message = str(error) or type(error).__name__
+    root = error.root if isinstance(error, ProgramError) else error
+    if isinstance(root, ServerUnavailable):
+        return CliError(str(root), "caesura serve", NO_ENGINE)
     if isinstance(error, (ModelError, EngineStopped)):
         return CliError(message, "caesura doctor", NO_ENGINE)
     if isinstance(error, (InvalidRequest, DefinitionError, NoRecording)):

@@ -30,6 +30,7 @@ from caesura.lang.cli.program_file import (
 )
 from caesura.lang.errors import ProgramError
 from caesura.lang.printable import printable
+from caesura.lang.program import Program
 from caesura.lang.state import ProgramState
 from rich.console import Console
 from rich.text import Text
@@ -73,6 +74,7 @@ def run_command(
     program = choose_program(path, load_programs(path), name)
     values = parse_arguments(program, arguments, target)
     options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
+    _check_names(program, {"backend", "stream", *options})
     with start_taped(model, policy, url, tape) as backend:
         state = program.run(**values, **options, backend=backend, stream=stream)
         with _traced(state, trace):
@@ -90,6 +92,13 @@ def run_command(
                 print_json(as_document(state))
             elif not stream:
                 show(state, stdout())
+
+
+def _check_names(program: Program, taken: set[str]) -> None:
+    both = sorted(taken & {parameter.name for parameter in program.own_parameters})
+    if both:
+        told = f"{program.name} has a parameter {both[0]!r}, which is the name of an option of every run"
+        raise CliError(f"{told}; give the parameter another name", "caesura run --help", USAGE)
 
 
 def _check_trace(where: str | None) -> None:

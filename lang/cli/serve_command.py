@@ -86,7 +86,7 @@ def serve(
     """
     flags = dict(locals())
     settings = resolve(flags, flags.pop("config"))
-    if "CAESURA_API_KEY" in os.environ and not settings.config.api_keys:
+    if "CAESURA_API_KEY" in os.environ and not settings.config.has_keys:
         stderr().print(
             "CAESURA_API_KEY is read by clients; this server asks for no key (CAESURA_API_KEYS gives it some)"
         )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from caesura.lang import ScriptedBackend
+from caesura.lang.backends.scripted import ScriptedSession
 from caesura.lang.cli.app import app
+from caesura.lang.cli.chat_command import Conversation
 from caesura.lang.cli.demo import run_demo
 from caesura.lang.cli.fleet import QUESTIONS, make_fleet
 from caesura.lang.cli.watch import Snapshot
@@ -171,6 +176,39 @@ def test_chat_tells_its_messages_whatever_became_of_it() -> None:
     result = invoke("chat", "--json", input="What is 12 + 30?\n" + "word " * 2500)
     said = [message["content"] for message in json.loads(result.stdout)["messages"]]
     assert "The answer is 42." in said
+
+
+def test_chat_goes_on_after_an_answer_that_was_stopped_before_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, marked = threading.Event(), ScriptedSession.mark
+
+    async def mark(self: ScriptedSession) -> int:
+        if not begun.is_set():
+            begun.set()
+            await asyncio.sleep(60)
+        return await marked(self)
+
+    monkeypatch.setattr(ScriptedSession, "mark", mark)
+    talk = Conversation(ScriptedBackend(["Hello."]), system_text="", tools=[], temperature=0.0)
+    talk.ask("one")
+    assert begun.wait(20)
+    talk.interrupt()
+    assert "".join(text for text, _ in talk.pieces(talk.ask("two"))) == "Hello."
+    talk.close()
+    assert [message["content"] for message in talk.state.messages()] == ["two", "Hello."]
+
+
+def test_piped_questions_end_with_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pieces(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Conversation, "pieces", pieces)
+    assert invoke("chat", input="one\ntwo\n").exit_code == 130
+
+
+def test_chat_with_a_server_that_is_not_there_exits_with_3() -> None:
+    result = invoke("chat", "--url", "http://127.0.0.1:1", input="one\n")
+    assert result.exit_code == 3
+    assert result.stderr.splitlines()[-1] == "try: caesura serve"
 
 
 @pytest.mark.parametrize("command", [["run", str(EXAMPLES / "hello.py")], ["chat"]])

@@ -389,3 +389,14 @@ def test_what_a_model_or_a_tool_says_does_not_command_the_terminal(
 def test_no_escape_codes_where_there_is_no_terminal(programs: Path) -> None:
     result = invoke("run", f"{programs}:ask", "--arg", "word=hi")
     assert "\x1b" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(("parameter", "options"), [("stream", []), ("temperature", ["--temperature", "0"])])
+def test_a_parameter_that_is_called_like_an_option_is_refused(
+    tmp_path: Path, parameter: str, options: list[str]
+) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(f"from caesura.lang import function\n@function\ndef take(s, {parameter}=1): ...\n")
+    result = invoke("run", str(path), "--arg", f"{parameter}=2", *options)
+    assert result.exit_code == 2
+    assert f"take has a parameter '{parameter}'" in " ".join(result.stderr.split())
