@@ -20,7 +20,7 @@ FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """How a generation ended, with its token counts."""
+    """How a generation ended, with its token counts. ``cut_off``: by its limit, also where it has called tools."""
 
     reason: FinishReason
     matched: str | int | None
@@ -29,6 +29,7 @@ class Finish:
     completion_tokens: int
     cached_tokens: int
     error: str | None = None
+    cut_off: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,7 @@ class Generation:
             prompt_tokens=self.prompt_tokens,
             completion_tokens=len(self.token_ids),
             cached_tokens=cached_tokens,
+            cut_off=ending.reason == "length",
         )
         self._send(finish)
 

@@ -18,6 +18,8 @@ from caesura.runtime.futures import shielded
 from caesura.runtime.generation import Generation, TokenChunk, ToolCalling
 from caesura.runtime.sampling import GRAMMAR_FAULT, Constraint, ConstraintKind, SamplerState, SamplingParams
 from caesura.runtime.text.detokenizer import StopChecker
+from caesura.runtime.text.reasoning import ends_thinking, opens_thinking
+from caesura.runtime.text.think_grammar import after_thinking
 from caesura.runtime.text.tool_parser import ToolFormat, tool_grammar
 from caesura.scheduler.context import Call
 from caesura.scheduler.types import ContextId, PauseDecision
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from caesura.runtime.service import EngineService
 
 T = TypeVar("T")
+PROMPT_END_TOKENS = 32  # that show whether a template has opened or ended the thinking
 
 
 @dataclass(slots=True)
@@ -149,10 +152,22 @@ class ContextHandle:
                 special_ids=self._service.tokenizer.special_ids,
             )
             if source is not None and constraint is None:
-                constraint = Constraint(ConstraintKind.EBNF, source)
+                constraint = await self._after_thinking(Constraint(ConstraintKind.EBNF, source))
         matcher = None if constraint is None else await self._service.compile(constraint)
         seed = params.seed if params.seed is not None else secrets.randbits(62)
         return SamplerState(params, seed, matcher=matcher), tool_format
+
+    async def _after_thinking(self, constraint: Constraint) -> Constraint:
+        """The grammar of calls, which begins where the thinking of a model that thinks has ended."""
+        marks, tokenizer = self._service.think_marks, self._service.tokenizer
+        if marks is None:
+            return constraint
+        ids = await self._call(lambda engine: engine.tokens(self.id)[-PROMPT_END_TOKENS:])
+        end = tokenizer.decode(ids, skip_special=False)
+        if ends_thinking(end, marks):
+            return constraint
+        opened = opens_thinking(end, marks)
+        return after_thinking(constraint, marks, opened=opened, special_ids=tokenizer.special_ids)
 
     async def score(self, start: int) -> list[float]:
         """Logprobs of the context's tokens from ``start`` (>= 1) on."""

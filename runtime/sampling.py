@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,21 @@ class Constraint:
 
     kind: ConstraintKind
     source: str
+
+
+# JSON between tokens: enough to indent, never enough to loop in
+JSON_SPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+
+
+def spaced(schema: Any) -> Any:
+    """A JSON schema with bounded whitespace between tokens, unless its layout (``x-guidance``) allows none at all."""
+    if not isinstance(schema, dict):
+        return schema
+    layout = schema.get("x-guidance")
+    layout = layout if isinstance(layout, dict) else {}
+    if layout.get("whitespace_flexible") is False:
+        return schema
+    return {**schema, "x-guidance": {**layout, "whitespace_pattern": JSON_SPACE}}
 
 
 @dataclass(frozen=True, slots=True)

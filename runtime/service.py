@@ -27,6 +27,7 @@ from caesura.runtime.model.grammar import GrammarCompiler
 from caesura.runtime.sampling import Constraint
 from caesura.runtime.snapshot import EngineSnapshot, take_snapshot
 from caesura.runtime.telemetry import Telemetry, stats_of
+from caesura.runtime.text.reasoning import detect_marks
 from caesura.runtime.text.template import ChatTemplate
 from caesura.runtime.text.tokenizer import Tokenizer
 from caesura.runtime.text.tool_parser import detect_format
@@ -54,6 +55,7 @@ class EngineService:
         self._stopped_because: Exception | None = None
         self._grammars = GrammarCompiler(runtime.tokenizer)
         self.tool_format = detect_format(runtime.template.source)
+        self.think_marks = detect_marks(runtime.template.source)
         self._thread = threading.Thread(target=self._run, name="caesura-engine", daemon=True)
         self._thread.start()
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from caesura.runtime.errors import GrammarError, Overloaded
 from caesura.runtime.futures import shielded
 from caesura.runtime.model.grammar_limits import check_lark, check_schema
-from caesura.runtime.sampling import Constraint, ConstraintKind, Matcher
+from caesura.runtime.sampling import Constraint, ConstraintKind, Matcher, spaced
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 MAX_SOURCE_BYTES = 256 << 10
@@ -31,8 +31,6 @@ MAX_COMPILED = 256
 LEXER_FUEL = 100_000  # a tenth of the compiler's own limit
 _COMPILERS = 2
 _MAX_REASON_CHARS = 400
-# JSON between tokens: enough to indent, never enough to loop in
-_JSON_SPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 
 
 class GrammarTokenizer(Protocol):
@@ -240,12 +238,7 @@ def _translate(constraint: Constraint) -> str:
                 raise GrammarError("json_schema must be an object, true or false")
             schema = {} if schema is True else schema
             check_schema(schema, "json_schema")
-            layout = schema.get("x-guidance")
-            fixed = isinstance(layout, dict) and layout.get("whitespace_flexible") is False
-            if fixed:
-                return str(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
-            text = json.dumps(schema)
-            return str(LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _JSON_SPACE}))
+            return str(LLMatcher.grammar_from_json_schema(json.dumps(spaced(schema))))
         case ConstraintKind.CHOICES:
             return str(LLMatcher.grammar_from_lark(_choices(_parse_json(source, "choices"))))
 

@@ -12,7 +12,8 @@ from urllib.parse import unquote
 from caesura.runtime.errors import GrammarError
 
 MAX_INTERSECTED = 12  # patterns that one string must match at once; 16 take 0.1 s, 20 take 2 s, 24 half a minute
-_LITERAL = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/')
+# an open one to the end of its line: sought again from each mark in it, a long line would take forever
+_LITERAL = re.compile(r'"(?:\\.|[^"\\\n])*"?|//[^\n]*|/(?:\\.|[^/\\\n])+/?')
 _COMBINING = ("allOf", "anyOf", "oneOf")
 _EMBEDDED = re.compile(r"%json\s*(?=\{)")
 
@@ -46,6 +47,7 @@ class _Conjunctions:
     def __init__(self, root: Any) -> None:
         self._root = root
         self._known: dict[int, int] = {}
+        self._everything: int | None = None
 
     def of(self, schema: Any) -> int:
         if isinstance(schema, list):
@@ -73,7 +75,11 @@ class _Conjunctions:
             else:
                 found = found.get(part) if isinstance(found, dict) else None
         clear = found is not None and (reference == "#" or reference.startswith("#/"))
-        return self.of(found) if clear else _patterns(self._root)
+        if clear:
+            return self.of(found)
+        if self._everything is None:
+            self._everything = _patterns(self._root)
+        return self._everything
 
 
 def _patterns(schema: Any) -> int:

@@ -71,7 +71,8 @@ class AnswerReader:
         if self.parser is not None:
             events = self.parser.push(text)
             if chunk.finish is not None:
-                events += self.parser.finish()
+                events += self.parser.finish(cut_off=chunk.finish.cut_off)
+                self.whole = self.whole and not self.parser.was_cut
             text, deltas = self._take(events)
         self.content += text
         if not (text or deltas or logprobs or reasoning):

@@ -15,7 +15,7 @@ from typing import Any
 from caesura.runtime.api import Handle
 from caesura.runtime.errors import ContextClosed, DeadlineExceeded, EngineStopped
 from caesura.runtime.generation import Finish, TokenChunk, ToolCalling
-from caesura.runtime.sampling import Constraint, ConstraintKind, SamplingParams
+from caesura.runtime.sampling import Constraint, ConstraintKind, SamplingParams, spaced
 from caesura.runtime.server.answer import AnswerReader, Delta, Ended
 from caesura.runtime.server.chat_protocol import ChatRequest
 from caesura.runtime.server.conversation import (
@@ -32,7 +32,7 @@ from caesura.runtime.server.kept import KeptContext
 from caesura.runtime.server.params import constraint_of, json_schema_of
 from caesura.runtime.server.state import ServerState
 from caesura.runtime.server.work import Aborted, Work, merged
-from caesura.runtime.text.reasoning import ThinkMarks, ThinkSplitter, detect_marks, opens_thinking
+from caesura.runtime.text.reasoning import ThinkMarks, ThinkSplitter, detect_marks, ends_thinking, opens_thinking
 from caesura.runtime.text.think_grammar import after_thinking
 from caesura.runtime.text.tool_parser import ToolCallParser, ToolFormat, tool_grammar
 
@@ -155,7 +155,7 @@ class ChatWork:
             if specs and mark is not None and self._service.tool_format is ToolFormat.HERMES:
                 bias = ((mark, -100.0),)
             return ChatPlan(body, conversation, constraint, None, bias, remember)
-        parallel = body.parallel_tool_calls is not False
+        parallel = body.parallel_tool_calls is not False and self._service.template.takes_calls_at_once
         if choice != "auto":
             constraint = None  # the call's own grammar holds the answer
         elif schema is not None:
@@ -164,20 +164,12 @@ class ChatWork:
 
     def _thinking(self, plan: ChatPlan, marks: ThinkMarks, prompt_end: str) -> ChatPlan:
         """The plan for a model that thinks: its thinking comes apart, and a grammar begins only after it."""
-        opened = opens_thinking(prompt_end, marks)
-        if not plan.is_held:
-            return dataclasses.replace(plan, marks=marks, opened=opened)
-        if prompt_end.rstrip().endswith(marks.closing):  # the template ended the thinking
+        if plan.is_held and ends_thinking(prompt_end, marks):
             return plan
-        special_ids = self._service.tokenizer.special_ids
+        opened = opens_thinking(prompt_end, marks)
         held = plan.constraint
-        if held is None and plan.tools is not None:
-            specs, choice, parallel = plan.tools.tools, plan.tools.choice, plan.tools.parallel
-            form = self._service.tool_format
-            source = tool_grammar(form, specs, choice=choice, parallel=parallel, special_ids=special_ids)
-            held = Constraint(ConstraintKind.EBNF, source or "")
-        assert held is not None
-        held = after_thinking(held, marks, opened=opened, special_ids=special_ids)
+        if held is not None:  # that of tool calls the engine puts there
+            held = after_thinking(held, marks, opened=opened, special_ids=self._service.tokenizer.special_ids)
         return dataclasses.replace(plan, marks=marks, opened=opened, constraint=held)
 
     def _call_or_json(self, specs: tuple[dict[str, Any], ...], parallel: bool, schema: dict[str, Any]) -> Constraint:
@@ -192,7 +184,8 @@ class ChatWork:
         assert calls is not None
         rest = calls.removeprefix("start: ")
         return Constraint(
-            ConstraintKind.EBNF, f"start: all_calls | answer\nanswer: %json {json.dumps(schema)}\nall_calls: {rest}"
+            ConstraintKind.EBNF,
+            f"start: all_calls | answer\nanswer: %json {json.dumps(spaced(schema))}\nall_calls: {rest}",
         )
 
     # -- the prompt -------------------------------------------------------------------------------------------

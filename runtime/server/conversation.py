@@ -46,10 +46,25 @@ def conversation_of(body: ChatRequest) -> Conversation:
         if out["role"] == "assistant" and message.reasoning_content:
             out["reasoning_content"] = message.reasoning_content
         messages.append(out)
+    _put_in_order(messages)
     tools = tuple({"type": "function", "function": tool.spec()} for tool in body.tools or ())
     last_is_own = messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
     continue_final = bool(body.continue_final_message) and last_is_own
     return Conversation(tuple(messages), tools, body.template_arguments(), continue_final)
+
+
+def _put_in_order(messages: list[dict[str, Any]]) -> None:
+    """Results in the order of their calls: most templates write no ids, so that their place is all that tells them
+    apart."""
+    place: dict[str, int] = {}
+    start = 0
+    for at, message in enumerate([*messages, {"role": "end"}]):
+        if message["role"] == "tool":
+            continue
+        results = sorted(messages[start:at], key=lambda result: place.get(result["tool_call_id"], len(place)))
+        messages[start:at] = results
+        place = {call["id"]: number for number, call in enumerate(message.get("tool_calls", ()))}
+        start = at + 1
 
 
 def _role(message: Message) -> str:

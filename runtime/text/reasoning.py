@@ -130,6 +130,11 @@ def opens_thinking(prompt_end: str, marks: ThinkMarks) -> bool:
     return prompt_end.rstrip().endswith(marks.opening)
 
 
+def ends_thinking(prompt_end: str, marks: ThinkMarks) -> bool:
+    """Whether a prompt ends with the closing mark: its template has left no room for thinking."""
+    return prompt_end.rstrip().endswith(marks.closing)
+
+
 def _overlap(text: str, mark: str) -> int:
     """How many characters at the end of ``text`` may be the beginning of ``mark``."""
     for size in range(min(len(mark) - 1, len(text)), 0, -1):

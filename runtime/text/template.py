@@ -121,6 +121,32 @@ class ChatTemplate:
         said = [_said("user", 0), _said("assistant", 1), *messages]
         return to_pieces(_around(self._text(*said, tools=tools, generate=True, kwargs=kwargs), 1)[1])
 
+    @property
+    def takes_calls_at_once(self) -> bool:
+        """Whether it writes assistant turns of several calls; some refuse them."""
+
+        def find() -> bool:
+            calls = [
+                {"id": _CALL_ID.format(i), "type": "function", "function": {"name": "probe", "arguments": {}}}
+                for i in range(3)
+            ]
+            results = [
+                {"role": "tool", "name": "probe", "content": _PROBES[i], "tool_call_id": _CALL_ID.format(i)}
+                for i in range(3)
+            ]
+
+            def takes(count: int) -> bool:
+                said: Message = {"role": "assistant", "content": "", "tool_calls": calls[:count]}
+                try:
+                    self._text(_said("user", 3), said, *results[:count], generate=True)
+                except TemplateError:
+                    return False
+                return True
+
+            return takes(2) or not takes(1)  # one that takes not even one says nothing
+
+        return self._cached("calls at once", find)
+
     # rendering
 
     def _render(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from caesura.runtime.sampling import Constraint, ConstraintKind
+from caesura.runtime.sampling import Constraint, ConstraintKind, spaced
 from caesura.runtime.text.reasoning import ThinkMarks
 from caesura.runtime.text.tool_grammar import mark_of
 
@@ -34,7 +34,7 @@ def _body(constraint: Constraint) -> str:
     source = constraint.source
     match constraint.kind:
         case ConstraintKind.JSON_SCHEMA:
-            return f"%json {source}"
+            return f"%json {json.dumps(spaced(json.loads(source)))}"
         case ConstraintKind.REGEX:
             return f"/{_slashed(source)}/"
         case ConstraintKind.EBNF:

@@ -47,6 +47,7 @@ class Machine(ABC):
         self._back: str | None = None
         self._kept_chars = 0
         self._given_up = False
+        self.was_cut = False
         self._steps = self._main()
         self._want: Want = next(self._steps)
 
@@ -64,9 +65,10 @@ class Machine(ABC):
             at = end
         return self.sink.take()
 
-    def finish(self) -> list[Event]:
-        """The text is over."""
-        if not self.sink.is_open:
+    def finish(self, *, cut_off: bool) -> list[Event]:
+        """The text is over. Where it was ``cut_off`` after a call, what may have begun a further one is dropped."""
+        self.was_cut = cut_off and self.sink.count > 0 and bool(self._held)
+        if not self.sink.is_open and not self.was_cut:
             self._give_back()
         self.sink.finish()
         self._steps.close()

@@ -71,12 +71,18 @@ class ToolCallParser:
         """Events of more text."""
         return self._machine.push(text)
 
-    def finish(self) -> list[Event]:
-        """The last events. May be called again, to no effect."""
+    def finish(self, *, cut_off: bool = False) -> list[Event]:
+        """The last events. ``cut_off``: a limit ended the text, so what may have begun one more call is dropped. May be
+        called again, to no effect."""
         if self._finished:
             return []
         self._finished = True
-        return self._machine.finish()
+        return self._machine.finish(cut_off=cut_off)
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether the text was cut off where one more call had begun."""
+        return self._machine.was_cut
 
 
 def parse(text: str, format: ToolFormat, tool_names: Collection[str] = ()) -> tuple[str, list[ParsedCall]]:

@@ -11,8 +11,11 @@ import httpx
 import pytest
 from caesura.runtime.generation import Finish, TokenChunk
 from caesura.runtime.server.answer import AnswerReader
+from caesura.runtime.server.chat_protocol import ChatRequest
+from caesura.runtime.server.conversation import conversation_of
 from caesura.runtime.server.kept import KeptContext
-from caesura.runtime.text.tool_parser import ToolCallParser, ToolFormat
+from caesura.runtime.server.limits import decode
+from caesura.runtime.text.tool_parser import ParsedCall, ToolCallParser, ToolFormat
 from fastapi import FastAPI
 
 from tests.integration.server_client import (
@@ -266,6 +269,33 @@ def test_an_aborted_answer_has_called_nothing(rest: str) -> None:
     reader.read(TokenChunk("", (), (), finish))
     assert len(reader.calls) == 1
     assert reader.end(finish, "auto").reason == "abort"
+
+
+def test_an_answer_that_was_cut_off_in_a_further_call_is_not_whole() -> None:
+    text = '<tool_call>\n{"name": "calculator", "arguments": {}}\n</tool_call>\n<tool_call>\n{"na'
+    reader = AnswerReader(0, embedded_service().tokenizer, ToolCallParser(ToolFormat.HERMES, ["calculator"]))
+    finish = Finish("tool_calls", None, (ParsedCall("calculator", "{}"),), 3, 9, 0, cut_off=True)
+    reader.read(TokenChunk(text, (1,)))
+    reader.read(TokenChunk("", (), (), finish))
+    assert (len(reader.calls), reader.content, reader.whole) == (1, "", False)
+    assert reader.end(finish, "auto").reason == "length"
+
+
+def test_results_are_put_in_the_order_of_their_calls() -> None:
+    calls = [
+        {"id": name, "type": "function", "function": {"name": "look", "arguments": {"at": name}}} for name in "abc"
+    ]
+    messages = [
+        QUESTION,
+        {"role": "assistant", "tool_calls": calls},
+        *({"role": "tool", "tool_call_id": name, "content": f"of {name}"} for name in "cab"),
+        {"role": "assistant", "content": "so"},
+        {"role": "tool", "tool_call_id": "z", "content": "of nothing"},
+        {"role": "tool", "tool_call_id": "a", "content": "late"},
+    ]
+    found = conversation_of(decode(json.dumps({"messages": messages}).encode(), ChatRequest))
+    assert [message["content"] for message in found.messages[2:5]] == ["of a", "of b", "of c"]
+    assert [message["content"] for message in found.messages[5:]] == ["so", "of nothing", "late"]
 
 
 def test_a_stream_and_a_whole_answer_agree() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from caesura.runtime.errors import GrammarError, Overloaded
 from caesura.runtime.model.grammar import MAX_JSON_DEPTH, MAX_SOURCE_BYTES, GrammarCompiler
+from caesura.runtime.model.grammar_limits import check_schema
 from caesura.runtime.sampling import Constraint, ConstraintKind, Matcher
 
 EOS, TOOL, HELLO, SECOND_EOS = 256, 257, 258, 259
@@ -112,6 +113,13 @@ def test_whitespace_in_json_is_bounded(compiler: GrammarCompiler) -> None:
             break
         matcher.accept(ord(" "))
     assert ord(" ") not in allowed(matcher)
+
+
+def test_hostile_grammars_are_refused_in_linear_time(compiler: GrammarCompiler) -> None:
+    for open_literal in ('start: "' + '\\"' * 120_000, "start: /" + "\\/" * 120_000):
+        with pytest.raises(GrammarError):
+            compiler.compile(Constraint(ConstraintKind.EBNF, open_literal), deadline_s=60)
+    check_schema({"anyOf": [{"$ref": ""} for _ in range(40_000)]}, "json_schema")
 
 
 def test_a_layout_without_free_whitespace_is_kept(compiler: GrammarCompiler) -> None:

@@ -216,6 +216,18 @@ def test_a_template_that_wants_calls_before_results_is_served() -> None:
     assert joined(ChatTemplate(source).tool_results([("f", "42")])) == "</end><tool>42</end><assistant>"
 
 
+@pytest.mark.parametrize(
+    ("refused", "takes"),
+    [("m.tool_calls and m.tool_calls | length != 1", False), ("m.role == 'tool'", True), ("false", True)],
+)
+def test_a_template_may_refuse_several_calls_at_once(refused: str, takes: bool) -> None:
+    source = (
+        f"{{% for m in messages %}}{{% if {refused} %}}{{{{ raise_exception('one at a time') }}}}{{% endif %}}"
+        "<{{ m.role }}>{{ m.content }}</end>{% endfor %}"
+    )
+    assert ChatTemplate(source).takes_calls_at_once is takes
+
+
 def test_a_template_without_tool_messages_gets_a_user_turn() -> None:
     source = (
         "{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('roles') }}{% endif %}"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from caesura.runtime.embedded import checkpoint_path
 from caesura.runtime.embedded.chat import CALCULATOR_TOOL
 from caesura.runtime.errors import GrammarError
+from caesura.runtime.generation import ToolCalling
+from caesura.runtime.handle import ContextHandle
 from caesura.runtime.model.grammar import GrammarCompiler
-from caesura.runtime.sampling import Constraint, ConstraintKind
+from caesura.runtime.sampling import Constraint, ConstraintKind, SamplingParams
 from caesura.runtime.text.reasoning import MARKS, ThinkMarks
 from caesura.runtime.text.think_grammar import after_thinking
 from caesura.runtime.text.tokenizer import Tokenizer, load_tokenizer
@@ -50,6 +55,45 @@ CASES = [
     (ConstraintKind.CHOICES, '["a", "ab"]', "ab", "b"),
     (ConstraintKind.EBNF, "calls", CALL, "no call"),
 ]
+
+
+def test_blanks_in_json_after_the_thinking_are_bounded() -> None:
+    held = Constraint(ConstraintKind.JSON_SCHEMA, '{"type": "array"}')
+    free = after_thinking(held, TOKENS, opened=True, special_ids=tools()[0].special_ids)
+    assert fits(free, f"{TOKENS.closing}[{' ' * 32}]")
+    assert not fits(free, f"{TOKENS.closing}[{' ' * 33}]")
+
+
+@pytest.mark.parametrize(("choice", "may_answer"), [("auto", True), ("required", False)])
+def test_a_model_that_thinks_does_so_before_it_calls(choice: str, may_answer: bool) -> None:
+    tokenizer = tools()[0]
+    spec = CALCULATOR_TOOL["function"]
+
+    async def fitting(end: str, texts: list[str]) -> list[bool]:
+        async def compile(constraint: Constraint) -> Any:
+            return held.append(constraint)
+
+        async def call(command: Any) -> Any:
+            return command(SimpleNamespace(tokens=lambda _: tokenizer.encode(end, allow_special=True)))
+
+        held: list[Constraint] = []
+        service = SimpleNamespace(
+            tokenizer=tokenizer, tool_format=ToolFormat.HERMES, think_marks=TOKENS, compile=compile
+        )
+        handle = ContextHandle(cast(Any, service))
+        handle.id = cast(Any, 1)
+        handle._call = call  # type: ignore[method-assign]
+        await handle._prepare(SamplingParams(), ToolCalling((spec,), choice, True))
+        return [fits(held[0], text) for text in texts]
+
+    thought = f"hm{TOKENS.closing}\n\n"
+    texts = [CALL, "fine", f"{TOKENS.opening}{thought}{CALL}", thought + CALL, f"{TOKENS.opening}{thought}fine"]
+    prompt = "<|im_start|>assistant\n"
+    assert asyncio.run(fitting(prompt, texts)) == [True, may_answer, True, False, may_answer]
+    opened = asyncio.run(fitting(f"{prompt}{TOKENS.opening}\n", texts))
+    assert opened == [False, False, False, True, False]
+    ended = asyncio.run(fitting(f"{prompt}{TOKENS.opening}\n\n{TOKENS.closing}\n\n", texts))
+    assert ended == [True, may_answer, False, False, False]
 
 
 @pytest.mark.parametrize("marks", [MARKS["qwen3"], TOKENS])

@@ -191,6 +191,23 @@ def test_prose_flows_and_a_false_start_is_given_back_soon() -> None:
         assert start.strip() in shown
 
 
+@pytest.mark.parametrize(
+    ("format", "first", "begun"),
+    [
+        (HERMES, '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', '\n<tool_call>\n{"na'),
+        (LLAMA3, '{"name": "f", "parameters": {}}', '; {"na'),
+        (PYTHONIC, "[f()", ", g("),
+    ],
+)
+def test_a_further_call_that_was_cut_off_as_it_began_is_no_content(format: ToolFormat, first: str, begun: str) -> None:
+    for cut_off in (False, True):
+        parser = ToolCallParser(format, NAMES)
+        events = [*parser.push(first + begun), *parser.finish(cut_off=cut_off)]
+        assert [event.name for event in events if isinstance(event, CallStarted)] == ["f"]
+        text = "".join(event.text for event in events if isinstance(event, ContentDelta))
+        assert (text == "", parser.was_cut) == (cut_off, cut_off)
+
+
 def test_a_cut_off_call_is_reported_as_such() -> None:
     for fmt, text in (
         (HERMES, '<tool_call>{"name": "f", "arguments": {"a": "x'),
