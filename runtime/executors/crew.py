@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +38,7 @@ from caesura.scheduler.types import Move, MoveId
 LOAD_DEADLINE_S = 1800.0
 JOIN_DEADLINE_S = 300.0
 STEP_DEADLINE_S = 120.0  # of a sum that another process does not join
+LEAVE_DEADLINE_S = 10.0
 T = TypeVar("T")
 _LENGTH = struct.Struct("<I")
 
@@ -125,9 +127,13 @@ class ProcessCrew:
     def close(self) -> None:
         """End the processes. Idempotent."""
         for member in self._members:
-            member.close()
+            member.hang_up()
         if dist.is_initialized() and self._folder.exists():
-            dist.destroy_process_group()
+            leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)  # waits for all to do the same
+            leaving.start()
+            leaving.join(LEAVE_DEADLINE_S)
+        for member in self._members:
+            member.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _tell(self, order: Order) -> None:
@@ -173,10 +179,14 @@ class _Member:
         why = answer.reason if answer is not None else f"it ended with code {self._process.wait(5.0)}"
         raise EngineStopped(f"process {self._rank} of the model could not load its part: {why}")
 
-    def close(self) -> None:
+    def hang_up(self) -> None:
+        """There are no more orders."""
         if self._process.stdin is not None and not self._process.stdin.closed:
             with suppress(BrokenPipeError):
                 self._process.stdin.close()
+
+    def close(self) -> None:
+        self.hang_up()
         try:
             self._process.wait(5.0)
         except subprocess.TimeoutExpired:
@@ -251,6 +261,7 @@ def main(answers_fd: int) -> None:
         while (told := _read(orders, _ORDERS)) is not None:
             _obey(runner, told)
     runner.close()
+    dist.destroy_process_group()
 
 
 def _load(order: Load) -> tuple[Device, Model, Shard]:

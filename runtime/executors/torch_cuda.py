@@ -109,6 +109,7 @@ class CudaExecutor:
         self._launched.clear()
         if self._crew is not None:
             self._device.synchronize()  # sums under way need the others
+            self.runner.graphs = None  # a group cannot end while graphs hold its sums
             self._crew.close()
         self.runner.close()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -55,6 +57,17 @@ def test_every_architecture_yields_the_tokens_of_the_cpu_path(name: str, tmp_pat
     expected = tokens_of(make_executor(model, 4, native=False))
     assert tokens_of(make_device_executor(model, 4)) == expected
     assert tokens_of(make_device_executor(model, 16), chunk=40) == expected
+
+
+def test_a_closed_executor_holds_neither_weights_nor_cache(tmp_path: Path) -> None:
+    """Whoever still knows it: the next engine of this process needs the room."""
+    executor = make_device_executor(load_model(save(make_reference("llama3"), tmp_path)), 4)
+    held = [weakref.ref(executor.runner.decoder.model.embeddings), weakref.ref(executor.runner.cache.pages)]
+    assert all(one() is not None for one in held)
+    for _ in range(2):
+        executor.close()
+    gc.collect()
+    assert [one() for one in held] == [None, None]
 
 
 def test_the_embedded_model_yields_the_tokens_of_the_c_decoder() -> None:

@@ -143,6 +143,8 @@ def test_a_grammar_begins_where_the_thinking_ends(opened: bool) -> None:
             await post(client, CHAT, {"messages": MESSAGES, "regex": "42", **more})
         held = [params.constraint.source if params.constraint else "" for params in service.asked]
         assert "thinking" in held[0] and ("held |" in held[0]) != opened
-        assert held[1:] == ["", "42", "42"], "calls are the engine's to hold; the others are held from the first token on"
+        assert held[1:] == ["", "42", "42"], (
+            "calls are the engine's to hold; the others are held from the first token on"
+        )
 
     serving(service, test)

@@ -4,6 +4,7 @@ a call returns, objects that stand for them and do nothing."""
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -101,8 +102,15 @@ class Device:
         if self.is_cuda:
             torch.cuda.synchronize(self.torch)
 
+    def release(self) -> None:
+        """Give back what torch holds of it and nobody uses."""
+        if self.is_cuda:
+            gc.collect()  # modules and wrappers refer to each other
+            torch.cuda.empty_cache()
+
     def free_bytes(self) -> int:
         """What may still be allocated on it."""
+        self.release()  # blocks that torch keeps count as used
         if self.is_cuda:
             return int(torch.cuda.mem_get_info(self.torch)[0])
         return available_memory_bytes() or 1 << 40

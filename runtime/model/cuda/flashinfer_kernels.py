@@ -80,12 +80,16 @@ class FlashInferKernels:
         activated: Tensor = self._flashinfer.silu_and_mul(gate_up)
         return activated
 
-    def keep_top(self, probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    def keep_top(self, probs: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
+        kept = torch.ones_like(probs, dtype=torch.bool)
         vocab = probs.shape[1]  # both thresholds are defined between their bounds alone
-        by_count: Tensor = self._flashinfer.top_k_renorm_probs(probs, top_k.clamp(max=vocab - 1))
-        by_mass: Tensor = self._flashinfer.top_p_renorm_probs(probs, top_p.clamp(LEAST_MASS, 1.0 - LEAST_MASS))
-        counted, weighed = (top_k < vocab)[:, None], (top_p < 1.0)[:, None]
-        return ((by_count > 0) | ~counted) & ((by_mass > 0) | ~weighed)
+        if top_k is not None:
+            by_count: Tensor = self._flashinfer.top_k_renorm_probs(probs, top_k.clamp(max=vocab - 1))
+            kept = (by_count > 0) | (top_k >= vocab)[:, None]
+        if top_p is not None:
+            by_mass: Tensor = self._flashinfer.top_p_renorm_probs(probs, top_p.clamp(LEAST_MASS, 1.0 - LEAST_MASS))
+            kept = kept & ((by_mass > 0) | (top_p >= 1.0)[:, None])
+        return kept
 
 
 class FlashInferAttention:

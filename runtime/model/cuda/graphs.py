@@ -25,18 +25,20 @@ Capture = Callable[[Run], tuple[Callable[[], None], tuple[Tensor, Tensor]]]  # -
 
 
 def cuda_capture() -> Capture:
-    """Captures into CUDA graphs of one memory pool: the outputs of one are good until another one is replayed."""
-    pool = torch.cuda.graph_pool_handle()
+    """Captures into CUDA graphs of one memory pool: the outputs of one are good until another one is replayed.
+
+    In a stream of the current device: torch's own is of the one on which this process captured first.
+    """
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def capture(run: Run) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
-        warm = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        warm.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(2):
                 run()
-        torch.cuda.current_stream().wait_stream(warm)
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             outputs = run()
         return graph.replay, outputs
 

@@ -33,8 +33,9 @@ class Kernels(Protocol):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu of the first half of the columns, times the second half."""
 
-    def keep_top(self, probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-        """Which tokens of ``probs`` [rows, vocab] pass both top-k [rows] int32 and top-p [rows]: a bool mask."""
+    def keep_top(self, probs: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
+        """Which tokens of ``probs`` [rows, vocab] pass both top-k [rows] int32 and top-p [rows]: a bool mask. None, but
+        not for both, where no row has such a bound."""
 
 
 def rotary_tables(
@@ -73,11 +74,15 @@ class TorchKernels:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def keep_top(self, probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    def keep_top(self, probs: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
         ordered, ids = torch.sort(probs, dim=-1, descending=True, stable=True)
         before = ordered.double().cumsum(-1) - ordered.double()  # mass of likelier tokens
         rank = torch.arange(probs.shape[1], device=probs.device)
-        passes = ((before < top_p[:, None]) | (rank == 0)) & (rank < top_k[:, None])
+        passes = torch.ones_like(probs, dtype=torch.bool)
+        if top_p is not None:
+            passes = (before < top_p[:, None]) | (rank == 0)
+        if top_k is not None:
+            passes = passes & (rank < top_k[:, None])
         return torch.zeros_like(passes).scatter_(1, ids, passes)
 
 

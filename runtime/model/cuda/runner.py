@@ -163,8 +163,10 @@ class Runner:
     def close(self) -> None:
         """Wait for the device and free what it holds. Idempotent."""
         self.device.synchronize()
-        self.graphs = None
         self.arena.close()
+        for part in ("graphs", "cache", "attention", "decoder", "kernels"):  # whoever still knows this runner or not
+            vars(self).pop(part, None)
+        self.device.release()
 
     def _sent(self, rows: object) -> Tensor:
         found = torch.as_tensor(rows)

@@ -73,9 +73,13 @@ def _drawn(logits: Tensor, top: Tensor, how: Draw, kernels: Kernels, device: Dev
     random = _send(device, [one.temperature >= _COLDEST for one in params], torch.bool)
     probs = torch.softmax(logits / floats[0][:, None], dim=-1)
     kept = probs
-    if any(one.top_p < 1.0 or 0 < one.top_k < vocab for one in params):
+    top_k = top_p = None
+    if any(0 < one.top_k < vocab for one in params):
         top_k = _send(device, [one.top_k if 0 < one.top_k < vocab else vocab for one in params], torch.int32)
-        kept = torch.where(kernels.keep_top(probs, top_k, floats[1]), probs, 0.0)
+    if any(one.top_p < 1.0 for one in params):
+        top_p = floats[1]
+    if top_k is not None or top_p is not None:
+        kept = torch.where(kernels.keep_top(probs, top_k, top_p), probs, 0.0)
     if any(one.min_p > 0 for one in params):
         kept = torch.where(probs >= floats[2][:, None] * probs.amax(dim=-1, keepdim=True), kept, 0.0)
     cumulative = kept.double().cumsum(dim=-1)
