@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from caesura.runtime.calibrate import measure
 from caesura.runtime.engine import Engine
 from caesura.runtime.executors.cost import MachineCosts
@@ -18,6 +20,7 @@ from caesura.scheduler.profile import CostProfile
 from caesura.scheduler.scheduler import SchedulerConfig
 
 from benchmarks.calibrate import blank
+from benchmarks.common import hardware, software
 from benchmarks.dummy import VOCAB
 from benchmarks.gpu.common import llama_8b, make_executor, report
 from benchmarks.pause.drive import Load
@@ -43,7 +46,7 @@ def main(seconds: float, rate_rps: float, results: Path | None) -> None:
         for policy in POLICIES:
             spec = RunSpec("mix", policy, rate_rps, 0, seconds / 60, str(path))
             simulated = run(spec)
-            real = _real(spec, machine, executor, profile)
+            real = _real(spec, machine, executor)
             kept += [simulated, real]
             for name, unit in (("throughput_output_tok_s", "tok/s"), ("normalized_latency_s", "s/token")):
                 if real[name] is not None:
@@ -57,7 +60,12 @@ def main(seconds: float, rate_rps: float, results: Path | None) -> None:
             report(f"mix, {policy}: waste", real["waste"]["waste"]["token_s"], "token s")
     executor.close()
     if results is not None:
-        results.write_text(json.dumps(kept, indent=1))
+        about: dict[str, Any] = {
+            "software": software(),
+            "hardware": {**hardware(), "gpu": torch.cuda.get_device_name()},
+        }
+        about |= {"at": datetime.now(UTC).isoformat(), "machine": asdict(machine)}
+        results.write_text(json.dumps({**about, "runs": kept}, indent=1))
 
 
 def _machine(profile: CostProfile, executor: CudaExecutor) -> Machine:
@@ -77,8 +85,9 @@ def _machine(profile: CostProfile, executor: CudaExecutor) -> Machine:
     )
 
 
-def _real(spec: RunSpec, machine: Machine, executor: CudaExecutor, profile: CostProfile) -> dict[str, Any]:
-    config = SchedulerConfig(machine.max_step_tokens, machine.max_running)
+def _real(spec: RunSpec, machine: Machine, executor: CudaExecutor) -> dict[str, Any]:
+    """The policy is told what the simulated one is told."""
+    config, profile = SchedulerConfig(machine.max_step_tokens, machine.max_running), machine.profile
     engine = Engine(executor, make_policy(spec.policy), profile, WaitingClock(), config, overlapping=executor)
     simulation = real_simulation(engine)
     arrivals = find_workload(spec.workload).arrivals(spec.rate_rps, spec.minutes, spec.seed)

@@ -49,12 +49,11 @@ async def leave(
     gone: asyncio.Event | None = None,
     stuck_at: bytes | None = None,
 ) -> int:
-    """Send a request and hang up after so many body messages, or so many seconds, or when ``gone`` is set.
-
-    The message that holds ``stuck_at`` is never taken. Returns how many messages came.
+    """Send a request and hang up after so many body messages, or so many seconds, or when ``gone`` is set, or at the
+    message that holds ``stuck_at``, which is never taken: it must come. Returns how many messages came.
     """
     raw = json.dumps(body).encode()
-    gone = gone or asyncio.Event()
+    gone, stuck = gone or asyncio.Event(), asyncio.Event()
     sent = 0
     first = True
 
@@ -73,6 +72,8 @@ async def leave(
             if sent >= after_events:
                 gone.set()
             if stuck_at is not None and stuck_at in message.get("body", b""):
+                stuck.set()
+                asyncio.get_running_loop().call_later(0.05, gone.set)
                 await asyncio.Event().wait()
 
     scope = {
@@ -82,6 +83,7 @@ async def leave(
     }  # fmt: skip
     asyncio.get_running_loop().call_later(after_s, gone.set)
     await asyncio.wait_for(app(scope, receive, send), 20)
+    assert stuck_at is None or stuck.is_set()
     return sent
 
 
@@ -114,7 +116,7 @@ def test_a_client_that_never_hears_of_its_tool_call_leaves_no_paused_context(n: 
     async def test(_: httpx.AsyncClient, app: FastAPI) -> None:
         path = "/v1/chat/completions"
         body = {"messages": [QUESTION], "tools": TOOLS, "temperature": 0, "stream": True, "n": n}
-        assert await leave(app, path, body, after_events=10_000, after_s=0.5, stuck_at=b'"finish_reason":"tool_calls"')
+        assert await leave(app, path, body, after_events=10_000, after_s=15, stuck_at=b'"finish_reason":"tool_calls"')
         assert len(app.state.server.kept) == 0
         await nothing_left(embedded_service())
 

@@ -125,9 +125,11 @@ def test_several_choices_and_prompts_come_as_a_list() -> None:
         )
         last = {event["index"]: event for event in events_of(answer.text)}
         assert [last[i]["text"] for i in range(4)] == [result["text"] for result in results]
-        stopped = await post(client, "/generate", {"text": TEXT, "sampling_params": sampling(stop="1")})
-        if stopped["meta_info"]["finish_reason"]["type"] == "stop":
-            assert "1" not in stopped["text"]
+        whole = (await post(client, "/generate", {"text": TEXT, "sampling_params": sampling()}))["text"]
+        stop = whole[len(whole) // 2 :][:2]
+        stopped = await post(client, "/generate", {"text": TEXT, "sampling_params": sampling(stop=stop)})
+        assert stopped["text"] == whole[: whole.index(stop)] != whole
+        assert stopped["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
         held = await post(
             client, "/generate", {"text": TEXT, "sampling_params": sampling(json_schema='{"enum": ["x"]}')}
         )

@@ -47,7 +47,6 @@ class OpenVino:
             properties["INFERENCE_PRECISION_HINT"] = "f32"  # by default it rounds to bfloat16 where the CPU can
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(settings.model, scheduling, "CPU", properties)
         self._requests: queue.Queue[_Request | None] = queue.Queue()
-        self._live_before = 1  # so that the first to be refused is asked for again when nobody else is there
         self._thread = threading.Thread(target=self._run, name="pipeline", daemon=True)
         self._thread.start()
 
@@ -70,19 +69,19 @@ class OpenVino:
     def _run(self) -> None:
         live: dict[int, _Request] = {}
         refused: list[_Request] = []
-        number = 0
+        number, made_room = 0, False
         while True:
             new = self._new(wait=not live and not refused)
             if new is None:
                 return
-            if refused and len(live) < self._live_before:  # somebody has made room
+            if refused and (made_room or not live):
                 new, refused = [*refused, *new], []
             for request in new:
                 number += 1
                 request.handle = self._add(number, request)
                 live[number] = request
-            self._live_before = len(live)
             self._pipeline.step()
+            made_room = False
             for key, request in list(live.items()):
                 ended = self._read(request)
                 if not ended:
@@ -92,6 +91,7 @@ class OpenVino:
                     request.refusals += 1
                     refused.append(request)
                 else:
+                    made_room = True
                     request.answer.get_loop().call_soon_threadsafe(request.answer.set_result, Reply(request.tokens))
 
     def _new(self, *, wait: bool) -> list[_Request] | None:
