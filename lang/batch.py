@@ -82,7 +82,10 @@ class _Batch:
                     states.append(outcome)
                     if error is not None:
                         errors[i] = error
-                    yield error if error is not None and return_exceptions else outcome
+                    if return_exceptions and error is not None:
+                        yield error
+                    elif not isinstance(outcome, BaseException):  # one that never began is told of at the end
+                        yield outcome
             finally:
                 if len(states) < len(self._items):  # the caller went away: so do the programs
                     runner().call(self._cancel)

@@ -85,8 +85,8 @@ class Drain:
                 child.drain.joined_at = self._num_added
 
     def announced(self, name: str) -> bool:
-        """Whether a node that sets ``name`` was ever added."""
-        return name in self._writers
+        """Whether a node that sets ``name`` is still to run."""
+        return self._writers.get(name, [0])[-1] > self._num_done
 
     def latest(self, name: str) -> bool:
         """Whether no node that sets ``name``, and that the running code can wait for, is still to run. Nodes that may
@@ -164,7 +164,9 @@ class Drain:
                 self._num_done = number
                 self._changed()
         except asyncio.CancelledError:
-            raise
+            if self._task is not None and self._task.cancelling():
+                raise
+            self._failed(RuntimeError("the program was cancelled from within: something it awaited was cancelled"))
         except BaseException as error:  # user code may raise anything
             self._failed(error)
 

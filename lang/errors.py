@@ -130,6 +130,9 @@ class ProgramError(LangError):
         error.__cause__ = cause
         return error
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ProgramError.wrap, (self.cause, self.program, self.node)
+
     def copy(self) -> ProgramError:
         """A fresh object for each reader: two threads raising one object would mix their tracebacks."""
         return ProgramError.wrap(self.cause, self.program, self.node)

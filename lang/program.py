@@ -9,7 +9,7 @@ from typing import Any, TypeVar, overload
 
 from caesura.lang import ir
 from caesura.lang.backend import Backend
-from caesura.lang.errors import DefinitionError, NoBackend
+from caesura.lang.errors import DefinitionError, NoBackend, TraceStopped
 from caesura.lang.execution import Execution, RunOptions, current_execution
 from caesura.lang.fibers import finished
 from caesura.lang.runner import runner
@@ -115,7 +115,9 @@ class Program:
         return program_html(self)
 
     def body(self, state: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Call the function itself."""
+        """Call the function itself. Raises TraceStopped for a symbolic run of one that is async."""
+        if is_tracer(state) and inspect.iscoroutinefunction(self.func):
+            raise TraceStopped(f"{self.name} is async, and not traced")
         first = (state,) if self._instance is None else (self._instance, state)
         return self.func(*first, *args, **{**kwargs, **self.bound})
 
@@ -192,7 +194,11 @@ class Program:
         if deadline_s is not None and not (is_number(deadline_s) and deadline_s > 0):
             raise DefinitionError(f"deadline_s is {deadline_s!r}; it must be a number above 0")
         options = RunOptions(
-            Sampling.of(sampling), bool(run.get("stream", False)), deadline_s, run.get("namespace", ""), self.tools
+            Sampling.of(sampling),
+            bool(run.get("stream", False)),
+            None if deadline_s is None else float(deadline_s),
+            run.get("namespace", ""),
+            self.tools,
         )
         return own, run.get("backend"), options, bool(run.get("use_thread", True))
 

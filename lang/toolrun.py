@@ -46,12 +46,13 @@ def call_deadline_s(call: ir.ToolInvocation) -> float | None:
     if timeout_s is None:
         return None
     retries = call.retries if call.retries is not None else call.tool.retries
-    return timeout_s * (retries + 1) + sum(_backoff_s(i) for i in range(retries))
+    return float(timeout_s) * (retries + 1) + sum(_backoff_s(i) for i in range(retries))
 
 
 def expected_s(call: ir.ToolInvocation) -> float | None:
     """How long the program expects the call to take, if it says."""
-    return call.expected_s if call.expected_s is not None else call.tool.expected_s
+    found = call.expected_s if call.expected_s is not None else call.tool.expected_s
+    return None if found is None else float(found)
 
 
 async def run_tool(call: ir.ToolInvocation, session: Session, number: int = 0) -> ToolResult:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -200,7 +199,9 @@ class TracerGroup:
         return None
 
     def join(self, mode: str = "gather_variable") -> None:
-        """Nothing to wait for."""
+        """Nothing to wait for; texts that are joined cannot be shown."""
+        if mode != "gather_variable":
+            raise TraceStopped(f"join({mode!r}) adds the texts of the branches, which are known only when it runs")
 
 
 def is_tracer(value: object) -> bool:
@@ -216,8 +217,6 @@ def trace_program(program: Program, arguments: Mapping[str, Any]) -> Trace:
         if named and parameter.name not in filled and parameter.default is parameter.empty:
             filled[parameter.name] = ir.Argument(parameter.name)
     tracer = Tracer()
-    if inspect.iscoroutinefunction(program.func):
-        return tracer.result(program.name, "an async body is not traced")
     token = tracing.set(True)
     try:
         program.body(tracer, (), filled)

@@ -1,7 +1,8 @@
 """The file behind record, replay and durable runs: JSON lines that are only ever appended, whole or not at all.
 
 A line is ``{"key", "what", "at", "value"}``: what was asked (as a digest, and in words), when, and the answer. Equal
-questions are answered in the order in which they were recorded.
+questions are answered in the order in which they were recorded. A tool's answer names its ``call``, and what was asked
+``within`` calls names them: with the tool's answer known, nobody will ask that again.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,9 @@ from caesura.lang.errors import NoRecording, ReplayError
 
 BEGINNING = b'{"key": "'
 ALWAYS = ("backend:", "model:", "turn:", "results:")  # facts: answered as often as they are asked for
+
+
+_CALLS: ContextVar[tuple[str, ...]] = ContextVar("caesura_calls", default=())  # tools at work, the outermost first
 
 
 def key(kind: str, *parts: Any) -> str:
@@ -55,7 +62,7 @@ class Tape:
         self.path = path
         self._is_torn = is_torn
         self._answers: defaultdict[str, deque[dict[str, Any]]] = defaultdict(deque)
-        for entry in entries:
+        for entry in (entries := _still_asked(entries)):
             self._answers[entry["key"]].append(entry)
         self._fd = fd
         self.num_left = sum(not entry["key"].startswith(ALWAYS) for entry in entries)
@@ -117,9 +124,23 @@ class Tape:
             where = f"{self.path}, line {entry.get('line', '?')} ({entry.get('what', asked)})"
             raise NoRecording(f"{where}: damaged, or of another version: {wrong}") from None
 
-    def write(self, asked: str, what: str, value: Any) -> None:
-        """Append an answer. Raises NoRecording where that fails, and when the file was closed."""
+    @staticmethod
+    @contextmanager
+    def calling() -> Iterator[str]:
+        """A call is going on: what is written meanwhile, by it, is marked so. Gives its name, for its own answer."""
+        call = secrets.token_hex(8)
+        token = _CALLS.set((*_CALLS.get(), call))
+        try:
+            yield call
+        finally:
+            _CALLS.reset(token)
+
+    def write(self, asked: str, what: str, value: Any, call: str | None = None) -> None:
+        """Append an answer, of a tool that of its ``call``. Raises NoRecording where that fails, and when the file was
+        closed."""
         entry = {"key": asked, "what": what, "at": round(time.time(), 6), "value": value}
+        entry |= {"within": list(_CALLS.get())} if _CALLS.get() else {}
+        entry |= {"call": call} if call is not None else {}
         line = json.dumps(entry, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         try:
             _append(self._open_fd(what), line)
@@ -167,6 +188,14 @@ class Tape:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+def _still_asked(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All but what programs of a tool asked in the course of a call whose own answer is there."""
+    answered = {entry["call"] for entry in entries if "call" in entry}
+    return [
+        entry for entry in entries if entry["key"].startswith(ALWAYS) or not answered & set(entry.get("within", ()))
+    ]
 
 
 def _append(fd: int, line: bytes) -> None:

@@ -361,8 +361,9 @@ class TapedSession:
         if told is not None:
             return told
         self._need_live(what)
-        result = await run()
-        self._tape.write(asked, what, result_value(result))
+        with self._tape.calling() as call:
+            result = await run()
+        self._tape.write(asked, what, result_value(result), call)
         await self._tape.sync(what)
         return result
 
@@ -375,8 +376,9 @@ class TapedSession:
         if told is not None:
             return told
         self._need_live(what)
-        results = await run()
-        self._tape.write(asked, what, [None if one is None else result_value(one) for one in results])
+        with self._tape.calling() as call:
+            results = await run()
+        self._tape.write(asked, what, [None if one is None else result_value(one) for one in results], call)
         await self._tape.sync(what)
         return results
 

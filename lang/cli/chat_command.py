@@ -152,9 +152,9 @@ def _answer(talk: Conversation, question: str, printer: Printer) -> ContextTooLo
         for text, last in talk.pieces(name):
             printer.take(text, last)
     except KeyboardInterrupt:
+        talk.interrupt()
         if not printer.can_go_on:
             raise
-        talk.interrupt()
         printer.note("(stopped)")
     except UnknownVariable:
         pass

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import pickle  # noqa: TID251 - what process pools send errors with
 import threading
 import time
 
 import pytest
 from caesura.lang import (
     DeadlineExceeded,
+    OutputError,
     ProgramCancelled,
     ProgramError,
     ScriptedBackend,
@@ -377,3 +379,45 @@ def test_a_body_that_computes_long_is_named(caplog, monkeypatch):
 
     heavy.run(backend=ScriptedBackend([])).sync()
     assert "program 'heavy' computed for" in caplog.text
+
+
+def test_a_failure_crosses_process_borders():
+    @function
+    def program(s):
+        s += gen("x")
+        raise LookupError("no")
+
+    error = pickle.loads(pickle.dumps(program.run(backend=ScriptedBackend("fine")).error()))  # noqa: S301
+    assert isinstance(error, ProgramError) and isinstance(error, LookupError)
+    assert (str(error.root), error.program) == ("no", "program")
+
+
+def test_a_program_in_place_that_cancels_itself_fails():
+    @function
+    async def inner(s):
+        job = asyncio.create_task(asyncio.sleep(60))
+        job.cancel()
+        await job
+
+    @function
+    def outer(s):
+        s += inner()
+        s += " after"
+
+    state = outer.run(backend=ScriptedBackend([]))
+    assert "cancelled from within" in str(state.error())
+
+
+def test_a_variable_that_a_failed_attempt_was_to_set_is_not_there():
+    @function
+    def program(s):
+        point = s.snapshot()
+        s += gen("n", type=float, max_tokens=1)
+        try:
+            return s["n"]
+        except OutputError:
+            s.rollback(point)
+        s.sync()
+        return "n" in s
+
+    assert program.run(backend=ScriptedBackend(["2.50"])).ret_value is False, "it was cut off"

@@ -144,6 +144,40 @@ def test_stop_strings_that_a_format_learns_of_are_recorded_with_its_turns(tmp_pa
         assert talk.run(backend=taped)["x"] == "yes"
 
 
+def test_what_a_tools_own_program_asked_is_known_with_the_tools_answer(tmp_path):
+    path = tmp_path / "run.jsonl"
+
+    @function
+    def expert(s, question):
+        s += question + gen("a")
+
+    @tool
+    def ask(question: str) -> str:
+        return expert.run(question)["a"]
+
+    @tool
+    async def ask_async(question: str) -> str:
+        return await expert.run(question).get_async("a")
+
+    @function
+    def talk(s, times):
+        for number in range(times):
+            s += call_tool(f"x{number}", ask, "q")
+        s += call_tools("two", [(ask, "u"), (ask_async, "q")])
+
+    with durable(ScriptedBackend(["one", "two", "three"]), path) as backend:
+        first = talk.run(1, backend=backend)
+        assert first.error() is None
+    with replay(path, strict=True) as backend:
+        replayed = talk.run(1, backend=backend)
+        assert replayed.error() is None
+        assert replayed.variables == first.variables
+    with durable(ScriptedBackend(["new"] * 9), path) as backend:
+        again = talk.run(2, backend=backend)
+        assert (again["x0"], again["x1"]) == (first["x0"], "new"), "an answer given in the course of a call is its own"
+        assert again.error() is None
+
+
 def test_a_run_that_outlives_its_recording_fails(tmp_path):
     ran.clear()
     going, closed = threading.Event(), threading.Event()

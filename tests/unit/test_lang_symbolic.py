@@ -6,6 +6,34 @@ import pytest
 from caesura.lang import ScriptedBackend, function, gen, system, user
 
 
+def test_a_trace_ends_where_only_a_run_knows_more():
+    @function
+    async def rules(s):
+        s += system("Be brief.")
+
+    @function
+    def added(s, q):
+        s += rules()
+        s += user("Q: " + q) + gen("a")
+
+    @function
+    def called(s, q):
+        rules(s)
+        s += user("Q: " + q) + gen("a")
+
+    @function
+    def joined(s):
+        forks = s.fork(2)
+        forks += gen("x")
+        forks.join("concate_and_append")
+        s += "then"
+
+    for program, told in ((added, "async"), (called, "async"), (joined, "join"), (rules, "async")):
+        trace = program.trace()
+        assert not trace.complete and told in trace.stopped_by
+        assert trace.prefix_text == ""
+
+
 def test_trace_gives_nodes_and_the_constant_prefix():
     @function
     def program(s, word):

@@ -24,6 +24,7 @@ from caesura.lang import (
     set_default_backend,
     tool,
 )
+from caesura.lang.toolrun import call_deadline_s, expected_s
 
 
 class Person(pydantic.BaseModel):
@@ -131,6 +132,8 @@ def test_numbers_and_lists_of_other_libraries_are_no_mistakes():
     asked = backend.requests[0].request
     assert asked.stop_token_ids == (1, 2)
     assert {type(token) for token in asked.stop_token_ids} == {int}
+    call = call_tool("found", search, "q", timeout_s=np.float32(5), expected_s=np.int64(1)).call
+    assert {type(expected_s(call)), type(call_deadline_s(call))} == {float}, "remote backends write them as JSON"
     assert gen("x", tools=[search], max_tool_rounds=np.int64(2)).max_tool_rounds == 2
     assert [state["answer"] for state in ask.run_batch(Indexed(), backend=backend)] == ["fine"] * 2
 
