@@ -12,8 +12,7 @@ from caesura.runtime.executors.base import SampledToken
 from caesura.runtime.sampling import GRAMMAR_FAULT, SamplerState, SamplingParams
 from caesura.runtime.text.detokenizer import IncrementalDetokenizer, StopChecker
 from caesura.runtime.text.tokenizer import Tokenizer
-from caesura.runtime.text.tool_parser import ParsedCall, ToolFormat
-from caesura.runtime.text.tool_parser import parse as parse_calls
+from caesura.runtime.text.tool_parser import ParsedCall, ToolCallParser, ToolFormat, collect
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 
@@ -75,6 +74,7 @@ class Generation:
     stops: StopChecker | None = None  # made by the caller: compiling patterns takes a while
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
+    cut_in_call: bool = False  # the token limit came in the middle of a call
     _sampled: list[SampledToken] = field(default_factory=list)
     _unsent: list[int] = field(default_factory=list)
     _num_sent: int = 0  # characters
@@ -154,16 +154,18 @@ class Generation:
         return 0, self.tokenizer.encode(self.text, continuation=True)
 
     def calls(self, ending: Ending) -> tuple[ParsedCall, ...]:
-        """Tool calls in the finished text; one that the token limit cut off is none."""
+        """Tool calls in the finished text; one that the token limit cut off is none, and those before it are no end."""
         if self.tool_format is None:
             return ()
-        found = parse_calls(self.text, self.tool_format, self.tool_names)[1]
-        return tuple(call for call in found if call.complete or ending.reason != "length")
+        parser, cut_off = ToolCallParser(self.tool_format, self.tool_names), ending.reason == "length"
+        _, found = collect([*parser.push(self.text), *parser.finish(cut_off=cut_off)])
+        self.cut_in_call = cut_off and (parser.was_cut or not all(call.complete for call in found))
+        return tuple(call for call in found if call.complete or not cut_off)
 
     def finish(self, ending: Ending, calls: tuple[ParsedCall, ...], cached_tokens: int) -> None:
         """Send the last chunk."""
         finish = Finish(
-            reason="tool_calls" if calls else ending.reason,
+            reason="tool_calls" if calls and not self.cut_in_call else ending.reason,
             matched=ending.matched,
             tool_calls=calls,
             prompt_tokens=self.prompt_tokens,

@@ -176,7 +176,7 @@ class EngineSession:
             from caesura.runtime.text.tool_parser import parse
 
             names = [str(spec["function"]["name"]) for spec in request.tool_use.tools]
-            content, _ = parse(text, self._service.tool_format, names)
+            content, _ = parse(text, self._service.tool_format, names, cut_off=ended.cut_off)
         return Finish(
             reason=ended.reason,
             matched=ended.matched,

@@ -368,7 +368,8 @@ class Contexts:
         context when a stop string cut the last tokens off. Null where that is all of it."""
         content = kept = None
         if finish.tool_calls:
-            content = parse(text, self._service.tool_format, [tool.function.name for tool in spec.tools])[0]
+            names = [tool.function.name for tool in spec.tools]
+            content = parse(text, self._service.tool_format, names, cut_off=finish.cut_off)[0]
         if isinstance(finish.matched, str):
             kept = (await context.handle.token_ids())[start:]
         return {

@@ -110,5 +110,7 @@ def _parse(text: str) -> list[tuple[str, str, bool]]:
         parts = stripped.split(":")
         if len(parts) not in (2, 3) or len(parts[1]) < 8 or (len(parts) == 3 and parts[2] != "admin"):
             raise InvalidRequest(f"the key file's line {number} must read name:key or name:key:admin (key >= 8 chars)")
+        if not parts[1].isascii() or any(char.isspace() for char in parts[1]):
+            raise InvalidRequest(f"the key file's line {number} has a key that is not ASCII or has blanks in it")
         rows.append((parts[0], parts[1], len(parts) == 3))
     return rows

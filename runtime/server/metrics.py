@@ -123,7 +123,7 @@ class _Figures(Collector):
         yield gauge("caesura_build_info", "The version that runs", 1.0, version=package_version())
         yield gauge("caesura_draining", "Whether the server takes no new requests any more", float(state.draining))
         yield gauge("caesura_requests_at_work", "Requests at work", len(state.board))
-        yield gauge("caesura_kept_contexts", "Contexts waiting for tool results", len(kept))
+        yield gauge("caesura_kept_contexts", "Answers that called tools, kept to go on from", len(kept))
         yield gauge("caesura_named_contexts", "Contexts of /v1/contexts", len(state.contexts))
         yield gauge("caesura_connections", "Open connections", state.counts.connections)
         yield counter("caesura_generations", "Generations ended", state.counts.finishes, "reason")

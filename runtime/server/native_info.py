@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from typing import Annotated, Any
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any, cast
 
 import msgspec
+from caesura.runtime.generation import TokenChunk
 from caesura.runtime.sampling import SamplingParams
 from caesura.runtime.server import limits
 from caesura.runtime.server.errors import ApiError
-from caesura.runtime.server.http import principal_of, read, reply, until_disconnect
+from caesura.runtime.server.http import principal_of, read, reply, settled, until_disconnect
 from caesura.runtime.server.info import Info, package_version
 from caesura.runtime.server.state import ServerState, engine_answers
 from caesura.runtime.server.textgen import begun, checked_ids, encode_text
@@ -19,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 HEALTH_DEADLINE_S = 20.0
+HEALTH_POLL_S = 0.1
 _Many = Meta(min_length=1, max_length=limits.MAX_PROMPTS)
 
 
@@ -108,20 +112,36 @@ class NativeInfo:
         return PlainTextResponse("Cache flushed.\n")
 
     async def health_generate(self, request: Request) -> Response:
-        """The engine makes a token."""
-        work = self._state.work(request, rid=None, cache_salt="health")
+        """The engine computes: a token for this request, or meanwhile a step for those before it."""
 
         async def check() -> None:
-            async with engine_answers(HEALTH_DEADLINE_S), work:
-                handle = await work.open(HEALTH_DEADLINE_S)
-                await handle.append(begun(self._service.tokenizer, []))
-                params = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
-                async with contextlib.aclosing(work.generate(handle, params)) as chunks:
-                    async for _ in chunks:
-                        pass
+            async with engine_answers(HEALTH_DEADLINE_S):
+                steps = (await self._service.read_stats())["steps"]
+                token = asyncio.ensure_future(self._make_token())
+                try:
+                    while not token.done() and (await self._service.read_stats())["steps"] == steps:
+                        await asyncio.wait((token,), timeout=HEALTH_POLL_S)
+                    if token.done():
+                        token.result()
+                finally:
+                    token.cancel()
+                    await settled(asyncio.gather(token, return_exceptions=True))
 
         await until_disconnect(request, check())
         return reply({"status": "ok"})
+
+    async def _make_token(self) -> None:
+        """Outside of the queue of requests: a server that is full is healthy."""
+        handle = await self._service.open("health", HEALTH_DEADLINE_S)
+        try:
+            await handle.append(begun(self._service.tokenizer, []))
+            params = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
+            chunks = cast("AsyncGenerator[TokenChunk, None]", handle.generate(params))
+            async with contextlib.aclosing(chunks):
+                async for _ in chunks:
+                    pass
+        finally:
+            await settled(handle.close())
 
     async def concate_and_append(self, request: Request) -> Response:
         """Nothing to do: SGLang's client joins the branches' texts itself, and sends them with the next prompt."""

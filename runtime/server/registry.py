@@ -99,6 +99,11 @@ class ContextRegistry:
             raise ApiError(409, "another request is using this context", code="context_busy")
         async with context.lock:
             try:
+                if not context.handle.is_open:
+                    await self.delete(context)
+                    raise ApiError(
+                        410, "the context has ended, by its deadline or with its engine", code="context_gone"
+                    )
                 await context.measure()
                 yield context
             except EngineStopped:

@@ -213,6 +213,7 @@ class SessionStore:
 
     def commit(self, turn: SessionTurn, prompt: Sequence[int], output: Sequence[int]) -> None:
         """The request has ended: others may go on from it."""
+        turn.session.expires_at = self._monotonic() + turn.session.ttl_s
         node = turn.session.nodes.get(turn.rid)
         if node is None:  # replaced meanwhile
             return
@@ -228,6 +229,7 @@ class SessionStore:
     def roll_back(self, turn: SessionTurn) -> None:
         """The request has no end to go on from: as if it had not been. What it replaced is back, unless names of it are
         in use by now. Nothing happens after ``commit``."""
+        turn.session.expires_at = self._monotonic() + turn.session.ttl_s
         node = turn.session.nodes.get(turn.rid)
         if node is not None and node.output is None:
             turn.session.drop({turn.rid: node})
@@ -235,10 +237,12 @@ class SessionStore:
                 turn.session.add(node.replaced)
 
     def expire(self) -> None:
-        """Forget what nobody uses."""
+        """Forget what nobody uses: no request of it runs, and none has for its time."""
         now = self._monotonic()
-        for place in [place for place, session in self._sessions.items() if now >= session.expires_at]:
-            del self._sessions[place]
+        late = [place for place, session in self._sessions.items() if now >= session.expires_at]
+        for place in late:
+            if all(node.output is not None for node in self._sessions[place].nodes.values()):
+                del self._sessions[place]
 
 
 def _refused(message: str, name: str) -> ApiError:

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -24,6 +25,7 @@ from caesura.runtime.errors import InvalidRequest
 from caesura.runtime.server.config import ServerConfig
 
 PREFIX = "CAESURA_"
+SERVICE_LINK = re.compile(r"CAESURA_(SERVICE_(HOST|PORT)|PORT_\d+_)")
 CONFIG_VARIABLE = "CAESURA_CONFIG"
 CLIENT_VARIABLES = frozenset(
     {"CAESURA_URL", "CAESURA_KEY", "CAESURA_API_KEY"}
@@ -113,6 +115,8 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None
             found[name] = Setting(name, _checked(known[name], value, source), source)
     variables = {field.variable: field for field in known.values()}
     for variable, text in environ.items():
+        if _is_service_link(variable, text):
+            continue
         if not variable.startswith(PREFIX) or variable == CONFIG_VARIABLE or variable in CLIENT_VARIABLES:
             continue
         if variable not in variables:
@@ -125,6 +129,11 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None
             value = _split(value) if field.kind is tuple else value
             found[name] = Setting(name, _checked(field, value, source), source)
     return Settings(_build(found, known), tuple(found.values()))
+
+
+def _is_service_link(variable: str, value: str) -> bool:
+    """What Kubernetes sets in every pod beside a service of the name ``caesura``."""
+    return bool(SERVICE_LINK.match(variable)) or (variable == f"{PREFIX}PORT" and "://" in value)
 
 
 def as_toml(settings: Iterable[Setting]) -> str:

@@ -68,9 +68,9 @@ class StopRegex:
         seen: set[int] = set()  # what an older thread has been through is its own: a character costs each state once
         for state, begun in sorted(threads.items(), key=lambda thread: thread[1]):
             test = self._tests[state]
-            if begun >= oldest and test is not None and test(char):
+            if test is not None and test(char):
                 for reached in self._closure([state + 1], char, seen):
-                    after.setdefault(reached, begun)
+                    after.setdefault(reached, max(begun, oldest))
         begun_at = after.pop(self._accept, None)
         self._threads = after
         return None if begun_at is None else self._position - begun_at

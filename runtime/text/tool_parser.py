@@ -85,10 +85,12 @@ class ToolCallParser:
         return self._machine.was_cut
 
 
-def parse(text: str, format: ToolFormat, tool_names: Collection[str] = ()) -> tuple[str, list[ParsedCall]]:
-    """(content, calls) of a whole answer."""
+def parse(
+    text: str, format: ToolFormat, tool_names: Collection[str] = (), *, cut_off: bool = False
+) -> tuple[str, list[ParsedCall]]:
+    """(content, calls) of a whole answer, or of one that was ``cut_off``."""
     parser = ToolCallParser(format, tool_names)
-    return collect([*parser.push(text), *parser.finish()])
+    return collect([*parser.push(text), *parser.finish(cut_off=cut_off)])
 
 
 def collect(events: list[Event]) -> tuple[str, list[ParsedCall]]:

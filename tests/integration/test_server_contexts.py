@@ -7,7 +7,11 @@ from typing import Any
 
 import httpx
 import pytest
+from caesura.runtime.executors.base import SampledToken
+from caesura.runtime.generation import Generation, TokenChunk
 from caesura.runtime.handle import ContextHandle
+from caesura.runtime.sampling import SamplerState, SamplingParams
+from caesura.runtime.text.tool_events import ToolFormat
 from fastapi import FastAPI
 
 from tests.integration.server_client import Held, embedded_service, post, run
@@ -139,3 +143,40 @@ def test_a_client_that_leaves_while_contexts_are_made_leaves_none(what: str, mon
         assert sum(service.stats()["contexts"].values()) == before
 
     run(test)
+
+
+def test_a_context_that_has_ended_is_gone_whatever_is_asked_of_it() -> None:
+    async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
+        asks: list[tuple[str, str, dict[str, Any]]] = [
+            ("GET", "", {}), ("POST", "/snapshot", {"name": "x"}), ("POST", "/append", {}), ("GET", "/decisions", {}),
+        ]  # fmt: skip
+        for method, verb, body in asks:
+            made = await post(client, CONTEXTS, {"pieces": [{"text": TEXT}], "deadline_s": 0.05})
+            handle = app.state.server.contexts.get("", made["id"]).handle
+            while handle.is_open:
+                await asyncio.sleep(0.01)
+            answer = await client.request(method, f"{CONTEXTS}/{made['id']}{verb}", json=body or None)
+            assert answer.status_code == 410, (method, verb)
+
+    run(test)
+
+
+@pytest.mark.parametrize("begun", ['\n<tool_call>\n{"na', '\n<tool_call>\n{"name": "calculator", "arguments": {"ex'])
+def test_a_further_call_that_was_cut_off_is_no_end_in_calls(begun: str) -> None:
+    """Also where the client reads the reason alone."""
+    text = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "1"}}\n</tool_call>' + begun
+    tokenizer = embedded_service().tokenizer
+    ids = tokenizer.encode(text, allow_special=True)
+    chunks: list[TokenChunk] = []
+    params = SamplingParams(max_new_tokens=len(ids), temperature=0.0, skip_special_tokens=False)
+    generation = Generation(
+        params, SamplerState(params, 0), tokenizer, frozenset(), 5, chunks.append, ToolFormat.HERMES, ("calculator",)
+    )
+    for token in ids:
+        ending = generation.push(SampledToken(token))
+    assert ending is not None
+    calls = generation.calls(ending)
+    generation.finish(ending, calls, 0)
+    finish = chunks[-1].finish
+    assert finish is not None and finish.cut_off
+    assert ([call.name for call in finish.tool_calls], finish.reason) == (["calculator"], "length")

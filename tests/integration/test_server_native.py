@@ -250,6 +250,20 @@ def test_information_routes() -> None:
     run(test)
 
 
+def test_a_server_that_is_full_is_healthy() -> None:
+    async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
+        body = {"text": TEXT, "sampling_params": sampling(max_new_tokens=1900, ignore_eos=True), "rid": "long"}
+        running = asyncio.ensure_future(client.post("/generate", json=body))
+        while not len(app.state.server.board):
+            await asyncio.sleep(0.005)
+        assert (await client.post("/generate", json={"text": "a"})).status_code == 429
+        assert (await client.get("/health_generate")).status_code == 200
+        assert (await post(client, "/abort_request", {"rid": "long"}))["aborted"] == 1
+        await running
+
+    run(test, max_requests=1)
+
+
 def test_completions_echo_and_score_the_prompt() -> None:
     async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
         body = {"prompt": TEXT, "max_tokens": 4, "temperature": 0, "echo": True, "logprobs": 1}

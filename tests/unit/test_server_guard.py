@@ -195,6 +195,10 @@ def test_keys_rotate_without_a_restart(tmp_path: Path) -> None:
     assert ring.find(ADMIN_KEY) is not None and ring.find("other-key-000") is None
     with pytest.raises(InvalidRequest, match="key file"):
         KeyRing(file=file)
+    for unusable in (f"ann: {KEY}\n", f"ann:{KEY}\u00e9\n"):  # neither is what arrives in a header
+        file.write_text(unusable)
+        with pytest.raises(InvalidRequest, match="line 1 has a key that is not ASCII or has blanks"):
+            KeyRing(file=file)
 
 
 ORIGINS = {

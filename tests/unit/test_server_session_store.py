@@ -112,6 +112,22 @@ def test_a_streaming_session_is_a_line() -> None:
             store.begin("ann", SessionParams("s", **wrong), "d")
 
 
+def test_a_session_lives_while_its_request_runs_and_its_time_after_that() -> None:
+    clock = Clock()
+    store = SessionStore(8, 8, 60.0, monotonic=clock)
+    store.open("ann", OpenSession(session_id="s", timeout=5))
+    turns = [store.begin("ann", SessionParams("s"), name) for name in ("a", "b")]
+    clock.now = 6.0
+    store.expire()
+    store.commit(turns[0], [1], [2])
+    store.roll_back(turns[1])
+    clock.now = 10.0
+    assert ask(store, "c", [3], [4], rid="a") == [1, 2, 3]
+    clock.now = 15.0
+    with pytest.raises(ApiError, match="expired"):
+        ask(store, "d", [3], [4], rid="a")
+
+
 def test_sessions_are_ones_own_bounded_and_expire() -> None:
     clock = Clock()
     store = SessionStore(3, 2, 60.0, monotonic=clock)

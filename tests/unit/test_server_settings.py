@@ -162,3 +162,18 @@ def test_a_bad_key_is_not_told() -> None:
         assert "api_keys" in shown.stderr and "CAESURA_API_KEYS" in shown.stderr
         assert environ["CAESURA_API_KEYS"] not in shown.stderr
     assert KEY not in repr(ServerConfig(api_keys=(KEY,), admin_keys=(KEY,)))
+
+
+def test_what_kubernetes_says_of_a_service_of_our_name_is_no_setting() -> None:
+    links = {
+        "CAESURA_SERVICE_HOST": "10.0.0.7",
+        "CAESURA_SERVICE_PORT": "30000",
+        "CAESURA_SERVICE_PORT_HTTP": "30000",
+        "CAESURA_PORT": "tcp://10.0.0.7:30000",
+        "CAESURA_PORT_30000_TCP": "tcp://10.0.0.7:30000",
+        "CAESURA_PORT_30000_TCP_ADDR": "10.0.0.7",
+    }
+    assert load({}, links).config == load({}, {}).config
+    assert load({}, {**links, "CAESURA_PORT": "31000"}).config.port == 31000
+    with pytest.raises(InvalidRequest, match="CAESURA_SERVICE"):
+        load({}, {"CAESURA_SERVICE": "1"})

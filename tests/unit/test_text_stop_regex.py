@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from caesura.runtime.errors import InvalidRequest
-from caesura.runtime.text.stop_regex import StopRegex, _Program
+from caesura.runtime.text.stop_regex import MAX_PENDING_CHARS, StopRegex, _Program
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,3 +87,12 @@ def test_repetitions_of_nothing_are_bounded_too(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(InvalidRequest, match="too large with its repetitions"):
         StopRegex(f"a(({empty}{{2000}}){{2000}}){{2000}}")
     assert work < 10_000
+
+
+@pytest.mark.parametrize("pattern", ["a[\\s\\S]*?b", "a[^b]*b", "(a|x)+b"])
+def test_a_match_that_is_longer_than_what_is_held_back_still_stops(pattern: str) -> None:
+    regex = StopRegex(pattern)
+    steps = [regex.step(char) for char in "a" + "x" * (2 * MAX_PENDING_CHARS) + "b"]
+    assert set(steps[:-1]) == {None}
+    assert steps[-1] is not None and steps[-1] >= MAX_PENDING_CHARS
+    assert regex.pending_chars <= MAX_PENDING_CHARS + 1
