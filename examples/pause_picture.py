@@ -1,7 +1,6 @@
 """The scene of pause_timeline.py as a picture: who waits for a tool, and where its KV lies meanwhile.
 
-An observer of the engine notes the contexts after every step, the rest draws them. It is the same every time, and the
-picture in the README.
+An observer of the engine notes the contexts after every step, the rest draws them: the picture in the README.
 
     python examples/pause_picture.py --policies discard,min_waste --out pause.svg
 """

@@ -1,6 +1,6 @@
 """Causal attention for training on CPUs: query blocks against the keys up to them, as plain matrix products.
 
-torch's flash kernel for CPUs takes most of a step at these sizes; matrix products in bfloat16 use the CPU's tiles.
+torch's flash kernel for CPUs takes most of a step at these sizes.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ LISTING_SHARE = 0.1  # a token that is hardly ever written cannot be copied eith
 NO_TOOLS_SHARE = 0.03
 SMALL_TALK_SHARE = 0.02
 WITHHELD_SHARE = 0.06
-HARD_SHARE = 0.5  # of adventures, once there are hard ones; if all were, a treasure that lies alone would be left
+HARD_SHARE = 0.5  # of adventures; if all were, a treasure that lies alone would be left
 MEDLEY_SHARE = 0.3  # of the chains: many questions for any tool, since which one is needed is the hardest to learn
 MAX_OFFERS = 9  # but for what the questions themselves need
 
@@ -88,10 +88,10 @@ _SMALL_TALK = (
 
 class ConversationMaker:
     """Draws conversations. ``progress`` is the training's: contexts grow longer until 1. ``pieces`` are those of words
-    that the model is to be able to copy. With ``hard``, many adventures are."""
+    that the model is to be able to copy."""
 
-    def __init__(self, rng: random.Random, pieces: Sequence[str] = (), *, hard: bool = False) -> None:
-        self._rng, self._pieces, self._hard = rng, pieces, hard
+    def __init__(self, rng: random.Random, pieces: Sequence[str] = ()) -> None:
+        self._rng, self._pieces = rng, pieces
         self._chores, self._chore_weights = zip(*CHORES, strict=True)
         self._chained = [name for name in SKILLS if name not in ("adventure", "no_tool")]
         self._weights = [SKILLS[name].share for name in self._chained]
@@ -126,7 +126,7 @@ class ConversationMaker:
     ) -> tuple[list[Message], list[Mapping[str, Any]]]:
         # Once the model gets on, most games are joined half-way: as many decisions, in fewer tokens.
         begun = progress >= 0.75 and self._rng.random() < 0.65
-        task = adventure(world, begun=begun, hard=self._hard and self._rng.random() < HARD_SHARE)
+        task = adventure(world, begun=begun, hard=self._rng.random() < HARD_SHARE)
         act = offer("act", self._rng, Split.TRAIN) if self._rng.random() < 0.3 else usual("act")
         return [*messages, *played(task, world, {"act": act})], [act.spec]
 

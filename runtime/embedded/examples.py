@@ -140,7 +140,6 @@ def batches(
     progress: float,
     again: Sequence[Example],
     *,
-    hard: bool = False,
     batch_tokens: int,
     pool: int,
     max_tokens: int,
@@ -148,7 +147,7 @@ def batches(
 ) -> Iterator[list[list[Example]]]:
     """A shuffled pool of conversations, new ones and those to learn ``again``, cut into micro-batches of like length,
     several of which make a batch of at least ``batch_tokens``, short and long ones mixed."""
-    maker = ConversationMaker(rng, letter_tokens(tokenizer), hard=hard)
+    maker = ConversationMaker(rng, letter_tokens(tokenizer))
     texts = [render(*maker.make(progress)) for _ in range(pool - len(again))]
     examples = [encode_example(tokenizer, text) for text in texts]
     examples = [*again, *(Example(e.ids[:max_tokens], e.learn[:max_tokens]) for e in examples)]

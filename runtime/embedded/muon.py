@@ -1,5 +1,5 @@
-"""Muon (Keller Jordan, 2024) for CPUs: matrices of one shape are orthogonalized together, in a dtype that the CPU is
-fast in. torch's takes them one by one, always in bfloat16; emulated, that was two thirds of a training step.
+"""Muon (Keller Jordan, 2024) for CPUs: matrices of one shape are orthogonalized together, in float32. torch's
+takes them one by one, always in bfloat16; emulated, that was two thirds of a training step.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ MOMENTUM = 0.95
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized; updates are scaled to the size of AdamW's (arXiv 2502.16982), 0.2
     sqrt(max(rows, columns)), so that both take one learning rate.
-
-    ``dtype`` is what the orthogonalization computes in. Parameters are matrices; ValueError for others.
+    Parameters are matrices; ValueError for others.
     """
 
-    def __init__(self, matrices: Sequence[Tensor], *, lr: float, weight_decay: float, dtype: torch.dtype) -> None:
+    def __init__(self, matrices: Sequence[Tensor], *, lr: float, weight_decay: float) -> None:
         for matrix in matrices:
             if matrix.ndim != 2:
                 raise ValueError(f"Muon orthogonalizes matrices; here is a tensor of shape {tuple(matrix.shape)}")
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
-        self._dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -44,7 +42,7 @@ class Muon(torch.optim.Optimizer):
         """One step of matrices that have the same sides."""
         wide = torch.stack([_wide(self._direction(matrix)) for matrix in matrices])
         scale = -lr * 0.2 * wide.shape[2] ** 0.5
-        for matrix, update in zip(matrices, orthogonal(wide.to(self._dtype)), strict=True):
+        for matrix, update in zip(matrices, orthogonal(wide), strict=True):
             matrix.mul_(1 - lr * weight_decay)
             matrix.add_(update if matrix.shape == update.shape else update.T, alpha=scale)
 

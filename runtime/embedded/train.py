@@ -1,9 +1,8 @@
 """Train a model on all skills from nothing: ``python -m caesura.runtime.embedded.train --out FOLDER --seed 0``.
 
-The arithmetic is bfloat16 over float32 weights on CPUs that have it, else float32. The schedule is counted in steps, so
-that a seed and a thread count give the same model on the same kind of machine. Every evaluation saves the state;
-``--resume`` goes on from it, also with other ``--rates``. ``caesura eval embedded --model FOLDER`` asks the result
-through the engine.
+The schedule is counted in steps, so that a seed and a thread count give the same model on the same kind of machine.
+Every evaluation saves the state; ``--resume`` goes on from it, also with other ``--rates``. ``caesura eval embedded
+--model FOLDER`` asks the result through the engine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One training run: fast arithmetic over float32 weights, a schedule, and a state to resume from."""
+"""One training run: a schedule, and a state to resume from."""
 
 from __future__ import annotations
 
@@ -44,16 +44,13 @@ class Recipe:
         (0, 0.0),
         (60, 1.0),
         (1500, 1.0),
-        (5500, 0.157),  # held while hard adventures are learned
-        (6100, 0.157),
-        (6500, 0.01),
+        (7500, 0.01),
     )
     batch_tokens: int = 4608
     lr: float = 3e-3
     weight_decay: float = 0.05
     guidance: float = 0.3  # how much the loss of heads that are told where to look counts
     guided_steps: int = 1500  # until then; later it would outweigh the other loss, and what is left of it is noise
-    hard_from: int = 5500  # the step from which many adventures are hard
 
     @property
     def steps(self) -> int:
@@ -68,11 +65,6 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.lr * recipe.rates[-1][1]
 
 
-def arithmetic() -> torch.dtype:
-    """bfloat16 where the CPU has instructions for it; emulated, it takes twice the time of float32."""
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
 def collate(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
     """ids [batch, length], right-padded, and the flat indices in [batch, length - 1] whose successor is learned."""
     length = max(len(example.ids) for example in examples)
@@ -85,8 +77,7 @@ def collate(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 class Trainer:
-    """The weights in float32, a working copy to compute with, and the optimizers: Muon for matrices, AdamW for the
-    rest."""
+    """The weights and the optimizers: Muon for matrices, AdamW for the rest."""
 
     def __init__(self, recipe: Recipe, shape: Shape, tokenizer: Tokenizer) -> None:
         torch.manual_seed(recipe.seed)
@@ -100,17 +91,15 @@ class Trainer:
         self._pool = (0, 0)  # the number of the pool in use, and the steps done before it
         self._again: list[Example] = []  # what the pool in use has from earlier ones
         self._missed: list[Example] = []  # and what later ones are to have
-        self._working = TinyLlama(shape).to(arithmetic()).train()
-        self._guide = Guide(self._working, tokenizer)
+        self._guide = Guide(self.model, tokenizer)
         self._pad_id = token_id(tokenizer, END_OF_TEXT)
         named = list(self.model.named_parameters())
         matrices = [p for name, p in named if p.dim() == 2 and "embed" not in name]
         others = [p for name, p in named if p.dim() != 2 or "embed" in name]
         self._optimizers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, dtype=arithmetic()),
+            Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay),
             torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        self._copy_weights()
 
     def run(self, console: Console) -> Iterator[int]:
         """Train to the end of the schedule; yields the number of steps done after each."""
@@ -132,13 +121,14 @@ class Trainer:
     def update(self, batch: list[list[Example]]) -> tuple[float, float]:
         """One step over several micro-batches; mean loss, share of right tokens. Of those that have become easy nothing
         is learned (after Jiang et al., arXiv 1910.00762, who choose by chance)."""
+        self.model.train()
         learned_tokens = sum(sum(example.learn[1:]) for examples in batch for example in examples)
         self._guide.watching = self.step < self.recipe.guided_steps
         loss_sum, right_sum = 0.0, 0
         for examples in batch:
             ids, learned = collate(examples, self._pad_id)
-            hidden = self._working.hidden_states(ids[:, :-1], wanted=learned)  # [learned, hidden]
-            logits = F.linear(hidden.float(), self._working.model.embed_tokens.weight.float())
+            hidden = self.model.hidden_states(ids[:, :-1], wanted=learned)  # [learned, hidden]
+            logits = F.linear(hidden, self.model.model.embed_tokens.weight)
             targets = ids[:, 1:].flatten().index_select(0, learned)
             loss = F.cross_entropy(logits, targets, reduction="sum")
             if loss.item() >= EASY * self._usual_loss * len(targets):
@@ -146,7 +136,6 @@ class Trainer:
                 if self._guide.watching:
                     total = total + self.recipe.guidance / len(batch) * self._guide.loss(examples, ids, learned)
                 total.backward()  # type: ignore[no-untyped-call]
-                self._collect_gradients()
             loss_sum += loss.item()
             right = logits.detach().argmax(-1) == targets
             right_sum += int(right.sum())
@@ -162,20 +151,7 @@ class Trainer:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self._copy_weights()
         return loss_sum / learned_tokens, right_sum / learned_tokens
-
-    def _collect_gradients(self) -> None:
-        """Add the working copy's gradients to the weights', in float32."""
-        for weight, working in zip(self.model.parameters(), self._working.parameters(), strict=True):
-            if working.grad is not None:
-                weight.grad = working.grad.float() if weight.grad is None else weight.grad.add_(working.grad)
-                working.grad = None
-
-    @torch.no_grad()
-    def _copy_weights(self) -> None:
-        for weight, working in zip(self.model.parameters(), self._working.parameters(), strict=True):
-            working.copy_(weight)
 
     def _batches(self) -> Iterator[list[list[Example]]]:
         """What each step from here on trains on. A pool's conversations follow from its number alone."""
@@ -189,7 +165,6 @@ class Trainer:
                 rng,
                 progress,
                 self._again,
-                hard=done >= self.recipe.hard_from,
                 batch_tokens=self.recipe.batch_tokens,
                 pool=POOL,
                 max_tokens=MAX_TOKENS,
@@ -243,4 +218,3 @@ class Trainer:
                 if kind == "state" and rest[0] == str(index):
                     whole["state"].setdefault(int(rest[1]), {})[rest[2]] = tensor
             optimizer.load_state_dict(whole)
-        self._copy_weights()

@@ -100,10 +100,7 @@ class ContextRegistry:
         async with context.lock:
             try:
                 if not context.handle.is_open:
-                    await self.delete(context)
-                    raise ApiError(
-                        410, "the context has ended, by its deadline or with its engine", code="context_gone"
-                    )
+                    await context.handle.token_ids()  # raises why
                 await context.measure()
                 yield context
             except EngineStopped:

@@ -225,19 +225,6 @@ def test_what_was_wrong_comes_again_until_it_is_right_and_at_most_twice(
     assert {example.asked for pool in pools for example in pool} == {1, 2}
 
 
-def test_adventures_become_hard(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    hard_ones: list[bool] = []
-
-    def drawn(*_: Any, hard: bool, **__: int) -> Any:
-        hard_ones.append(hard)
-        yield [[Example([5, 6, 7, 8], [False, False, False, True])]]
-
-    monkeypatch.setattr("caesura.runtime.embedded.trainer.batches", drawn)
-    shape = Shape(vocab=tokenizer.get_vocab_size(), hidden=32, layers=1, heads=1, kv_heads=1, intermediate=32)
-    list(Trainer(Recipe(rates=((0, 1.0), (6, 0.1)), hard_from=4), shape, tokenizer).run(Console(quiet=True)))
-    assert hard_ones == [False] * 4 + [True] * 2
-
-
 def test_nothing_is_learned_of_what_has_become_easy(tokenizer: Tokenizer) -> None:
     easy = [Example([5, 6, 7, 8], [False, False, False, True])]
     torn = [Example([9, 10, end], [False, False, True]) for end in (11, 12)]
@@ -272,7 +259,7 @@ def test_muon_is_muon() -> None:
     start = [torch.randn(shape, generator=generator) for shape in shapes]
     ours, theirs = ([torch.nn.Parameter(each.clone()) for each in start] for _ in range(2))
     optimizers: list[torch.optim.Optimizer] = [
-        Muon(ours, lr=0.1, weight_decay=0.05, dtype=torch.float32),
+        Muon(ours, lr=0.1, weight_decay=0.05),
         torch.optim.Muon(theirs, lr=0.1, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
     ]
     for _ in range(3):
@@ -286,7 +273,7 @@ def test_muon_is_muon() -> None:
         assert F.cosine_similarity(moved, expected, dim=0) > 0.999
         torch.testing.assert_close(moved.norm(), expected.norm(), rtol=0.01, atol=0.0)
     with pytest.raises(ValueError, match="matrices"):
-        Muon([torch.zeros(3)], lr=0.1, weight_decay=0.0, dtype=torch.float32)
+        Muon([torch.zeros(3)], lr=0.1, weight_decay=0.0)
 
 
 def test_attention_for_training_is_attention() -> None:

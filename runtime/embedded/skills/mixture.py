@@ -73,7 +73,7 @@ SKILLS: dict[str, Skill] = {
     "parallel": Skill(at_once, 24),
     "surprise": Skill(any_single, 4, odd_share=1.0),
     "recovery": Skill(misspelled, 8, fault_share=0.4),
-    "adventure": Skill(adventure, 20, distractors=(0,)),
+    "adventure": Skill(adventure, 23, distractors=(0,)),
 }
 
 
