@@ -164,7 +164,7 @@ class Runner:
         """Wait for the device and free what it holds. Idempotent."""
         self.device.synchronize()
         self.arena.close()
-        for part in ("graphs", "cache", "attention", "decoder", "kernels"):  # whoever still knows this runner or not
+        for part in ("graphs", "cache", "attention", "decoder", "kernels"):  # for whoever still knows this runner
             vars(self).pop(part, None)
         self.device.release()
 
