@@ -85,8 +85,8 @@ class Telemetry:
             self._steps.add(plan.num_query_tokens)
         for piece in plan.slices:
             state = contexts.get(piece.context_id)
-            late = piece.context_id not in result.tokens and piece.context_id not in result.finished
-            if state is None or (piece.samples and late):  # it ended while this step was under way
+            heard = piece.context_id in result.tokens or piece.context_id in result.finished
+            if state is None or (piece.samples and not heard):  # it ended while this step was under way
                 continue
             request = self._begun(state, piece, plan.now)
             if piece.samples:

@@ -62,7 +62,8 @@ class Tape:
         self.path = path
         self._is_torn = is_torn
         self._answers: defaultdict[str, deque[dict[str, Any]]] = defaultdict(deque)
-        for entry in (entries := _still_asked(entries)):
+        entries = _still_asked(entries)
+        for entry in entries:
             self._answers[entry["key"]].append(entry)
         self._fd = fd
         self.num_left = sum(not entry["key"].startswith(ALWAYS) for entry in entries)

@@ -178,9 +178,9 @@ class _TapedChat:
             opening, closing = await self._live.turn(role, first=first, tools=tools)
             told = opening, closing, tuple(self._live.stop)
             sides = [[asdict(piece) for piece in side] for side in (opening, closing)]
-            self._tape.write(asked, what, [*sides, list(told[2])])
-        *_, self.stop = told
-        return told[:2]
+            self._tape.write(asked, what, [*sides, list(self._live.stop)])
+        opening, closing, self.stop = told
+        return opening, closing
 
     async def tool_results(
         self, results: Sequence[tuple[str, str]], *, tools: Sequence[ToolSpec] | None = None

@@ -96,6 +96,7 @@ class Work:
 
     @property
     def aborted(self) -> bool:
+        """Whether somebody asked for it to end."""
         return isinstance(self._ended_by, Aborted)
 
     def _check(self) -> None:

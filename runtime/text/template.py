@@ -125,27 +125,15 @@ class ChatTemplate:
     def takes_calls_at_once(self) -> bool:
         """Whether it writes assistant turns of several calls; some refuse them."""
 
-        def find() -> bool:
-            calls = [
-                {"id": _CALL_ID.format(i), "type": "function", "function": {"name": "probe", "arguments": {}}}
-                for i in range(3)
-            ]
-            results = [
-                {"role": "tool", "name": "probe", "content": _PROBES[i], "tool_call_id": _CALL_ID.format(i)}
-                for i in range(3)
-            ]
+        def takes(count: int) -> bool:
+            results = [("probe", "")] * count
+            try:
+                self._text(_said("user", 0), _called(results), *_told(results), generate=True)
+            except TemplateError:
+                return False
+            return True
 
-            def takes(count: int) -> bool:
-                said: Message = {"role": "assistant", "content": "", "tool_calls": calls[:count]}
-                try:
-                    self._text(_said("user", 3), said, *results[:count], generate=True)
-                except TemplateError:
-                    return False
-                return True
-
-            return takes(2) or not takes(1)  # one that takes not even one says nothing
-
-        return self._cached("calls at once", find)
+        return self._cached("calls at once", lambda: takes(2) or not takes(1))  # not even one call: it says nothing
 
     # rendering
 
@@ -282,10 +270,7 @@ class ChatTemplate:
         tools: Tools | None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> Marked:
-        said: list[Message] = [
-            {"role": "tool", "name": name, "content": content, "tool_call_id": _CALL_ID.format(i)}
-            for i, (name, content) in enumerate(results)
-        ]
+        said = _told(results)
         if style == "plain":
             text = self._text(_said("user", 0), _said("assistant", 1), *said, tools=tools, generate=True, kwargs=kwargs)
             return _around(text, 1)[1]
@@ -294,16 +279,7 @@ class ChatTemplate:
             turn = {"role": "user", "content": joined}
             text = self._text(_said("user", 0), _said("assistant", 1), turn, tools=tools, generate=True, kwargs=kwargs)
             return _around(text, 1)[1]
-        calls = [
-            {
-                "id": _CALL_ID.format(i),
-                "type": "function",
-                "function": {"name": name, "arguments": {"probe": _PROBES[1] if i == len(results) - 1 else ""}},
-            }
-            for i, (name, _) in enumerate(results)
-        ]
-        called: Message = {"role": "assistant", "content": "", "tool_calls": calls}
-        text = self._text(_said("user", 0), called, *said, tools=tools, generate=True, kwargs=kwargs)
+        text = self._text(_said("user", 0), _called(results), *said, tools=tools, generate=True, kwargs=kwargs)
         rest = _around(text, 1)[1]
         end = _plain(self._assistant_closing(tools))
         at = _plain(rest).find(end) if end.strip() else -1
@@ -318,6 +294,27 @@ _PROBES = tuple(f"\ue0ca{chr(0xE500 + i)}\ue0ce" for i in range(4))
 
 def _said(role: str, probe: int) -> Message:
     return {"role": role, "content": _PROBES[probe]}
+
+
+def _told(results: Sequence[tuple[str, str]]) -> list[Message]:
+    """``(name, content)`` as tool messages."""
+    return [
+        {"role": "tool", "name": name, "content": content, "tool_call_id": _CALL_ID.format(i)}
+        for i, (name, content) in enumerate(results)
+    ]
+
+
+def _called(results: Sequence[tuple[str, str]]) -> Message:
+    """The calls that these answer, with a probe in the last one's arguments."""
+    calls = [
+        {
+            "id": _CALL_ID.format(i),
+            "type": "function",
+            "function": {"name": name, "arguments": {"probe": _PROBES[1] if i == len(results) - 1 else ""}},
+        }
+        for i, (name, _) in enumerate(results)
+    ]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
 def _around(text: Marked, probe: int) -> tuple[Marked, Marked]:
