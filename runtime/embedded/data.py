@@ -27,7 +27,7 @@ from caesura.runtime.embedded.tasks import Task as ArithmeticTask
 ODD_RESULT_SHARE = 0.12  # results that are wrong on purpose, so that the model copies and does not compute
 FAULT_SHARE = 0.03
 ERROR_SHARE = 0.02
-CHORE_SHARE = 0.08
+CHORE_SHARE = 0.1
 LISTING_SHARE = 0.1  # a token that is hardly ever written cannot be copied either, and names are of rare ones
 NO_TOOLS_SHARE = 0.03
 SMALL_TALK_SHARE = 0.02

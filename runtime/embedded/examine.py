@@ -14,13 +14,14 @@ from enum import StrEnum
 from typing import Any
 
 from caesura.runtime.api import PendingCall
-from caesura.runtime.embedded.chat import Message, render
 from caesura.runtime.embedded.skills.mixture import SKILLS, Exam, held_out_task
 from caesura.runtime.embedded.skills.task import Call
 from caesura.runtime.errors import ContextTooLong
 from caesura.runtime.handle import ContextHandle
 from caesura.runtime.sampling import Constraint, ConstraintKind, SamplingParams
 from caesura.runtime.service import EngineService
+from caesura.runtime.text.template import Piece
+from caesura.runtime.text.tokenizer import encode_pieces
 from caesura.runtime.text.tool_grammar import tool_grammar
 from caesura.runtime.text.tool_parser import ToolFormat
 
@@ -102,19 +103,21 @@ class Attempt:
         self._offers = {} if terms is Terms.ALONE else {offer.name: offer for offer in exam.offers}
         self._specs = [offer.spec for offer in self._offers.values()]
         self._constraint = self._grammar() if terms is Terms.HELD else None
-        self.messages: list[Message] = [{"role": "user", "content": exam.task.question}]
 
     async def run(self) -> str:
         """The model's final answer; "" when it never gave one within MAX_ROUNDS turns or the window."""
+        template, tools = self._service.template, self._specs or None
+        asked = [{"role": "user", "content": self._exam.task.question}]
+        pieces = template.pieces(asked, tools=tools, add_generation_prompt=True)
         context = await self._service.open()
         try:
             for _ in range(MAX_ROUNDS):
-                text = await self._turn(context)
+                text = await self._turn(context, pieces)
                 if _OPEN not in text:
                     return text
-                self.messages.append({"role": "assistant", "content": text})
                 await context.pause([PendingCall("tool")])
-                self.messages += [{"role": "tool", "content": self._result(body)} for body in text.split(_OPEN)[1:]]
+                results = [("tool", self._result(body)) for body in text.split(_OPEN)[1:]]
+                pieces = template.tool_results(results, tools=tools)
                 await context.resume()
             return ""
         except ContextTooLong:
@@ -122,17 +125,10 @@ class Attempt:
         finally:
             await context.close()
 
-    async def _turn(self, context: ContextHandle) -> str:
-        text = render(self.messages, self._specs, add_generation_prompt=True)
-        ids = self._service.tokenizer.encode(text, allow_special=True)
-        known = await context.token_ids()
-        shared = 0
-        while shared < min(len(ids), len(known)) and ids[shared] == known[shared]:
-            shared += 1
-        if shared < len(known):
-            await context.truncate(shared)
-        await context.append(ids[shared:])
-        room = max(1, min(MAX_TURN_TOKENS, WINDOW - len(ids)))
+    async def _turn(self, context: ContextHandle, pieces: Sequence[Piece]) -> str:
+        continuation = context.num_tokens > 0
+        length = await context.append(encode_pieces(self._service.tokenizer, pieces, continuation=continuation))
+        room = max(1, min(MAX_TURN_TOKENS, WINDOW - length))
         params = SamplingParams(temperature=0.0, max_new_tokens=room, constraint=self._constraint)
         return "".join([chunk.text async for chunk in context.generate(params)])
 

@@ -29,14 +29,14 @@ PRE_TOKENS = "|".join(
     (
         r"\A(?:system|user|assistant)\n",
         r'\n?\{"name": "',
-        r'", "arguments": ',
-        r'\{"|"\}|\}\n|"[,:] "?',
-        r"\)?\. \p{Lu}\p{L}*(?: \p{L}+)?: ",  # the labels of an observation: ". You have: "
+        r'", "arguments":',
+        r' ?\{"?|"\}|\}\n|"[,:] "?',
+        r"\)?\. (?:Exits|Here|You have|Ways): ",  # of an adventure's observations
         r"\p{N}",
         rf" (?:{'|'.join(FUNCTION_WORDS)})(?!\p{{L}})",
         r"\p{L}+",
         r'["{}]',
-        r' ?[^\s\p{L}\p{N}{}"]+ ?',
+        r' ?[^\s\p{L}\p{N}{}"]+(?:(?<=,) )?',  # a prompt may end with any other, and its blank be the model's to write
         r"\s*[\r\n]+|\s+(?!\S)|\s+",
     )
 )

@@ -128,7 +128,7 @@ class Places:
         vocabulary = range(tokenizer.get_vocab_size())
         self._texts = texts = [tokenizer.decode([token], skip_special_tokens=False) for token in vocabulary]
         self._before_name = {token for token, text in enumerate(texts) if text.endswith('{"name": "')}
-        self._after_name = {token for token, text in enumerate(texts) if text == '", "arguments": '}
+        self._after_name = {token for token, text in enumerate(texts) if text == '", "arguments":'}
         self._line_ends = {token for token, text in enumerate(texts) if text.endswith("\n")}
         self._brackets = {token for token, text in enumerate(texts) if text.startswith("(")}
         self._response = token_id(tokenizer, "<tool_response>")

@@ -157,6 +157,7 @@ TWO_STEPS = {
 
 PARALLEL = (
     "What is {e}, and what is {f}?",
+    "What are {e} and {f}?",
     "Compute {e} and {f}.",
     "Two sums for {name}: {e} and {f}.",
     "Calculate both {e} and {f}.",

@@ -40,7 +40,7 @@ class Recipe:
     ``lr``; the last step ends the training."""
 
     seed: int = 0
-    rates: tuple[tuple[int, float], ...] = ((0, 0.0), (60, 1.0), (1500, 1.0), (7500, 0.01))
+    rates: tuple[tuple[int, float], ...] = ((0, 0.0), (60, 1.0), (1500, 1.0), (7000, 0.01))
     batch_tokens: int = 4608
     lr: float = 3e-3
     weight_decay: float = 0.05

@@ -99,7 +99,7 @@ def everything(s: ProgramState) -> None:
     s += assistant(gen("again", max_tokens=20, temperature=0, return_logprob=True, top_logprobs_num=2, stop="."))
     s += user("Value: ")
     s += assistant(
-        gen("number", type=int, max_tokens=8, seed=3)
+        gen("number", type=int, max_tokens=40, seed=3)
         + gen("shape", regex="[ab]{3}-[0-9]", seed=4)
         + gen("object", json_schema={"type": "object", "properties": {}, "additionalProperties": False}, seed=5)
         + gen("n", n=3, max_tokens=4, seed=6)

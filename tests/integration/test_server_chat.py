@@ -230,7 +230,7 @@ def test_parallel_calls_and_their_results() -> None:
 
 def test_a_call_cut_off_by_the_limit_is_no_pause() -> None:
     async def test(client: httpx.AsyncClient, app: FastAPI) -> None:
-        answer = await post(client, CHAT, {**ASK, "max_tokens": 20})
+        answer = await post(client, CHAT, {**ASK, "max_tokens": 12})
         assert answer["choices"][0]["finish_reason"] == "length"
         assert len(app.state.server.kept) == 0
 

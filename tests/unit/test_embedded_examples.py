@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
+from caesura.runtime.embedded.chat import CHAT_TEMPLATE, TURN_END, render
+from caesura.runtime.embedded.data import ConversationMaker
 from caesura.runtime.embedded.examples import Example, batches, letter_tokens, train_tokenizer
 from caesura.runtime.embedded.skills.world import World
 from caesura.runtime.embedded.tasks import Split
+from caesura.runtime.text.template import ChatTemplate
 from tokenizers import Tokenizer
 
 
@@ -35,21 +38,30 @@ def test_a_name_is_the_same_tokens_wherever_it_stands(tokenizer: Tokenizer, spli
 
 
 def test_templates_and_contents_tokenize_alike_apart_and_as_a_whole(tokenizer: Tokenizer) -> None:
-    """Servers tokenize them apart, and arrive at what the model was trained on."""
-    to_model, to_user = "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>user\n"
-    pieces = (
-        "<|im_start|>system\n", "Be short.", "\n\nTools, called as JSON in <tool_call></tool_call>:\n-", "add",
-        "(", "a", ",", "b", "): ", "Add two numbers.", to_user, "What is 48 + 39?", to_model,
-        '<tool_call>\n{"name": "', "add", '", "arguments": ', '{"a": 48, "b": -39}', "}\n</tool_call>",
-        '\n<tool_call>\n{"name": "', "list_notes", '", "arguments": ', "{}", "}\n</tool_call>",
-        '\n<tool_call>\n{"name": "', "say", '", "arguments": ', '{"name": "Gar.", "x": {"y": []}}', "}\n</tool_call>",
-        to_user + "<tool_response>\n", "Hall. Exits: north locked (kin key). Here: nothing. You have: a user",
-        "\n</tool_response>\n<tool_response>\n", "1872", "\n</tool_response>" + to_model, "Done.",
-        to_user, "{1}", to_model,
-    )  # fmt: skip
-    apart = [token for piece in pieces for token in ids(tokenizer, piece)]
-    assert apart == ids(tokenizer, "".join(pieces))
-    assert tokenizer.decode(apart, skip_special_tokens=False) == "".join(pieces)
+    """Engine and servers tokenize them apart, and arrive at what the model was trained on."""
+    template = ChatTemplate(CHAT_TEMPLATE, eos_token=TURN_END)
+    maker = ConversationMaker(random.Random(3), letter_tokens(tokenizer))
+    for _ in range(150):
+        messages, tools = maker.make(1.0)
+        whole = render(messages, tools)
+        pieces = template.pieces(messages, tools=tools or None)
+        assert "".join(piece.text for piece in pieces) == whole
+        assert [token for piece in pieces for token in ids(tokenizer, piece.text)] == ids(tokenizer, whole)
+        assert tokenizer.decode(ids(tokenizer, whole), skip_special_tokens=False) == whole
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ("Thought:", " I need 48 * 39.", "\nAction:", " calculator[48 * 39]", "\nObservation: ", "1872", "\n"),
+        ("Q: Where is Gar?\nA:", " In Tolmen."),
+        ('{"customer": "', "Gar", '", "quantity": ', "48", "}"),
+    ],
+)
+def test_what_a_program_writes_and_what_it_leaves_to_the_model_tokenize_alike_apart(
+    tokenizer: Tokenizer, pieces: tuple[str, ...]
+) -> None:
+    assert [token for piece in pieces for token in ids(tokenizer, piece)] == ids(tokenizer, "".join(pieces))
 
 
 def test_what_surrounds_a_call_is_few_tokens(tokenizer: Tokenizer) -> None:

@@ -302,6 +302,6 @@ CHORES: tuple[tuple[Callable[[World], Conversation], float], ...] = (
     (cards, 1.0),
     (next_item, 1.0),
     (splitting, 2.5),
-    (react, 2.0),
+    (react, 3.0),
     (refund, 1.0),
 )

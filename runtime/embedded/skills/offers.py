@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from caesura.runtime.embedded.skills.task import Call
@@ -17,6 +17,7 @@ from caesura.runtime.embedded.tools.encyclopedia import made_up_word
 # offer, and reads a name off the prompt only if that is what mostly helps.
 OTHER_NAME_SHARE = {Split.TRAIN: 0.88, Split.HELD_OUT: 0.3}
 MADE_UP_SHARE = 0.8  # of the other names in training, so that a name is read off the prompt and not known
+SERVER_SHARE = 0.1  # of the toolsets in training are one server's, whose name stands before all of theirs
 _JSON_TYPES = {("convert", "value"): "number", ("add_days", "days"): "integer"}  # all others are strings
 
 
@@ -279,4 +280,7 @@ def toolset(
     for tool in chosen:
         taken = [other.name for other in offers]
         offers.append(offer(tool, rng, split, taken))
+    if split is Split.TRAIN and rng.random() < SERVER_SHARE:
+        server = rng.choice((rng.choice(_PARTS), _made_up_part(rng))) + rng.choice(("_", "__"))
+        offers = [replace(each, name=server + each.name) for each in offers]
     return offers
