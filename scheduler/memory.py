@@ -212,10 +212,11 @@ class MemoryDesk:
             if rest and done.rest is not None:
                 segment = take.segment._replace(id=done.rest, num_pages=rest, num_tokens=rest * self._ledger.page_size)
                 self._left = replace(take, segment=segment, num_pages=rest)
+            goes_on = self._policy.review_every_s is not None and (rest > 0 or take.segment.parent is not None)
             for holder in take.segment.holders:
                 state = self._contexts[holder]
                 if state.decided is not done.action:
-                    state.decided = done.action
+                    state.decided = Action.PRESERVE if goes_on else done.action  # to be reviewed: it holds more
                     tokens = min(take.segment.num_tokens, pages * self._ledger.page_size)
                     self._write_down(holder, done.action, take.costs, take.reason, tokens, take.remaining_s)
         return got

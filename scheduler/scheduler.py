@@ -345,7 +345,6 @@ class Scheduler:
                 self.ledger.pause(state.id)  # what it holds stays revocable while it queues
                 return None
             if ledger.load(state.id, tokens, state.reuse_limit):
-                self._note_cached(state, computed + wanted)
                 self._loading.add(state.id)
                 return False
         if not self._memory.secure(state.id, state.num_tokens):

@@ -209,11 +209,12 @@ class Tiers:
         for node in deepest_first:
             self._depart(node)
         for node in deepest_first:
-            for end in [*node.children.values()][:1] + [node]:
-                if end.id in self.tree.nodes:
-                    self.tree.merge(end)
+            purge(self, node)  # before merging, in which a run that waited for this would take the place of its parent
         for node in deepest_first:
-            purge(self, node)
+            if node.id in self.tree.nodes:
+                for end in [*node.children.values()][:1] + [node]:
+                    if end.id in self.tree.nodes:
+                        self.tree.merge(end)
 
     def _unmark(self, node: Node) -> None:
         """The ends of a node's copy are ordinary pages again."""

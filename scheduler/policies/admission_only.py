@@ -14,15 +14,15 @@ EVERY_S = 1.0
 FIRST_WINDOW = 16.0
 GROWTH = 2.0  # programs, additive
 CUT = 0.75  # multiplicative
-GOOD_HITS = 0.8  # share of a returning context's tokens found on the device
+GOOD_HITS = 0.8  # share of a returning context's tokens found on device or host
 
 
 class AdmissionOnly(LruHost):
     """LRU with a host tier, and AIMD on the number of active programs (CONCUR, arXiv 2601.22705).
 
     Every second: ``W = CUT * min(W, active)``, 1 at least, when contexts that came back found less than ``GOOD_HITS``
-    of their tokens on the device, else ``W = W + GROWTH`` if somebody waited outside. A new program waits while W are
-    active; it is active from then until its last context is closed. The paper's thresholds, period and signals beyond
+    of their tokens, on device or host, else ``W = W + GROWTH`` if somebody waited outside. A new program waits while W
+    are active; it is active from then until its last context is closed. The paper's thresholds, period and signals beyond
     the hit rate and the demand were not known: the constants are ours.
     """
 

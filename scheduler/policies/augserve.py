@@ -81,7 +81,7 @@ class AugServe(PausePolicy):
 
     def step_tokens(self, limit: int, room: Room) -> int:
         paused = sum(room.held_tokens(context.id) for context in room.contexts.in_phase(Phase.PAUSED))
-        return max(round(LEAST_STEP_SHARE * limit), min(limit, room.free_tokens + paused))
+        return max(1, round(LEAST_STEP_SHARE * limit), min(limit, room.free_tokens + paused))
 
     def review(self, view: View) -> list[Choice]:
         self._largest_tokens = max(self._largest_tokens, view.batch_tokens)

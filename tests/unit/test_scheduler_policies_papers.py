@@ -169,6 +169,7 @@ def test_augserves_step_breathes_with_the_memory() -> None:
     assert policy.step_tokens(400, room([resting], free=1000)) == 400
     assert policy.step_tokens(400, room([resting], free=90)) == 150
     assert policy.step_tokens(400, room([resting], free=0)) == 100
+    assert policy.step_tokens(2, room([], free=0)) == 1, "a step of no rows would never end"
 
 
 # -- Continuum -----------------------------------------------------------------------------------------------------
