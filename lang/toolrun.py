@@ -8,7 +8,7 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from caesura.lang import ir
@@ -129,7 +129,7 @@ def call_text(call: ir.ToolInvocation) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON can say it: sets in order, other objects by repr."""
+    """``value`` as JSON can say it: sets in order, dataclasses and models by their fields, other objects by repr."""
     if isinstance(value, Mapping):
         return {key if isinstance(key, str) else _shown(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -138,6 +138,10 @@ def _plain(value: Any) -> Any:
         return sorted(map(_plain, value), key=repr)
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if callable(dump := getattr(value, "model_dump", None)) and not isinstance(value, type):  # pydantic's
+        return _plain(dump())
     return _shown(value)
 
 

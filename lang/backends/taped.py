@@ -226,9 +226,13 @@ class TapedSession:
         """The live session with all of the context in it. Raises ReplayError without a live backend."""
         self._need_live(what)
         if self._live is None:
-            self._opening = asyncio.ensure_future(self._make())
-            self._live = await asyncio.shield(self._opening)
-            self._opening = None
+            if self._opening is None:  # else one that was stopped waiting for it left it
+                self._opening = asyncio.ensure_future(self._make())
+            try:
+                self._live = await asyncio.shield(self._opening)
+            finally:
+                if self._opening.done():
+                    self._opening = None
         await self._send()
         return self._live
 

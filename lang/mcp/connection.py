@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
@@ -44,6 +45,12 @@ class _Link:
 
     def end(self) -> None:
         self._end.set()
+
+    def give_up(self) -> None:
+        """Take no new calls, and leave off connecting; a connection that stands is closed."""
+        self.end()
+        if not self.ready.done() and not self.task.cancelling():
+            self.task.cancel()  # once: a second time would cut off the SDK's own, which ends the process
 
     def retire(self) -> None:
         """Take no new calls, and end when those that run have ended."""
@@ -156,6 +163,10 @@ class Connection:
         from mcp import MCPError
         from mcp.types import CONNECTION_CLOSED, INVALID_PARAMS, METHOD_NOT_FOUND
 
+        try:
+            json.dumps(arguments, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # on the wire it would end the connection for everybody
+            raise ToolError(f"the arguments of {tool!r} hold half of a character (a lone surrogate)") from None
         link, client = await self._open()
         report = progress_reporter()
 
@@ -192,13 +203,13 @@ class Connection:
                 async with asyncio.timeout(self._connect_timeout_s):
                     return link, await asyncio.shield(link.ready)
             except TimeoutError:
-                link.task.cancel()
+                link.give_up()
                 raise McpUnavailable(
                     f"MCP server {self.server.name!r} did not answer within {self._connect_timeout_s:g} s"
                 ) from None
             except asyncio.CancelledError:
                 if not link.ready.done():
-                    link.task.cancel()
+                    link.give_up()
                 raise
 
     async def close(self) -> None:
@@ -206,9 +217,7 @@ class Connection:
         self._closed = True
         tasks = [link.task for link in self._links]
         for link in self._links:
-            link.end()
-            if not link.ready.done():
-                link.task.cancel()
+            link.give_up()
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
 

@@ -94,7 +94,7 @@ def mcp_tools(
     pairs = [(c, remote) for c, listing in zip(connections, listings, strict=True) for remote in listing]
     try:
         names = tool_names([(connection.server.name, remote.name) for connection, remote in pairs])
-        chosen = _allowed(names, [remote.name for _, remote in pairs], allow)
+        chosen = allowed(names, [remote.name for _, remote in pairs], allow)
         tools = [
             _tool(connection, remote, name, timeout_s=timeout_s, expected_s=expected_s, max_chars=max_chars)
             for name, (connection, remote) in zip(names, pairs, strict=True)
@@ -140,7 +140,8 @@ def _identifier(text: str) -> str:
     return f"_{clean}" if clean[0].isdigit() else clean
 
 
-def _allowed(names: Sequence[str], own_names: Sequence[str], allow: Sequence[str] | None) -> set[str]:
+def allowed(names: Sequence[str], own_names: Sequence[str], allow: Sequence[str] | None) -> set[str]:
+    """The names in ``allow``, which has them with or without the server's before; None allows all."""
     if allow is None:
         return set(names)
     if isinstance(allow, str):
@@ -148,7 +149,8 @@ def _allowed(names: Sequence[str], own_names: Sequence[str], allow: Sequence[str
     unknown = [name for name in allow if name not in names and name not in own_names]
     if unknown:
         raise DefinitionError(f"allow names a tool {unknown[0]!r} that no server has; there are: {', '.join(names)}")
-    return {name for name, own in zip(names, own_names, strict=True) if name in allow or own in allow}
+    plain = set(allow).difference(names)  # a prefixed name means that tool alone, whatever others call theirs
+    return {name for name, own in zip(names, own_names, strict=True) if name in allow or own in plain}
 
 
 def _tool(

@@ -22,8 +22,8 @@ class AdmissionOnly(LruHost):
 
     Every second: ``W = CUT * min(W, active)``, 1 at least, when contexts that came back found less than ``GOOD_HITS``
     of their tokens, on device or host, else ``W = W + GROWTH`` if somebody waited outside. A new program waits while W
-    are active; it is active from then until its last context is closed. The paper's thresholds, period and signals beyond
-    the hit rate and the demand were not known: the constants are ours.
+    are active; it is active from then until its last context is closed. The paper's thresholds, period and signals
+    beyond the hit rate and the demand were not known: the constants are ours.
     """
 
     name = "admission_only"

@@ -155,6 +155,39 @@ def test_a_server_that_dies_fails_its_calls_and_is_started_again_at_the_next(std
     assert result(stdio["marks__environment"]).value["pid"] != before
 
 
+def test_a_server_that_hangs_when_it_is_started_again_is_ended_with_its_tools(folder):
+    """Those who stop waiting for it do not cut its end short."""
+    pid = folder / "pid"
+    started_again = "import os, time; open(os.environ['PID'], 'x').write(str(os.getpid())); time.sleep(300)"
+    once = f"""
+import os, sys
+if os.path.exists(os.environ["PID"] + ".first"):
+    exec({started_again!r})
+open(os.environ["PID"] + ".first", "x").close()
+os.execv(sys.executable, [sys.executable, {str(SERVER)!r}, "stdio"])
+"""
+    env = {"MCP_MARKS": str(folder / "hangs"), "PID": str(pid)}
+    with mcp_tools(McpServer("marks", command=(sys.executable, "-c", once), env=env)) as tools:
+        assert not result(tools["marks__dies"]).ok
+        late = result(tools["marks__environment"], {"timeout_s": 2})
+        assert not late.ok and "2" in late.text
+    for _ in range(1000):
+        try:
+            os.kill(int(pid.read_text()), 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.02)
+    else:
+        raise AssertionError("the process lives on")
+
+
+def test_half_of_a_character_is_refused_and_ends_no_connection(stdio):
+    before = result(stdio["marks__environment"]).value["pid"]
+    refused = result(stdio["marks__fails"], why="\ud800")
+    assert not refused.ok and "half of a character" in refused.text
+    assert result(stdio["marks__environment"]).value["pid"] == before
+
+
 def test_over_http_a_cancelled_program_cancels_the_call_and_a_new_server_is_found_again(folder):
     marks = folder / "http"
     port = free_port()

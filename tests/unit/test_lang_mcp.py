@@ -8,7 +8,7 @@ import pytest
 from caesura.lang import DefinitionError, McpServer, ToolOutput, call_tool, function, mcp_servers, mcp_tools, tool
 from caesura.lang.backends.scripted import ScriptedBackend
 from caesura.lang.errors import ToolError
-from caesura.lang.mcp.toolset import tool_names
+from caesura.lang.mcp.toolset import allowed, tool_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +29,14 @@ def test_names_are_prefixed_by_the_server():
     assert first != second
     with pytest.raises(DefinitionError, match="two MCP servers are called 'a'"):
         tool_names([("a", "b"), ("a", "b")])
+
+
+def test_a_prefixed_name_allows_that_tool_alone():
+    own = ["read", "files__read"]
+    names = tool_names([("files", own[0]), ("other", own[1])])
+    assert allowed(names, own, ["files__read"]) == {"files__read"}
+    assert allowed(names, own, ["read"]) == {"files__read"}
+    assert allowed(names, own, None) == set(names)
 
 
 def test_a_configuration_file_as_other_clients_write_it(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import enum
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from caesura.lang import ScriptedBackend, call_tool, call_tools, function, gen, 
 from caesura.lang.dsl import invocation
 from caesura.lang.toolrun import call_text
 from caesura.lang.typed import output_type
+from pydantic import BaseModel
 
 
 @tool
@@ -203,11 +205,22 @@ class Plain:
     pass
 
 
+@dataclass
+class Order:
+    tags: set[str]
+
+
+class Model(BaseModel):
+    tags: set[str]
+
+
 def test_a_call_reads_the_same_in_every_process() -> None:
     code = """
 from tests.unit.test_lang_nesting import *
 print(call_text(invocation(leaf, ({"ann", "bob", "cyd", "dan"},), {}, None, None, None, None)))
 print(call_text(invocation(leaf, ([Plain(), {(1, 2): 3}],), {}, None, None, None, None)))
+tags = {"ann", "bob", "cyd", "dan"}
+print(call_text(invocation(leaf, ([Order(tags), Model(tags=tags)],), {}, None, None, None, None)))
 """
     told = {
         subprocess.run(
@@ -217,9 +230,10 @@ print(call_text(invocation(leaf, ([Plain(), {(1, 2): 3}],), {}, None, None, None
         for seed in ("1", "2", "3")
     }  # fmt: skip
     assert len(told) == 1
-    sets, objects = map(json.loads, told.pop().splitlines())
+    sets, objects, records = map(json.loads, told.pop().splitlines())
     assert sets == {"q": ["ann", "bob", "cyd", "dan"]}
     assert objects["q"][1] == {"(1, 2)": 3}
+    assert records["q"] == [{"tags": ["ann", "bob", "cyd", "dan"]}] * 2
 
 
 def test_a_value_that_holds_itself_is_told_all_the_same() -> None:
