@@ -19,6 +19,7 @@ from caesura.runtime.embedded.skills.chores import CHORES, listing
 from caesura.runtime.embedded.skills.mixture import SKILLS
 from caesura.runtime.embedded.skills.offers import HELD_OUT_NAMES, Offer, offer, toolset, usual
 from caesura.runtime.embedded.skills.services import NEAR, unanswerable
+from caesura.runtime.embedded.skills.single import arithmetic
 from caesura.runtime.embedded.skills.task import Call, Task, careful
 from caesura.runtime.embedded.skills.world import World
 from caesura.runtime.embedded.tasks import CalculatorError, Kind, Split, calculate
@@ -33,6 +34,8 @@ NO_TOOLS_SHARE = 0.03
 SMALL_TALK_SHARE = 0.02
 WITHHELD_SHARE = 0.06
 HARD_SHARE = 0.5  # of adventures; if all were, a treasure that lies alone would be left
+LATE_SHARE = 0.3  # late in a training: adventures, and
+LATE_SUMS_SHARE = 0.4  # of these, sums at once, since "and" mostly joins other things
 MEDLEY_SHARE = 0.3  # of the chains: many questions for any tool, since which one is needed is the hardest to learn
 MAX_OFFERS = 9  # but for what the questions themselves need
 
@@ -96,8 +99,8 @@ class ConversationMaker:
         self._chained = [name for name in SKILLS if name not in ("adventure", "no_tool")]
         self._weights = [SKILLS[name].share for name in self._chained]
 
-    def make(self, progress: float) -> tuple[list[Message], list[Mapping[str, Any]]]:
-        """Messages and the tools on offer."""
+    def make(self, progress: float, *, late: bool = False) -> tuple[list[Message], list[Mapping[str, Any]]]:
+        """Messages and the tools on offer. ``late`` in a training there is more of what is learned last."""
         rng = self._rng
         world = World(f"train/{rng.getrandbits(64)}", Split.TRAIN, pieces=self._pieces, never=HELD_OUT_WORDS)
         if self._pieces and rng.random() < LISTING_SHARE:
@@ -111,6 +114,10 @@ class ConversationMaker:
         system = system_prompt(rng, sentences=rng.randrange(6, 40) if long else rng.choice((0, 0, 1, 1, 2, 3)))
         if system or rng.random() < 0.1:
             messages.append({"role": "system", "content": system})
+        if late and rng.random() < LATE_SHARE:
+            if rng.random() < LATE_SUMS_SHARE:
+                return self._chain(messages, world, ["sums"] * rng.randint(1, 2))
+            return self._adventure(messages, world, progress, mistakes=True)
         drawn = rng.random()
         if drawn < SKILLS["adventure"].share / 100 * (1.0 if progress > 0.4 else 0.3):
             return self._adventure(messages, world, progress)
@@ -122,11 +129,11 @@ class ConversationMaker:
         return self._chain(messages, world, rng.choices(self._chained, self._weights, k=rng.randint(1, most)))
 
     def _adventure(
-        self, messages: list[Message], world: World, progress: float
+        self, messages: list[Message], world: World, progress: float, *, mistakes: bool = False
     ) -> tuple[list[Message], list[Mapping[str, Any]]]:
         # Once the model gets on, most games are joined half-way: as many decisions, in fewer tokens.
         begun = progress >= 0.75 and self._rng.random() < 0.65
-        task = adventure(world, begun=begun, hard=self._rng.random() < HARD_SHARE)
+        task = adventure(world, begun=begun, hard=self._rng.random() < HARD_SHARE, mistakes=mistakes)
         act = offer("act", self._rng, Split.TRAIN) if self._rng.random() < 0.3 else usual("act")
         return [*messages, *played(task, world, {"act": act})], [act.spec]
 
@@ -148,7 +155,7 @@ class ConversationMaker:
         withheld: set[str] = set()
         solved: list[tuple[Task, list[Round], str]] = []
         for name in names:
-            task = SKILLS[name].make(world)
+            task = arithmetic(world, Kind.PARALLEL) if name == "sums" else SKILLS[name].make(world)
             if not used.keys() & task.needs and rng.random() < WITHHELD_SHARE:
                 withheld.update(task.needs)
             if bare or withheld & set(task.needs):

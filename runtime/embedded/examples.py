@@ -144,11 +144,12 @@ def batches(
     pool: int,
     max_tokens: int,
     micro_tokens: int = 2304,
+    late: bool = False,
 ) -> Iterator[list[list[Example]]]:
     """A shuffled pool of conversations, new ones and those to learn ``again``, cut into micro-batches of like length,
     several of which make a batch of at least ``batch_tokens``, short and long ones mixed."""
     maker = ConversationMaker(rng, letter_tokens(tokenizer))
-    texts = [render(*maker.make(progress)) for _ in range(pool - len(again))]
+    texts = [render(*maker.make(progress, late=late)) for _ in range(pool - len(again))]
     examples = [encode_example(tokenizer, text) for text in texts]
     examples = [*again, *(Example(e.ids[:max_tokens], e.learn[:max_tokens]) for e in examples)]
     examples.sort(key=lambda example: len(example.ids))

@@ -13,7 +13,7 @@ from caesura.runtime.embedded.chat import FAILED_TEXT, NO_TOOL_TEXT, render
 from caesura.runtime.embedded.data import HELD_OUT_WORDS, ConversationMaker, played, rounds_of, shown_turns
 from caesura.runtime.embedded.phrases import NAMES
 from caesura.runtime.embedded.skills import adventures
-from caesura.runtime.embedded.skills.chores import CHORES, listing
+from caesura.runtime.embedded.skills.chores import CHORES, UNLEARNED, listing
 from caesura.runtime.embedded.skills.mixture import SKILLS, held_out_task, misspell
 from caesura.runtime.embedded.skills.offers import KINDS, offer, toolset, usual
 from caesura.runtime.embedded.skills.task import Call, Task, Teacher, careful
@@ -87,14 +87,28 @@ def test_in_a_hard_adventure_the_treasure_is_to_be_told_from_what_lies_beside_it
 def test_some_adventures_of_a_training_are_hard(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: set[bool] = set()
 
-    def noted(world: World, *, begun: bool, hard: bool) -> Task:
+    def noted(world: World, *, begun: bool, hard: bool, mistakes: bool) -> Task:
         drawn.add(hard)
-        return adventures.adventure(world, begun=begun, hard=hard)
+        return adventures.adventure(world, begun=begun, hard=hard, mistakes=mistakes)
 
     monkeypatch.setattr("caesura.runtime.embedded.data.adventure", noted)
     for seed in range(80):
         ConversationMaker(random.Random(seed)).make(1.0)
     assert drawn == {False, True}
+
+
+def test_late_in_a_training_adventures_go_on_from_mistakes_that_are_not_learned() -> None:
+    texts = [render(*ConversationMaker(random.Random(seed)).make(12.0, late=True)) for seed in range(150)]
+    begin, end = UNLEARNED
+    mistakes = [text for text in texts if f'"command": "{begin}unlock' in text]
+    assert mistakes
+    for text in mistakes:
+        for told in text.split(f'"command": "{begin}unlock')[1:]:
+            assert told.split("<tool_response>\n")[1].startswith("You cannot. ")
+        assert "I have failed" not in text and text.count(begin) == text.count(end)
+    earlier = [render(*ConversationMaker(random.Random(seed)).make(12.0)) for seed in range(150)]
+    assert not any(f'"command": "{begin}' in text for text in earlier)
+    assert sum("Play the adventure" in text for text in texts) > sum("Play the adventure" in text for text in earlier)
 
 
 @pytest.mark.parametrize("seed", range(10))

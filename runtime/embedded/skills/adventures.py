@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from caesura.runtime.embedded.skills.chores import UNLEARNED
 from caesura.runtime.embedded.skills.task import Call, Task, Teacher
 from caesura.runtime.embedded.skills.world import World
 from caesura.runtime.embedded.tasks import Split
@@ -15,6 +17,7 @@ from caesura.runtime.embedded.tools.adventure import DECOYS, MAX_STEPS, METALS, 
 STEPS = range(10, 23)
 MADE_UP_SHARE = 0.75  # of the words in training: with 0.3, words never seen before were copied badly
 PIECEWISE_SHARE = 0.7  # of those: a key is known again by its first token, and syllables begin with few
+MISTAKE_SHARE = 0.3  # of the commands where one can be refused
 RESERVED = {"nothing", "none", "new", "door", "key", "locked", "north", "south", "east", "west"}
 SIZES = ((5, 1), (6, 1), (7, 1), (6, 2), (7, 2))  # rooms, locked doors
 SIZES_OF = {Split.TRAIN: SIZES[:3] + 4 * SIZES[3:], Split.HELD_OUT: SIZES}  # keys that do not fit are hard to learn
@@ -31,9 +34,10 @@ _ITEM = re.compile(r"[^, ][^,]*")
 Span = tuple[int, int]  # of a text, as positions of characters
 
 
-def adventure(world: World, *, begun: bool = False, hard: bool = False) -> Task:
+def adventure(world: World, *, begun: bool = False, hard: bool = False, mistakes: bool = False) -> Task:
     """A game of 10 to 22 steps when it is played well; ``begun`` starts it somewhere on the way. In a ``hard`` one the
-    treasure is to be told from something that lies beside it."""
+    treasure is to be told from something that lies beside it. ``mistakes`` are made on the way and not learned, so that
+    the model learns to go on from its own."""
     while True:
         rooms, locks = world.rng.choice(SIZES_OF[world.split])
         seed, words = f"{world.seed}/{world.rng.random()}", _words(world)
@@ -44,10 +48,11 @@ def adventure(world: World, *, begun: bool = False, hard: bool = False) -> Task:
     game = Adventure(seed, rooms=rooms, locks=locks, words=words)
     if begun:
         _rehearse(game, world.rng.randrange(rehearsal.steps - 3))
-    world.extra["act"] = game.act
+    world.extra["act"] = lambda command: game.act(command.strip("".join(UNLEARNED)))
     question = f"Play the adventure: {game.goal}.\n{game.observe()}"
     first, treasure, home = game.observe(), game.treasure, game.home
-    return Task(question, ("act",), lambda: _play(first, treasure, home), lambda: game.solved)
+    chance = random.Random(f"{seed}/mistakes") if mistakes else None
+    return Task(question, ("act",), lambda: _play(first, treasure, home, chance), lambda: game.solved)
 
 
 def command_for(observation: str, treasure: str, home: str) -> str:
@@ -93,14 +98,26 @@ def _items(match: re.Match[str], group: int) -> dict[str, Span]:
     return {item[0]: (start + item.start(), start + item.end()) for item in _ITEM.finditer(match[group])}
 
 
-def _play(observation: str, treasure: str, home: str) -> Teacher:
+def _play(observation: str, treasure: str, home: str, chance: random.Random | None = None) -> Teacher:
     while observation.endswith("."):
         if observation == "You have done it.":
             return f"Done: the {treasure} is in the {home}."
         if observation == "You are out of time.":
             break
-        (observation,) = yield [Call("act", {"command": command_for(observation, treasure, home)})]
+        command = command_for(observation, treasure, home)
+        refused = _refused(observation)
+        if refused and chance and chance.random() < MISTAKE_SHARE:
+            command = chance.choice(refused).join(UNLEARNED)
+        (observation,) = yield [Call("act", {"command": command})]
     return "I have failed."
+
+
+def _refused(observation: str) -> list[str]:
+    """Commands that will be refused: to unlock what no key is there for."""
+    match = _SEEN.search(observation)
+    seen = None if match is None else _Seen(match)
+    locks = [] if seen is None else [locked for exit_ in seen.exits if (locked := _LOCKED.match(exit_))]
+    return [f"unlock {locked[1]}" for locked in locks if seen and locked[2] not in seen.have]
 
 
 @dataclass(frozen=True, slots=True)
