@@ -156,7 +156,6 @@ def test_a_server_that_dies_fails_its_calls_and_is_started_again_at_the_next(std
 
 
 def test_a_server_that_hangs_when_it_is_started_again_is_ended_with_its_tools(folder):
-    """Those who stop waiting for it do not cut its end short."""
     pid = folder / "pid"
     started_again = "import os, time; open(os.environ['PID'], 'x').write(str(os.getpid())); time.sleep(300)"
     once = f"""
