@@ -79,6 +79,8 @@ def _check_node(ledger: KVLedger, node: Node) -> None:
         _require(bool(child.device or child.host), f"node {child.id} lies nowhere")
         _require(not child.device or bool(node.device) or node.parent is None, f"hole above node {child.id}")
         _require(child.tick <= node.tick, f"node {child.id} is newer than its parent")
+    spoiled_above = node.parent is not None and node.parent.spoiled
+    _require(node.pinned or not node.spoiled or spoiled_above, f"node {node.id} is spoiled, and nothing moves there")
     for tier in (node.device, node.host, node.sinking):
         _require(not tier or len(tier) * ledger.page_size == len(node.tokens), f"node {node.id}: {len(tier)} pages")
     _check_below(ledger, node)

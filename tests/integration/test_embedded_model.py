@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from caesura.runtime.embedded import FILES, checkpoint_path
 from caesura.runtime.embedded.attention import attend
-from caesura.runtime.embedded.chat import CALCULATOR_TOOL, CHAT_TEMPLATE, calls_message, render
+from caesura.runtime.embedded.chat import CALCULATOR_TOOL, CHAT_TEMPLATE, TURN_END, calls_message, render
 from caesura.runtime.embedded.data import ConversationMaker
 from caesura.runtime.embedded.evaluate import Chat, ask_each, ask_in_a_row, copies_results
 from caesura.runtime.embedded.examine import Attempt, Report, Terms
@@ -26,6 +26,7 @@ from caesura.runtime.embedded.tasks import Split, make_tasks
 from caesura.runtime.embedded.train import export
 from caesura.runtime.embedded.trainer import Recipe, Trainer
 from caesura.runtime.service import EngineService
+from caesura.runtime.text.template import ChatTemplate
 from rich.console import Console
 from tokenizers import Tokenizer
 
@@ -71,15 +72,15 @@ def test_tokenizer_round_trip(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(end, skip_special_tokens=True) == ""
 
 
-def test_content_tokenizes_alike_in_pieces_and_whole(tokenizer: Tokenizer) -> None:
-    """A runtime that tokenizes markers and content apart arrives at what the model was trained on."""
-    pieces = (
-        "<|im_start|>user\n", "What is 48 * 39?", "<|im_end|>\n<|im_start|>assistant\n",
-        '<tool_call>\n{"name": "', "calculator", '", "arguments": ', '{"expression": "48 * 39"}', "}\n</tool_call>",
-        "<|im_end|>\n<|im_start|>user\n<tool_response>\n", "1872", "\n</tool_response><|im_end|>\n",
-    )  # fmt: skip
-    apart = [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False).ids]
-    assert apart == tokenizer.encode("".join(pieces), add_special_tokens=False).ids
+def test_engine_and_servers_tokenize_what_the_model_was_trained_on(tokenizer: Tokenizer) -> None:
+    """They tokenize a template's words apart from what is said between them."""
+    template = ChatTemplate(CHAT_TEMPLATE, eos_token=TURN_END)
+    maker = ConversationMaker(random.Random(3))
+    for _ in range(50):
+        messages, tools = maker.make(1.0)
+        pieces = [piece.text for piece in template.pieces(messages, tools=tools or None)]
+        apart = [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False).ids]
+        assert apart == tokenizer.encode(render(messages, tools), add_special_tokens=False).ids
 
 
 def test_only_assistant_turns_are_learned(tokenizer: Tokenizer) -> None:

@@ -13,11 +13,11 @@ from caesura.runtime.sim import Simulation, generation
 from caesura.scheduler.context import Call
 from caesura.scheduler.policies import make_policy
 from caesura.scheduler.policies.admission_only import AdmissionOnly
-from caesura.scheduler.policies.base import PausePolicy, Take, View
+from caesura.scheduler.policies.base import Choice, PausePolicy, Take, View
 from caesura.scheduler.policies.min_waste import MinWaste
 from caesura.scheduler.profile import GPT_J_6B_A100
 from caesura.scheduler.scheduler import SchedulerConfig
-from caesura.scheduler.types import ContextId, MoveKind
+from caesura.scheduler.types import Action, ContextId, MoveKind
 
 PAGE = 16
 
@@ -195,6 +195,37 @@ def test_what_is_left_of_one_who_was_taken_in_part_is_there_for_the_next() -> No
     assert len(plan.slices) == 2
     assert not plan.preempted
     simulation.run()
+    running.check()
+
+
+def test_who_was_taken_in_part_is_reviewed_again() -> None:
+    class Watchful(PausePolicy):
+        name = "watchful"
+        on_demand = True
+        review_every_s = 0.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.reviewed: list[int] = []  # tokens of the context, at each look
+
+        def review(self, view: View) -> list[Choice]:
+            self.reviewed += [paused.held_tokens for paused in view.paused if paused.tool]
+            return [
+                Choice(paused.id, Action.PRESERVE, view.costs(paused), "for now")
+                for paused in view.paused
+                if paused.decided is None
+            ]
+
+    policy = Watchful()
+    running, simulation = engine(policy, pages=64, host_pages=0)
+    context = running.open()
+    generate(running, context, [1] * (50 * PAGE - 4), 1)
+    simulation.run()
+    running.pause(context, [Call("t")])
+    generate(running, running.open(), [2] * (20 * PAGE - 4), 3)
+    simulation.run()
+    assert policy.reviewed[0] > 49 * PAGE > policy.reviewed[-1] > 0
+    assert [decision.action for decision in running.decisions(context)] == [Action.PRESERVE, Action.DISCARD]
     running.check()
 
 

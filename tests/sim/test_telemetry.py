@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from caesura.runtime.clock import VirtualClock
 from caesura.runtime.engine import Engine
 from caesura.runtime.executors.sim import SimExecutor
@@ -13,7 +14,7 @@ from caesura.scheduler.context import Call
 from caesura.scheduler.policies import make_policy
 from caesura.scheduler.profile import GPT_J_6B_A100
 from caesura.scheduler.scheduler import SchedulerConfig
-from caesura.scheduler.types import ContextId, StepPlan, StepResult
+from caesura.scheduler.types import ContextId, MoveId, MoveKind, StepPlan, StepResult
 
 
 class Steps:
@@ -30,11 +31,15 @@ class Steps:
 
 
 def make(
-    policy: str = "min_waste", pages: int = 64, host: int = 0, running: int = 8
+    policy: str = "min_waste",
+    pages: int = 64,
+    host: int = 0,
+    running: int = 8,
+    executor: type[SimExecutor] = SimExecutor,
 ) -> tuple[Engine, Telemetry, Steps]:
     clock = VirtualClock()
-    executor = SimExecutor(GPT_J_6B_A100, clock, num_device_pages=pages, num_host_pages=host, slow=1000)
-    engine = Engine(executor, make_policy(policy), GPT_J_6B_A100, clock, SchedulerConfig(max_running=running))
+    world = executor(GPT_J_6B_A100, clock, num_device_pages=pages, num_host_pages=host, slow=1000)
+    engine = Engine(world, make_policy(policy), GPT_J_6B_A100, clock, SchedulerConfig(max_running=running))
     steps = Steps()
     telemetry = Telemetry(engine)
     engine.observers.append(steps)
@@ -103,6 +108,29 @@ def test_a_context_that_goes_on_is_a_new_request_that_finds_itself_cached() -> N
     account = telemetry.account(engine)
     assert account["requests"] == 2 and account["prompt_tokens"] == 40 + 54
     assert account["cached_tokens"] == 43, "all but the last sampled token was computed"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_a_load_brings_is_cached_when_it_is_there(broken: bool) -> None:
+    class Lossy(SimExecutor):
+        """Copies come back from the host, unless it is broken."""
+
+        def acknowledged(self, *, wait_s: float = 0.0) -> list[MoveId]:
+            coming = {move.id for _, move in self._flying if move.kind is MoveKind.IN}
+            done = super().acknowledged(wait_s=wait_s)
+            self._failed.update(coming.intersection(done) if broken else ())
+            return done
+
+    engine, telemetry, _ = make("swap", host=64, executor=Lossy)
+    context = begin(engine, list(range(48)), 1)
+    work(engine)
+    engine.pause(context, [Call("t")])
+    work(engine)
+    assert not engine.ledger.held_tokens(context)
+    engine.resume(context)
+    engine.generate(context, generation(engine, context, 1, lambda _: None))
+    work(engine)
+    assert telemetry.account(engine)["cached_tokens"] == (0 if broken else 48)
 
 
 def test_tools_are_timed_from_pause_to_resume_and_bounded_in_number() -> None:

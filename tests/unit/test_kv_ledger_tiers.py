@@ -205,3 +205,18 @@ def test_truncate_gives_up_a_claim_that_lies_on_the_host() -> None:
     assert ledger.computed(A) == 4
     run(ledger, A, [0, 1, 2, 3, 4, 7, 7, 7])
     assert ledger.computed(A) == 8
+
+
+def test_a_spoiled_run_goes_with_the_copy_that_kept_it() -> None:
+    """Of a run that is copied out in two parts the second is on its way when all turns out to be wrong."""
+    ledger = KVLedger(2, 5, 5)
+    run(ledger, A, TEN)
+    ledger.pause(A)
+    assert ledger.copy_out(ledger.segments()[0].id, 2) == 4
+    acknowledge_all(ledger)
+    first = min(ledger.segments(), key=lambda segment: segment.start)
+    assert ledger.copy_out(first.id) == 6
+    ledger.spoil(frozenset(range(5)))
+    check(ledger)
+    acknowledge_all(ledger)
+    assert (ledger.free_pages, ledger.free_host_pages) == (5, 5)

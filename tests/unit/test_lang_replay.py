@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 
@@ -23,6 +24,7 @@ from caesura.lang import (
     unconditional_likelihood_normalized,
     user,
 )
+from caesura.lang.backend import GenRequest
 from caesura.lang.backends.scripted import PlainChat
 from caesura.lang.backends.tape import ContextKeys, key
 from caesura.lang.errors import NoRecording
@@ -192,6 +194,30 @@ def test_a_run_that_outlives_its_recording_fails(tmp_path):
     error = state.error()
     assert isinstance(error, NoRecording)
     assert "run.jsonl is closed: wait for the program" in str(error) and "what it lacks: call slow" in str(error)
+
+
+def test_a_context_that_was_being_opened_for_one_who_stopped_is_there_for_the_next(tmp_path):
+    class Slow(ScriptedBackend):
+        async def open(self, **options):
+            await asyncio.sleep(0.05)
+            return await super().open(**options)
+
+    backend = Slow(["a", "b"])
+
+    async def ask(taped):
+        session = await taped.open()
+        first = asyncio.ensure_future(anext(session.generate(GenRequest("x"))))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.wait([first])
+        assert first.cancelled()
+        text = "".join([chunk.text async for chunk in session.generate(GenRequest("x"))])
+        await session.close()
+        return text
+
+    with durable(backend, tmp_path / "run.jsonl") as taped:
+        assert asyncio.run(ask(taped)) == "a"
+    assert (backend.most_open_sessions, backend.open_sessions) == (1, 0)
 
 
 def test_no_recording(tmp_path):
