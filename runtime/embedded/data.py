@@ -34,8 +34,8 @@ NO_TOOLS_SHARE = 0.03
 SMALL_TALK_SHARE = 0.02
 WITHHELD_SHARE = 0.06
 HARD_SHARE = 0.5  # of adventures; if all were, a treasure that lies alone would be left
-LATE_SHARE = 0.3  # late in a training: adventures, and
-LATE_SUMS_SHARE = 0.4  # of these, sums at once, since "and" mostly joins other things
+LATE_SHARE = 0.4  # late in a training: adventures, and
+LATE_SUMS_SHARE = 0.5  # of these, sums: one, one of another, and at once, since "and" mostly joins other things
 MEDLEY_SHARE = 0.3  # of the chains: many questions for any tool, since which one is needed is the hardest to learn
 MAX_OFFERS = 9  # but for what the questions themselves need
 
@@ -116,7 +116,7 @@ class ConversationMaker:
             messages.append({"role": "system", "content": system})
         if late and rng.random() < LATE_SHARE:
             if rng.random() < LATE_SUMS_SHARE:
-                return self._chain(messages, world, ["sums"] * rng.randint(1, 2))
+                return self._chain(messages, world, ["sums"] * rng.randint(1, 3))
             return self._adventure(messages, world, progress, mistakes=True)
         drawn = rng.random()
         if drawn < SKILLS["adventure"].share / 100 * (1.0 if progress > 0.4 else 0.3):
@@ -155,7 +155,7 @@ class ConversationMaker:
         withheld: set[str] = set()
         solved: list[tuple[Task, list[Round], str]] = []
         for name in names:
-            task = arithmetic(world, Kind.PARALLEL) if name == "sums" else SKILLS[name].make(world)
+            task = self._sums(world) if name == "sums" else SKILLS[name].make(world)
             if not used.keys() & task.needs and rng.random() < WITHHELD_SHARE:
                 withheld.update(task.needs)
             if bare or withheld & set(task.needs):
@@ -174,6 +174,10 @@ class ConversationMaker:
                 messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
             messages += shown_turns(task.question, rounds, answer, by_tool)
         return messages, [offer.spec for offer in offers]
+
+    def _sums(self, world: World) -> Task:
+        """Any kind of arithmetic as often as any other, and small numbers as often as large ones."""
+        return arithmetic(world, self._rng.choice(tuple(Kind)), small=self._rng.random() < 0.5)
 
 
 Round = tuple[list[Call], list[str]]

@@ -32,6 +32,7 @@ MADE_UP_SHARE = 0.3
 MAX_TASKS = 1_000_000
 _OPERATORS = ("+", "-", "*", "/")
 _DIGIT_WEIGHTS = {2: 12, 3: 30, 4: 35, 5: 23}  # mostly out of reach for mental arithmetic
+_SMALL_DIGIT_WEIGHTS = {1: 25, 2: 75}  # what people try first
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 
 
@@ -111,11 +112,14 @@ def check(task: Task, answer_text: str) -> bool:
 
 
 class TaskMaker:
-    """Draws tasks from one random source."""
+    """Draws tasks from one random source. ``small``: about numbers of one or two digits."""
 
-    def __init__(self, rng: random.Random, split: Split, kinds: Sequence[Kind] | None = None) -> None:
+    def __init__(
+        self, rng: random.Random, split: Split, kinds: Sequence[Kind] | None = None, *, small: bool = False
+    ) -> None:
         self._rng = rng
         self._split = split
+        self._digit_weights = _SMALL_DIGIT_WEIGHTS if small else _DIGIT_WEIGHTS
         self._kinds = tuple(kinds) if kinds else tuple(_KIND_WEIGHTS)
         self._weights = [_KIND_WEIGHTS[kind] for kind in self._kinds]
 
@@ -131,11 +135,11 @@ class TaskMaker:
     # -- numbers ---------------------------------------------------------------------------------------------
 
     def _number(self, *, max_digits: int = 5) -> int:
-        sizes = [digits for digits in _DIGIT_WEIGHTS if digits <= max_digits]
-        (digits,) = self._rng.choices(sizes, [_DIGIT_WEIGHTS[size] for size in sizes])
+        sizes = [digits for digits in self._digit_weights if digits <= max_digits]
+        (digits,) = self._rng.choices(sizes, [self._digit_weights[size] for size in sizes])
         while True:
             number = self._rng.randrange(10 ** (digits - 1), 10**digits)
-            if split_of(number) is self._split:
+            if digits == 1 or split_of(number) is self._split:  # nine numbers are not worth holding out
                 return number
 
     def _operands(self, operator: str, *, negative: bool = False) -> tuple[int, int]:

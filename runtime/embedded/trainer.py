@@ -40,7 +40,7 @@ class Recipe:
     ``lr``; the last step ends the training."""
 
     seed: int = 0
-    rates: tuple[tuple[int, float], ...] = ((0, 0.0), (60, 1.0), (1500, 1.0), (7000, 0.01), (7050, 0.3), (7800, 0.01))
+    rates: tuple[tuple[int, float], ...] = ((0, 0.0), (60, 1.0), (1500, 1.0), (7000, 0.01), (7050, 0.4), (8600, 0.01))
     late_steps: int = 7000  # from then on there is more of what is learned last
     batch_tokens: int = 4608
     lr: float = 3e-3

@@ -130,10 +130,20 @@ def test_chats_and_their_tools_give_the_engines_answers(engine: EngineBackend, b
     assert [m["role"] for m in state.messages()] == [m["role"] for m in expected.messages()]
 
 
+@function
+def shown(s: ProgramState) -> None:
+    """One call, for a model that does not know the words in which a chat format that is not its own offers tools."""
+    s += user("What is 12 + 30?")
+    s += assistant('<tool_call>\n{"name": "calculator", "arguments": {"expression": "12 + 30"}}\n</tool_call>')
+    s += user("<tool_response>\n42\n</tool_response>") + assistant("The answer is 42.")
+
+
 @pytest.mark.parametrize("where", ["engine", "openai", "sglang"])
 def test_an_answer_under_a_grammar_comes_after_calls(where: str, request: pytest.FixtureRequest) -> None:
     @function
     def program(s: ProgramState) -> None:
+        if where == "sglang":
+            shown(s)
         s += user("What is 4827 * 396?")
         s += assistant(gen("x", regex=r"The answer is \d+\.", tools=[calculator], max_tokens=96, temperature=0))
 

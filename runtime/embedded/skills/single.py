@@ -75,9 +75,9 @@ def one(call: Call) -> Teacher:
     return answer_text([value])
 
 
-def arithmetic(world: World, *kinds: Kind) -> Task:
-    """One or two steps, or two parallel ones. ``kinds`` limits the mixture."""
-    task = TaskMaker(world.rng, world.split, kinds).make()
+def arithmetic(world: World, *kinds: Kind, small: bool = False) -> Task:
+    """One or two steps, or two parallel ones. ``kinds`` limits the mixture, ``small`` the numbers to two digits."""
+    task = TaskMaker(world.rng, world.split, kinds, small=small).make()
 
     def solve() -> Teacher:
         rounds = [task.steps] if task.kind is Kind.PARALLEL else [(step,) for step in task.steps]
