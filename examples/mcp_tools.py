@@ -19,7 +19,7 @@ BOOK = Encyclopedia(3)
 QUESTIONS = (
     "What is 4827 * 396?",
     f"What is the population of {BOOK.towns[0]}?",
-    "What is 12.5 km in miles?",
+    "How many miles are 12.5 km?",
 )
 
 

@@ -3,7 +3,7 @@
 The loop is yours: you see every thought, may refuse an action, count them, or change what is observed. A regex keeps
 the model to actions that exist. Each `call_tool` pauses the context; only the observation is computed when it goes on.
 
-    python examples/react.py --question "Add 4821 and 977, then multiply the result by 36."
+    python examples/react.py --question "Subtract 977 from 4821, then multiply the result by 36."
 """
 
 import re

@@ -116,11 +116,11 @@ def test_run_shows_roles_and_the_tools_result() -> None:
 
 
 def test_react_observes_step_by_step() -> None:
-    question = "question=Add 4821 and 977, then multiply the result by 36."
+    question = "question=Subtract 977 from 4821, then multiply the result by 36."
     result = invoke("run", str(EXAMPLES / "react.py"), "--arg", question, "--json")
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
-    assert document["variables"]["observation0"] == "5798"
+    assert document["variables"]["observation0"] == "3844"
     assert document["usage"]["tool_calls"] >= 1
 
 

@@ -89,9 +89,9 @@ def test_an_example_says_what_it_shows_and_how_to_run_it(name: str) -> None:
 
 
 def test_react_observes_what_it_acted_on(run: Callable[..., Any]) -> None:
-    state = run("react.py", question="Add 4821 and 977, then multiply the result by 36.")
-    assert state["action0"] == " calculator[4821 + 977]"
-    assert state["observation0"] == "5798"
+    state = run("react.py", question="Subtract 977 from 4821, then multiply the result by 36.")
+    assert state["action0"] == " calculator[4821 - 977]"
+    assert state["observation0"] == "3844"
     assert state.get_meta_info("thought1")["cached_tokens"] > 0.8 * state.get_meta_info("action0")["prompt_tokens"]
 
 

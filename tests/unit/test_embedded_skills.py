@@ -111,6 +111,15 @@ def test_late_in_a_training_adventures_go_on_from_mistakes_that_are_not_learned(
     assert sum("Play the adventure" in text for text in texts) > sum("Play the adventure" in text for text in earlier)
 
 
+def test_late_in_a_training_there_are_small_sums_of_every_kind() -> None:
+    def drawn(*, late: bool) -> int:
+        makers = (ConversationMaker(random.Random(seed)) for seed in range(400))
+        texts = [render(*maker.make(12.0, late=late)) for maker in makers]
+        return sum(re.search(r'": "\d\d? [-+*/] \d\d?"', text) is not None for text in texts)
+
+    assert drawn(late=True) > 2 * drawn(late=False) > 0
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_every_command_of_an_adventure_follows_from_a_thing_that_is_listed(seed: int) -> None:
     world, act = World(f"moves/{seed}", Split.TRAIN), usual("act")

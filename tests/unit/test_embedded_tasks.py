@@ -11,7 +11,7 @@ import pytest
 from caesura.runtime.embedded.calculator import MAX_EXPRESSION_CHARS, CalculatorError, calculate
 from caesura.runtime.embedded.chat import CALCULATOR_TOOL, calls_message, parse_calls, render
 from caesura.runtime.embedded.phrases import HOLDERS, NAMES, THINGS
-from caesura.runtime.embedded.tasks import Kind, Split, Task, check, make_tasks, split_of
+from caesura.runtime.embedded.tasks import Kind, Split, Task, TaskMaker, check, make_tasks, split_of
 
 OPERATIONS = {
     "+": lambda a, b: a + b,
@@ -47,6 +47,18 @@ def test_questions_name_every_operand_of_their_own() -> None:
         written = {int(number) for number in re.findall(r"\d+", task.question)}
         own = {n for step in task.steps for n in (step.left, step.right) if n is not None}
         assert own == written
+
+
+@pytest.mark.parametrize("split", list(Split))
+@pytest.mark.parametrize("kind", list(Kind))
+def test_small_tasks_are_about_small_numbers(split: Split, kind: Kind) -> None:
+    maker = TaskMaker(random.Random(6), split, (kind,), small=True)
+    tasks = [maker.make() for _ in range(200)]
+    assert all(task.answer == solve(task) for task in tasks)
+    own = [n for task in tasks for step in task.steps for n in (step.left, step.right) if n is not None]
+    dividends = [step.left for task in tasks for step in task.steps if step.operator == "/"]
+    assert sum(n < 100 for n in own) >= len(own) - len(dividends)
+    assert any(n < 10 for n in own) and all(n < 10 or split_of(n) is split for n in own if n < 100)
 
 
 def test_splits_share_no_number_and_no_name() -> None:
