@@ -25,8 +25,8 @@ def calculator(expression: str) -> str:
 
 
 def expression(**sampling):
-    """A number, an operator, a number, and the quotation mark that ends them."""
-    return gen("expression", regex=r'\d{1,6} [-+*/] \d{1,6}"', stop='"', **sampling)
+    """A number, an operator, a number, and what ends the call, which for this model is one token."""
+    return gen("expression", regex=r'\d{1,6} [-+*/] \d{1,6}"\}\}', stop='"', **sampling)
 
 
 @function(tools=[calculator])

@@ -126,6 +126,7 @@ def test_parallel_calls_overlap(run: Callable[..., Any], capsys: pytest.CaptureF
 
 def test_a_vote_takes_the_majority(run: Callable[..., Any]) -> None:
     state = run("fork_and_vote.py", branches=5)
+    assert state.ret_value == "1859"
     assert state["value"] == [calculate(expression) for expression in state["expression"]]
     assert state["value"].count(state.ret_value) == max(map(state["value"].count, state["value"]))
     assert state.usage().cached_tokens > 0.5 * state.usage().prompt_tokens
