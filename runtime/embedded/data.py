@@ -98,6 +98,7 @@ class ConversationMaker:
         self._chores, self._chore_weights = zip(*CHORES, strict=True)
         self._chained = [name for name in SKILLS if name not in ("adventure", "no_tool")]
         self._weights = [SKILLS[name].share for name in self._chained]
+        self._makers = {name: skill.make for name, skill in SKILLS.items()} | {"sums": self._sums}
 
     def make(self, progress: float, *, late: bool = False) -> tuple[list[Message], list[Mapping[str, Any]]]:
         """Messages and the tools on offer. ``late`` in a training there is more of what is learned last."""
@@ -155,7 +156,7 @@ class ConversationMaker:
         withheld: set[str] = set()
         solved: list[tuple[Task, list[Round], str]] = []
         for name in names:
-            task = self._sums(world) if name == "sums" else SKILLS[name].make(world)
+            task = self._makers[name](world)
             if not used.keys() & task.needs and rng.random() < WITHHELD_SHARE:
                 withheld.update(task.needs)
             if bare or withheld & set(task.needs):

@@ -115,9 +115,11 @@ def _play(observation: str, treasure: str, home: str, chance: random.Random | No
 def _refused(observation: str) -> list[str]:
     """Commands that will be refused: to unlock what no key is there for."""
     match = _SEEN.search(observation)
-    seen = None if match is None else _Seen(match)
-    locks = [] if seen is None else [locked for exit_ in seen.exits if (locked := _LOCKED.match(exit_))]
-    return [f"unlock {locked[1]}" for locked in locks if seen and locked[2] not in seen.have]
+    if match is None:
+        return []
+    seen = _Seen(match)
+    locks = [locked for exit_ in seen.exits if (locked := _LOCKED.match(exit_))]
+    return [f"unlock {locked[1]}" for locked in locks if locked[2] not in seen.have]
 
 
 @dataclass(frozen=True, slots=True)
